@@ -1,0 +1,14 @@
+"""Montage: one image out of several, composed inside a diffusion model's attention. The entrypoint for ComfyUI."""
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    from comfy_api.latest import ComfyExtension
+
+    from .nodes import demo_model, montage, record
+
+    class Montage(ComfyExtension):
+        async def get_node_list(self):
+            return [*record.NODES, *montage.NODES, *demo_model.NODES]
+
+    return Montage()

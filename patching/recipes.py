@@ -1,0 +1,361 @@
+"""How recordings and recipes get into a MODEL.
+
+`install` clones a MODEL and gives it three wrappers, whatever the number of recipes:
+
+    OUTER_SAMPLE     opens a Session for one sampling run; refuses what does not fit, before anything is computed
+    PREDICT_NOISE    names the evaluation at hand: (sigma, visit)
+    CALC_COND_BATCH  replays the streams that the recipes read here, then runs the target with the recipes on
+
+Areas, hooks, ControlNet, memory and CFG halves stay ComfyUI's business below CALC_COND_BATCH. The attention patch
+exists only in the options of a single evaluation, so nothing is left behind by a cancelled run, and it stands before
+every other pack's attn1_patch: those then act on what is composed exactly as they act on a plain image.
+"""
+import logging
+from typing import NamedTuple
+
+import torch
+
+import comfy.sampler_helpers
+import comfy.samplers
+from comfy.model_patcher import create_model_options_clone
+from comfy.patcher_extension import WrappersMP
+
+from .schedule import Visits, position
+from .sites import Site, sites_of, transformer_block
+from .streams import Evaluation, Half, Run, Weights, conds_of, halves_of, recorded_conds, rows_to_replay
+
+KEY = "montage"
+
+
+class Recipe:
+    """What the target does with its streams, at the sites and steps of a window. Subclasses say how.
+
+    node: the display name for messages. window: schedule.Window. streams: the streams it reads, tuple of Stream.
+    """
+
+    node = "Montage"
+    streams = ()
+
+    def __init__(self, window):
+        self.window = window
+
+    def check(self, session):
+        """Raise ValueError where the run at hand does not fit; called before sampling."""
+
+    def start(self, session, noise, latent_image):
+        """The noise and latent image that the run begins with, [B, C, h, w]."""
+        return noise, latent_image
+
+    def keep(self, number, n, grid):
+        """What to keep of stream `number` at a site. n: [1, tokens, channels], grid: (h, w)."""
+        return n
+
+    def attn1(self, n, k, v, sources, grid):
+        """The inputs of Q, K and V of one CFG half: each [B, tokens, channels]. sources: what was kept, by stream."""
+        raise NotImplementedError
+
+
+class Patch(NamedTuple):
+    """What is installed in a MODEL. Immutable, so that clones can share it."""
+    recipes: tuple = ()
+    recordings: tuple = ()
+
+
+def install(model, recipe=None, recording=None):
+    """A clone of the MODEL with one more recipe or recording. The MODEL that came in is not changed."""
+    sites_of(model)  # refuses what is no UNet
+    old = model.attachments.get(KEY, Patch())
+    patch = Patch(old.recipes + ((recipe,) if recipe else ()), old.recordings + ((recording,) if recording else ()))
+    patched = model.clone()
+    patched.set_attachments(KEY, patch)
+    patched.set_additional_models(KEY, _control_models(patch.recipes))
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.PREDICT_NOISE, _predict_noise),
+                          (WrappersMP.CALC_COND_BATCH, _calc_cond_batch)):
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    return patched
+
+
+def _control_models(recipes):
+    """The ControlNets that replays will need, for ComfyUI to load beside the UNet."""
+    controls = {cond["control"]: None for run in _runs_of(recipes) for group in run.conds.values() for cond in group if "control" in cond}
+    models = [model for control in controls for model in control.get_models()]
+    return list(dict.fromkeys(models))
+
+
+def _runs_of(recipes):
+    """Every run that the recipes read, those that their streams were themselves composed from included."""
+    found = {}
+    for recipe in recipes:
+        for stream in recipe.streams:
+            if stream.run not in found:
+                found[stream.run] = None
+                found.update(dict.fromkeys(_runs_of(stream.run.recipes)))
+    return list(found)
+
+
+# ---------------------------------------------------------------- wrappers
+
+def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+    guider = executor.class_obj
+    session = Session(guider, guider.model_patcher.attachments[KEY], noise, sampler, sigmas)
+    for recipe in session.recipes:
+        noise, latent_image = recipe.start(session, noise, latent_image)
+    session.record(noise, latent_image, sigmas, denoise_mask)
+    guider.model_options["transformer_options"][KEY] = session  # this run's own copy of the options
+    try:
+        output = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    finally:
+        session.close()
+    session.finish(output)
+    return output
+
+
+def _predict_noise(executor, x, timestep, model_options={}, seed=None):
+    session = model_options["transformer_options"][KEY]
+    session.next_evaluation(float(timestep[0]))
+    return executor(x, timestep, model_options, seed)
+
+
+def _calc_cond_batch(executor, model, conds, x, timestep, options):
+    session = options["transformer_options"].get(KEY)
+    if session is None:  # called by someone's own code, outside of a sampling run
+        return executor(model, conds, x, timestep, options)
+    return session.evaluate(executor, model, conds, x, timestep, options)
+
+
+# ---------------------------------------------------------------- a run
+
+class Step:
+    """One evaluation of one trajectory: its name, the recipes that act in it, and what their streams gave."""
+
+    def __init__(self, key, halves, recipes, sigmas):
+        self.key, self.halves = key, halves
+        self.recipes = [recipe for recipe in recipes if recipe.window.has(position(key[0], recipe.streams[0].run.sigmas if recipe.streams else sigmas))]
+        self.kept = {}  # (recipe, stream number, half, site) -> tensor
+
+
+class Session:
+    """One sampling run of a patched MODEL. Everything that lives only as long as the run is here."""
+
+    def __init__(self, guider, patch, noise, sampler, sigmas):
+        self.guider, self.model, self.recordings = guider, guider.model_patcher, patch.recordings
+        self.recipes = tuple(recipe for recipe in patch.recipes if not recipe.window.empty)
+        self.sites = sites_of(self.model)
+        self.sigmas, self.size = tuple(sigmas.tolist()), tuple(noise.shape[-2:])
+        self.sampler = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
+        self.names = " and ".join(dict.fromkeys([r.node for r in self.recipes] + ["Feature Recorder"] * bool(self.recordings)))
+        self.visits = Visits()
+        self.step = None
+        self.run = None  # being recorded
+        self.acted = set()  # recipes that did
+        self.conds = {}  # (run, rows) -> its conditioning, ready on the device
+        self.compiled = False  # whether torch.compile had to be left out
+        if self.names and self.model.model_options.get("context_handler") is not None:
+            raise ValueError(f"{self.names}: context windows cut the latent into pieces that do not match what was recorded. "
+                             f"Disconnect the context window node from this MODEL.")
+        for recipe in self.recipes:
+            self.check_streams(recipe)
+            recipe.check(self)
+
+    def check_streams(self, recipe):
+        for run, _ in recipe.streams:
+            if run.size != self.size:
+                raise ValueError(f"{recipe.node}: its images were recorded at {run.size[0]}x{run.size[1]} latent pixels and this run "
+                                 f"has {self.size[0]}x{self.size[1]}. Sample the LATENT that the node gives, or one of its size.")
+            if not set(self.sigmas[:-1]) <= set(run.sigmas):
+                raise ValueError(f"{recipe.node}: its images were recorded over {run.schedule()} and this run takes "
+                                 f"{len(self.sigmas) - 1} steps from sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}. "
+                                 f"Set the sampler's steps, scheduler and denoise to those of the recording.")
+            if any("hooks" in cond for group in run.conds.values() for cond in group):
+                raise ValueError(f"{recipe.node}: its images were recorded with hooks on their conditioning, which cannot be replayed. "
+                                 f"Apply the LoRA to the MODEL instead of the conditioning.")
+            # A run that starts inside the schedule begins with the visit that continues the step, not with the one
+            # that ended the step before (Heun's corrector).
+            first = self.sigmas[0]
+            self.visits.seen[first] = max(0, run.visits(first) - run.visits(run.sigmas[0]))
+
+    def record(self, noise, latent_image, sigmas, denoise_mask):
+        if self.recordings:
+            self.run = Run(Weights(self.model), self.sampler, sigmas, noise, latent_image, denoise_mask, self.recipes)
+            self.budget = max(recording.budget for recording in self.recordings)
+
+    def next_evaluation(self, sigma):
+        self.step = Step(self.visits.next(sigma), halves_of(self.guider.conds), self.recipes, self.sigmas)
+        self.recorded = False
+
+    def evaluate(self, executor, model, conds, x, timestep, options):
+        """The target's evaluation. A second one within a step (PAG, SAG) uses the same sources and is not recorded."""
+        if self.run is None or self.recorded:
+            return self.compute(executor, model, conds, x, timestep, options, self.step)
+        self.recorded = True
+        if not self.run.conds:
+            self.run.conds = recorded_conds(self.guider.conds)
+            self.run.options = create_model_options_clone(options)
+            del self.run.options["transformer_options"][KEY]
+        evaluation = self.run.evaluations[self.step.key] = Evaluation(x)
+        result = self.compute(executor, model, conds, x, timestep, options, self.step, self.recorder(evaluation))
+        self.budget -= evaluation.bytes
+        if self.budget < 0:  # only the first can overshoot, since its size is not known before
+            evaluation.features = {}
+        return result
+
+    def recorder(self, evaluation):
+        """What takes the target's attention inputs down: features while the budget lasts, and K of the first
+        self-attention at the end of the schedule (the graph cut's features). None when there is nothing to take."""
+        keep_features = self.budget > 0 and self.budget >= self.run.evaluation_bytes
+        first, attention = self.sites[0], transformer_block(self.model, self.sites[0]).attn1
+        is_last = self.step.key[0] <= self.sigmas[-2]
+
+        def take(site, half, n, grid):
+            if keep_features:
+                evaluation.features[half, site] = n.to("cpu")
+            if is_last and site == first:
+                self.run.keys[half], self.run.keys_grid = attention.to_k(n).to("cpu"), grid
+
+        return take if keep_features or is_last else None
+
+    def compute(self, executor, model, conds, x, timestep, options, step, take=None):
+        """One evaluation with its recipes on; `take(site, half, n, grid)` sees the attention inputs before them."""
+        self.gather(executor, model, conds, x.device, timestep, step)
+        if not step.recipes and take is None:
+            return executor(model, conds, x, timestep, options)
+        fired = set()
+        result = executor(model, conds, x, timestep, self.patched(options, self.attn1_patch(step, take, fired)))
+        for recipe in step.recipes:
+            missing = [site for site in recipe.window.sites if site not in fired]
+            if missing:
+                raise RuntimeError(f"{recipe.node}: the attention of {len(missing)} of its {len(recipe.window.sites)} blocks was never "
+                                   f"reached, the first of them {tuple(missing[0])}. Another node runs these blocks in its own way: "
+                                   f"disconnect it from this MODEL, or leave the blocks out.")
+        return result
+
+    def attn1_patch(self, step, take, fired):
+        def patch(n, k, v, extra):
+            site = Site(*extra["block"], extra["block_index"])
+            grid = tuple(extra["activations_shape"][-2:])
+            if tuple(extra["original_shape"][-2:]) != self.size or n.shape[1] != grid[0] * grid[1]:
+                raise ValueError(f"{self.names}: the model is run on {extra['original_shape'][-2:]} of {self.size[0]}x{self.size[1]} latent "
+                                 f"pixels ({n.shape[1]} tokens for a grid of {grid[0]}x{grid[1]}). Areas, tiles and merged tokens do not match "
+                                 f"what was recorded: use masks instead of areas, and disconnect HyperTile or ToMe.")
+            fired.add(site)
+            halves = [step.halves[uuid] for uuid in extra["uuids"]]
+            if take:
+                for half, part in zip(halves, n.chunk(len(halves))):
+                    take(site, half, part, grid)
+            for recipe in step.recipes:
+                if site in recipe.window.sites:
+                    self.acted.add(recipe)
+                    parts = [recipe.attn1(*part, self.sources(step, recipe, half, site, grid, n), grid)
+                             for half, *part in zip(halves, *(tensor.chunk(len(halves)) for tensor in (n, k, v)))]
+                    q, k, v = zip(*parts)
+                    same = all(a is b for a, b in zip(k, v))
+                    n, k = torch.cat(q), torch.cat(k)
+                    v = k if same else torch.cat(v)
+            return n, k, v
+
+        return patch
+
+    def patched(self, options, patch):
+        """A copy of model options with our patch before all others, and without torch.compile, which would run the
+        graph it traced without the patch."""
+        options = create_model_options_clone(options)
+        transformer = options["transformer_options"]
+        patches = transformer.setdefault("patches", {})
+        patches["attn1_patch"] = [patch, *patches.get("attn1_patch", ())]
+        compiled = transformer.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).pop("torch.compile", None)
+        if compiled and not self.compiled:
+            self.compiled = True
+            logging.warning("%s: torch.compile is left out of this run, since it would leave out the attention patches.", self.names)
+        return options
+
+    # ------------------------------------------------------------ the streams
+
+    def gather(self, executor, model, conds, device, timestep, step):
+        """Replay the streams of the step's recipes that no cache holds, for the halves that `conds` will compute."""
+        halves = [step.halves[cond["uuid"]] for group in conds for cond in group or ()]
+        wanted = {}  # run -> {row}
+        for recipe in step.recipes:
+            for number, (run, row) in enumerate(recipe.streams):
+                needed = [(stream_half(recipe, run, half), site) for half in halves for site in recipe.window.sites]
+                evaluation = self.evaluation_of(recipe, run, step.key)
+                if not all(key in evaluation.features or (recipe, number, *key) in step.kept for key in needed):
+                    wanted.setdefault(run, set()).add(row)
+        for run, rows in wanted.items():
+            self.replay(executor, model, conds, device, timestep, step, run, rows_to_replay(run, rows))
+
+    def replay(self, executor, model, conds, device, timestep, step, run, rows):
+        """Evaluate the model on a run's own latents, conditioning and options, and keep what the recipes read."""
+        own = self.conds_on(run, rows, model, device)
+        roles = [step.halves[group[0]["uuid"]].role if group else None for group in conds]
+        replayed = Step(step.key, run.halves, run.recipes, run.sigmas)
+        readers = [(recipe, number, rows.index(stream.row)) for recipe in step.recipes
+                   for number, stream in enumerate(recipe.streams) if stream.run is run and stream.row in rows]
+
+        def take(site, half, n, grid):
+            for recipe, number, row in readers:
+                if site in recipe.window.sites:
+                    step.kept[recipe, number, half, site] = recipe.keep(number, n[row:row + 1], grid)
+
+        x = run.evaluations[step.key].x[rows].to(device)
+        self.compute(executor, model, [own.get(role) for role in roles], x, timestep[:1].expand(len(rows)), run.options, replayed, take)
+
+    def sources(self, step, recipe, half, site, grid, like):
+        """What a recipe kept of its streams for one half of the target at one site, on the target's device."""
+        found = []
+        for number, (run, row) in enumerate(recipe.streams):
+            own = stream_half(recipe, run, half)
+            kept = step.kept.get((recipe, number, own, site))
+            if kept is None:
+                features = run.evaluations[step.key].features.get((own, site))
+                if features is None:
+                    raise RuntimeError(f"{recipe.node}: image {number} has no {half.role} conditioning at sigma {step.key[0]:.4g}, "
+                                       f"and this run has. Give both the same start and end percent.")
+                kept = recipe.keep(number, features[row:row + 1], grid)
+            found.append(kept.to(like))
+        return found
+
+    def evaluation_of(self, recipe, run, key):
+        evaluation = run.evaluations.get(key)
+        if evaluation is None:
+            raise ValueError(f"{recipe.node}: this run ({self.sampler}) evaluates the model at sigma {key[0]:.6g} for time {key[1] + 1}, "
+                             f"which the recorded run ({run.sampler}) did not. Use the sampler of the recording, and no adaptive one.")
+        return evaluation
+
+    def conds_on(self, run, rows, model, device):
+        key = run, tuple(rows)
+        if key not in self.conds:
+            conds = conds_of(run, rows, device)
+            for group in conds.values():
+                comfy.samplers.pre_run_control(model, group)
+            comfy.samplers.cast_transformer_options(run.options["transformer_options"], device=device)
+            self.conds[key] = conds
+        return self.conds[key]
+
+    # ------------------------------------------------------------ the end
+
+    def close(self):
+        """Let go of everything that was held for the run, however it ended."""
+        for (run, _), conds in self.conds.items():
+            comfy.sampler_helpers.cleanup_models(conds, [])
+            comfy.samplers.cast_transformer_options(run.options["transformer_options"], device=self.model.offload_device)
+        self.conds, self.step = {}, None
+
+    def finish(self, output):
+        for recipe in self.recipes:
+            if recipe not in self.acted:
+                raise RuntimeError(f"{recipe.node}: it never acted: the steps that were sampled lie outside its window "
+                                   f"({recipe.window.start:g} to {recipe.window.end:g}). Widen the window, or disconnect the node.")
+        if self.run is not None:
+            self.run.final = output.detach().cpu()
+            for recording in self.recordings:
+                recording.add(self.run)
+
+
+def stream_half(recipe, run, half):
+    """The half of a stream that belongs to a half of the target: same role, same number where there are several."""
+    group = run.conds.get(half.role)
+    if not group:
+        raise ValueError(f"{recipe.node}: this run has a {half.role} conditioning and the recorded one has only "
+                         f"{', '.join(role for role in run.conds if run.conds[role])}. Sample both with the same kind of guider.")
+    return half if half.number < len(group) else Half(half.role, 0)
