@@ -1,0 +1,138 @@
+"""One training loop for every network here: a time or step budget, an average of the weights, and checkpoints
+from which a killed run goes on as if nothing had happened."""
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+BETAS = (0.9, 0.99)
+
+
+class Budget:
+    """How long to train: `seconds` of this machine, or `steps` when given (then two runs are alike)."""
+
+    def __init__(self, seconds: float, steps: int | None = None):
+        self.seconds, self.steps = seconds, steps
+
+    def spent(self, step: int, elapsed: float) -> float:
+        return step / self.steps if self.steps else elapsed / self.seconds
+
+
+def fit(name: str, folder: Path, parameters: dict[str, Tensor], loss_of: Callable[[torch.Generator], Tensor],
+        budget: Budget, lr: float, seed: int = 0, save_every: float = 60.0,
+        show: Callable[[int], None] | None = None) -> dict:
+    """Trains `parameters` in place and leaves their average over the last steps in them.
+
+    loss_of draws all its randomness from the generator it is given, on the parameters' device; the generator
+    depends on seed and step alone, so the continuation of a killed run is the run itself. The learning rate
+    rises for 100 steps, stays, and falls along a cosine over the second half of the budget.
+    Returns {"steps", "seconds", "loss"} (the loss as a running mean).
+    """
+    path = folder / f"{name}.safetensors"
+    values = list(parameters.values())
+    device = values[0].device
+    optimiser = torch.optim.AdamW(values, lr, BETAS, weight_decay=0.01, fused=True)
+    average = [value.detach().clone() for value in values]
+    step, elapsed, mean = _resume(path, parameters, average, optimiser) if path.exists() else (0, 0.0, None)
+    start, saved = time.monotonic() - elapsed, time.monotonic()
+
+    while (spent := budget.spent(step, elapsed)) < 1:
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * _cosine(max(0.0, 2 * spent - 1))
+        loss = loss_of(torch.Generator(device).manual_seed(seed * 1_000_003 + step))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(values, 1.0)
+        optimiser.step()
+        step += 1
+        torch._foreach_lerp_(average, [value.detach() for value in values], 1 - min(0.9995, (1 + step) / (20 + step)))
+        elapsed = time.monotonic() - start
+        # Reading the loss waits for a GPU: not every step.
+        if step % 20 == 0 or mean is None:
+            mean = loss.item() if mean is None else 0.9 * mean + 0.1 * loss.item()
+        if step % 100 == 0:
+            print(f"{name} step {step} {spent:4.0%} loss {mean:.4f} {step / elapsed:.2f} steps/s", flush=True)
+        if time.monotonic() - saved > save_every:
+            _save(path, parameters, average, optimiser, step, elapsed, mean)
+            saved = time.monotonic()
+            if show:
+                with averaged(values, average):
+                    show(step)
+    _save(path, parameters, average, optimiser, step, elapsed, mean)
+    _copy(values, average)
+    print(f"{name} done: {step} steps in {elapsed:.0f} s, loss {mean:.4f}", flush=True)
+    return {"steps": step, "seconds": round(elapsed), "loss": round(mean, 4)}
+
+
+def save_safely(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a whole file or none: a kill in the middle leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, partial, metadata)
+    os.replace(partial, path)
+
+
+@torch.no_grad()
+def restore(path: Path, parameters: dict[str, Tensor]) -> None:
+    """Puts the averaged weights of a checkpoint into the parameters."""
+    with safe_open(path, "pt") as file:
+        for key, value in parameters.items():
+            value.copy_(file.get_tensor(f"average.{key}"))
+
+
+class averaged:
+    """Within the block the parameters hold their average."""
+
+    def __init__(self, values: list[Tensor], average: list[Tensor]):
+        self.values, self.average = values, average
+
+    def __enter__(self):
+        self.kept = [value.detach().clone() for value in self.values]
+        _copy(self.values, self.average)
+
+    def __exit__(self, *_):
+        _copy(self.values, self.kept)
+
+
+@torch.no_grad()
+def _copy(to: list[Tensor], source: list[Tensor]) -> None:
+    for a, b in zip(to, source):
+        a.copy_(b)
+
+
+def _cosine(spent: float) -> float:
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, spent)))
+
+
+def _save(path, parameters, average, optimiser, step, elapsed, mean) -> None:
+    tensors = {}
+    for (key, value), smooth in zip(parameters.items(), average):
+        state = optimiser.state[value]
+        tensors |= {f"now.{key}": value, f"average.{key}": smooth,
+                    f"first.{key}": state["exp_avg"], f"second.{key}": state["exp_avg_sq"]}
+    progress = {"step": step, "elapsed": elapsed, "mean": mean}
+    save_safely(tensors, path, {"progress": json.dumps(progress)})
+
+
+@torch.no_grad()
+def _resume(path, parameters, average, optimiser) -> tuple[int, float, float]:
+    with safe_open(path, "pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+        device = average[0].device
+        for (key, value), smooth in zip(parameters.items(), average):
+            value.copy_(file.get_tensor(f"now.{key}"))
+            smooth.copy_(file.get_tensor(f"average.{key}"))
+            optimiser.state[value] = {
+                "step": torch.tensor(float(progress["step"]), device=device),
+                "exp_avg": file.get_tensor(f"first.{key}").to(device),
+                "exp_avg_sq": file.get_tensor(f"second.{key}").to(device),
+            }
+    print(f"{path.stem}: going on from step {progress['step']}", flush=True)
+    return progress["step"], progress["elapsed"], progress["mean"]

@@ -1,0 +1,102 @@
+"""The personalised subject: a look without words, taught from a few photos, once as the embedding of a new
+word (textual inversion) and once as a LoRA of the denoiser's attention."""
+import torch
+from torch import Tensor, nn
+
+from . import diffusion, scenes
+from .fit import Budget, save_safely
+from .vocabulary import UNKNOWN, tokenise
+
+PHOTOS, PHOTO_SEED = 8, 77
+VECTORS = 2          # of the learned word
+RANK = 4             # of the LoRA
+LORA_WORD = "sks"    # no caption uses it: its embedding is every unknown word's
+
+
+def photos(size: int = 128) -> tuple[scenes.Scenes, Tensor]:
+    """The reference photos (8, 3, size, size) in [0, 1] and what they show."""
+    generator = torch.Generator().manual_seed(PHOTO_SEED)
+    drawn = scenes.subject(PHOTOS, generator)
+    return drawn, scenes.render(drawn, size, generator)
+
+
+def captions(drawn: scenes.Scenes, name: str) -> list[str]:
+    return [scenes.caption(drawn, i, name=name) for i in range(len(drawn.radius))]
+
+
+class LoRA:
+    """Low-rank additions to every attention projection of a UNet, in effect until `remove`."""
+
+    def __init__(self, unet: nn.Module, generator: torch.Generator):
+        self.factors: dict[str, Tensor] = {}
+        self.hooks = []
+        for name, module in unet.named_modules():
+            if isinstance(module, diffusion.Attention):
+                for part in ("to_q", "to_k", "to_v", "to_out.0"):
+                    self._add(f"{name}.{part}", module.get_submodule(part), generator)
+
+    def _add(self, name: str, layer: nn.Linear, generator) -> None:
+        device = layer.weight.device
+        down = torch.randn(RANK, layer.in_features, generator=generator).to(device) / layer.in_features ** 0.5
+        up = torch.zeros(layer.out_features, RANK, device=device)
+        self.factors |= {f"{name}.lora_down.weight": down.requires_grad_(), f"{name}.lora_up.weight": up.requires_grad_()}
+        self.hooks.append(layer.register_forward_hook(lambda _, inputs, out: out + inputs[0] @ down.T @ up.T))
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def train(trainer, budget: Budget) -> dict:
+    """Trains embedding, then LoRA, each with half the budget, and writes both as ComfyUI loads them."""
+    drawn, pictures = photos(trainer.args.size)
+    with torch.no_grad():
+        latents = trainer.auto.encode(pictures.to(trainer.device))
+    half = Budget(budget.seconds / 2, budget.steps)
+    trainer.unet.requires_grad_(False)
+    trainer.text.requires_grad_(False)
+    figures = {"embedding": _embedding(trainer, drawn, latents, half), "lora": _lora(trainer, drawn, latents, half)}
+    return figures
+
+
+def _embedding(trainer, drawn, latents, budget) -> dict:
+    table = trainer.text.text_model.embeddings["token_embedding"]
+    word = table.weight[-1].detach().repeat(VECTORS, 1).requires_grad_()
+    ids = tokenise(captions(drawn, " ".join(["?"] * VECTORS))).to(trainer.device)
+
+    def loss_of(generator):
+        rows = torch.randint(len(latents), (16,), generator=generator, device=trainer.device)
+
+        def context():
+            embedded = table(ids[rows])
+            embedded[ids[rows] == UNKNOWN] = word.repeat(len(rows), 1).to(embedded.dtype)
+            return trainer.text.encode(embedded)
+        return trainer.denoising_loss(latents[rows], context, generator)
+
+    figures = trainer.fit("embedding", {"word": word}, loss_of, budget, lr=2e-2)
+    save_safely({"clip_l": word}, trainer.weights / "demo-subject-embedding.safetensors",
+                trainer.metadata(figures=figures))
+    return figures
+
+
+def _lora(trainer, drawn, latents, budget) -> dict:
+    """Half of every batch is the subject, half is the world as it was, which the LoRA should leave alone."""
+    known, tokens = trainer.latents()
+    ids = tokenise(captions(drawn, LORA_WORD)).to(trainer.device)
+    lora = LoRA(trainer.unet, torch.Generator().manual_seed(trainer.args.seed))
+
+    def loss_of(generator):
+        rows = torch.randint(len(latents), (8,), generator=generator, device=trainer.device)
+        others = torch.randint(len(known), (8,), generator=generator, device=trainer.device)
+        x = torch.cat([latents[rows], known[others].float()])
+        # Alternating, because the loss spreads its times over the batch in order.
+        mix = torch.arange(16, device=trainer.device).view(2, 8).T.flatten()
+        words = torch.cat([ids[rows], tokens[others, 0].long()])
+        return trainer.denoising_loss(x[mix], lambda: trainer.text(words[mix]), generator)
+
+    figures = trainer.fit("lora", lora.factors, loss_of, budget, lr=2e-3)
+    lora.remove()
+    state = {f"diffusion_model.{key}": value.half() for key, value in lora.factors.items()}
+    state |= {key.replace("lora_up.weight", "alpha"): torch.tensor(float(RANK)) for key in list(state) if "lora_up" in key}
+    save_safely(state, trainer.weights / "demo-subject-lora.safetensors", trainer.metadata(figures=figures))
+    return figures

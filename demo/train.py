@@ -1,0 +1,332 @@
+"""Trains the demo model from nothing: `python demo/train.py`.
+
+Autoencoder, denoiser with its text encoder, ControlNet, personalised subject, and the reader that judges
+them all. On a GPU when there is one (a few minutes), else on the CPU (hours). Checkpoints lie in demo/runs;
+the same command goes on from the last one. The weights are written to demo/weights.
+"""
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a script: find the rest as the package that this folder is
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    __package__ = "demo"
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import autoencoder, diffusion, reader, scenes, subject
+from .fit import Budget, fit, restore, save_safely
+from .vocabulary import TOKEN_IDS, tokenise
+
+HERE = Path(__file__).resolve().parent
+# Share of the time for each part, in the order in which they are trained.
+PARTS = {"autoencoder": 0.14, "diffusion": 0.60, "controlnet": 0.12, "subject": 0.04, "reader": 0.10}
+SHARD = 1024  # scenes in one file of cached latents
+GUIDANCE = 3.0
+
+
+class Trainer:
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.device = torch.device(args.device)
+        self.runs, self.weights = Path(args.runs), Path(args.weights)
+        self.figures_file = self.runs / "figures.json"
+        self.figures = json.loads(self.figures_file.read_text()) if self.figures_file.exists() else {}
+        torch.manual_seed(args.seed)
+        on_gpu = self.device.type == "cuda"
+        self.auto = self._place(autoencoder.Autoencoder(**(autoencoder.FULL if on_gpu else autoencoder.SLIM)))
+        self.unet = self._place(diffusion.UNet())
+        self.text = self._place(diffusion.TextEncoder(len(TOKEN_IDS) + 1))
+        self.controlnet = self._place(diffusion.ControlNet())
+        self.judge = self._place(reader.Reader())
+        unet = {f"unet.{key}": value for key, value in self.unet.named_parameters()}
+        text = {f"text.{key}": value for key, value in self.text.named_parameters() if value.requires_grad}
+        self.parameters = {"autoencoder": dict(self.auto.named_parameters()), "diffusion": unet | text,
+                           "controlnet": dict(self.controlnet.named_parameters()),
+                           "reader": dict(self.judge.named_parameters())}
+        if args.init:
+            self.load(Path(args.init))
+        bar = diffusion.alphas_bar().to(self.device)
+        self.signal, self.noise = bar.sqrt(), (1 - bar).sqrt()
+
+    def _place(self, module: torch.nn.Module) -> torch.nn.Module:
+        return module.to(self.device, memory_format=torch.channels_last)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def train(self) -> None:
+        for part, share in PARTS.items():
+            if part in self.args.only:
+                budget = Budget(60 * self.args.minutes * share, self.args.steps)
+                self.figures[part] = getattr(self, f"train_{part}")(budget) | {"command": self.args.command}
+                self.figures_file.write_text(json.dumps(self.figures, indent=1))
+            elif part in self.parameters and (self.runs / f"{part}.safetensors").exists():
+                restore(self.runs / f"{part}.safetensors", self.parameters[part])
+
+    def fit(self, name, parameters, loss_of, budget, lr, **kwargs) -> dict:
+        return fit(name, self.runs, parameters, loss_of, budget, lr, self.args.seed, self.args.save_every, **kwargs)
+
+    # ------------------------------------------------------------------------------------------ parts
+
+    def train_autoencoder(self, budget: Budget) -> dict:
+        _, pictures = self.pictures(self.args.pictures)
+        crop, batch = self.args.crop, self.args.batch
+
+        def loss_of(generator):
+            x = self._crops(pictures, batch, crop, generator)
+            with self.autocast():
+                z = self.auto.encode(x)
+            z = z.float()
+            jitter = 0.08 * torch.randn(z.shape, generator=generator, device=self.device)
+            with self.autocast():
+                y = self.auto.decode(z + jitter)
+            error = y.float() - x
+            edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+            # The denoiser wants channels of unit variance, and few values where the decoder's tanh is flat.
+            scale = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean() + F.relu(z.abs() - 2.8).mean()
+            return error.abs().mean() + 5 * error.square().mean() + 0.5 * edges + 0.02 * scale
+
+        figures = self.fit("autoencoder", self.parameters["autoencoder"], loss_of, budget, self.args.lr_auto)
+        with torch.no_grad(), self.autocast():
+            x = pictures[:64].float() / 255
+            error = (self.auto.decode(self.auto.encode(x)).float() - x).square().mean((1, 2, 3))
+        figures["psnr"] = round((-10 * error.log10()).mean().item(), 2)
+        print("autoencoder", figures, flush=True)
+        return figures
+
+    def train_diffusion(self, budget: Budget) -> dict:
+        latents, tokens = self.latents()
+        empty = tokenise([""]).to(self.device)
+        batch = self.args.batch
+
+        def loss_of(generator):
+            rows = torch.randint(len(latents), (batch,), generator=generator, device=self.device)
+            ids = self._captions(tokens, rows, empty, 0.1, generator)
+            return self.denoising_loss(latents[rows].float(), lambda: self.text(ids), generator)
+
+        return self.fit("diffusion", self.parameters["diffusion"], loss_of, budget, self.args.lr, show=self.show) | {"scenes": len(latents)}
+
+    def train_controlnet(self, budget: Budget) -> dict:
+        latents, tokens = self.latents()
+        n = min(len(latents), self.args.pictures)
+        hints = torch.cat([(scenes.layout(part.to(self.device), self.args.size) * 255).byte()[:, :1]
+                           for part in self._parts(self.drawn().take(slice(n)))])
+        empty = tokenise([""]).to(self.device)
+        copied = {k: v for k, v in self.unet.state_dict().items() if k in self.controlnet.state_dict()}
+        self.controlnet.load_state_dict(copied, strict=False)
+
+        def loss_of(generator):
+            rows = torch.randint(n, (self.args.batch,), generator=generator, device=self.device)
+            # Half the captions are empty: the hint alone must carry the layout.
+            ids = self._captions(tokens, rows, empty, 0.5, generator)
+            hint = (hints[rows].float() / 255).expand(-1, 3, -1, -1)
+            return self.denoising_loss(latents[rows].float(), lambda: self.text(ids), generator, hint)
+
+        self.unet.requires_grad_(False)
+        figures = self.fit("controlnet", self.parameters["controlnet"], loss_of, budget, self.args.lr / 2)
+        self.unet.requires_grad_(True)
+        return figures
+
+    def train_subject(self, budget: Budget) -> dict:
+        return subject.train(self, budget)
+
+    def train_reader(self, budget: Budget) -> dict:
+        drawn, pictures = self.pictures(self.args.pictures)
+        drawn = drawn.to(self.device)
+
+        # What it will judge comes out of the autoencoder: so does half of what it learns from.
+        with torch.no_grad(), self.autocast():
+            for part in pictures[::2].split(64):
+                part.copy_(self.auto.decode(self.auto.encode(part.float() / 255)).float().clamp(0, 1) * 255 + 0.5)
+
+        def loss_of(generator):
+            rows = torch.randint(len(pictures), (self.args.batch,), generator=generator, device=self.device)
+            x = pictures[rows].float() / 255
+            x = x + 0.02 * torch.randn(x.shape, generator=generator, device=self.device)
+            with self.autocast():
+                return reader.loss(self.judge, x, drawn.take(rows))
+
+        return self.fit("reader", self.parameters["reader"], loss_of, budget, self.args.lr * 2)
+
+    # ------------------------------------------------------------------------------------------- data
+
+    def drawn(self) -> scenes.Scenes:
+        return scenes.sample(self.args.scenes, torch.Generator().manual_seed(self.args.seed))
+
+    def _parts(self, drawn: scenes.Scenes, size: int = 256):
+        return (drawn.take(slice(i, i + size)) for i in range(0, len(drawn.radius), size))
+
+    def _render(self, drawn: scenes.Scenes, seed: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.cat([scenes.render(part.to(self.device), self.args.size, generator) for part in self._parts(drawn)])
+
+    def pictures(self, n: int) -> tuple[scenes.Scenes, Tensor]:
+        """n scenes, other than those of `drawn`, and their pictures (n, 3, s, s) uint8."""
+        drawn = scenes.sample(n, torch.Generator().manual_seed(self.args.seed + 7))
+        pictures = torch.empty(n, 3, self.args.size, self.args.size, dtype=torch.uint8, device=self.device)
+        for i, part in enumerate(self._parts(drawn)):
+            pictures[256 * i:256 * i + 256] = (self._render(part, self.args.seed + 7 + i) * 255 + 0.5).byte()
+        return drawn, pictures
+
+    def _crops(self, pictures: Tensor, n: int, size: int, generator) -> Tensor:
+        rows = torch.randint(len(pictures), (n,), generator=generator, device=self.device)
+        y, x = torch.randint(pictures.shape[2] - size + 1, (2, n, 1), generator=generator, device=self.device)
+        along = torch.arange(size, device=self.device)
+        crops = pictures[rows[:, None, None], :, (y + along)[:, :, None], (x + along)[:, None, :]]  # (n, s, s, 3)
+        return crops.permute(0, 3, 1, 2).float() / 255
+
+    def _captions(self, tokens: Tensor, rows: Tensor, empty: Tensor, without: float, generator) -> Tensor:
+        """(n, 77): the objects named in either order, some captions empty."""
+        order = torch.randint(2, rows.shape, generator=generator, device=self.device)
+        dropped = torch.rand(rows.shape, generator=generator, device=self.device) < without
+        return torch.where(dropped[:, None], empty, tokens[rows, order].long())
+
+    def latents(self) -> tuple[Tensor, Tensor]:
+        """Cached latents (n, 4, h, w) half precision and captions (n, 2, 77) in both orders, as token rows."""
+        drawn, shards = self.drawn(), []
+        for i in range(0, self.args.scenes, SHARD):
+            path = self.runs / f"latents-{self.args.size}-{i // SHARD:04d}.safetensors"
+            if not path.exists():
+                part = drawn.take(slice(i, i + SHARD))
+                with torch.no_grad(), self.autocast():
+                    latents = torch.cat([self.auto.encode(x) for x in
+                                         self._render(part, self.args.seed + i).split(128)])
+                n = len(latents)
+                words = [tokenise([scenes.caption(part, row, backwards) for row in range(n)]) for backwards in (False, True)]
+                save_safely({"latents": latents.half(), "tokens": torch.stack(words, 1).short()}, path)
+                print(f"latents {i + n} of {self.args.scenes}", flush=True)
+            shards.append(load_file(path, device=str(self.device)))
+        return torch.cat([s["latents"] for s in shards]), torch.cat([s["tokens"] for s in shards])
+
+    # -------------------------------------------------------------------------------------- diffusion
+
+    def denoising_loss(self, x0: Tensor, context_of, generator, hint: Tensor | None = None) -> Tensor:
+        """Mean squared error of v at times spread evenly over the batch."""
+        n = len(x0)
+        spread = (torch.arange(n, device=self.device) + torch.rand(n, generator=generator, device=self.device)) / n
+        t = (spread * diffusion.TIMESTEPS).long().clamp(max=diffusion.TIMESTEPS - 1)
+        noise = torch.randn(x0.shape, generator=generator, device=self.device)
+        a, b = self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
+        x = (a * x0 + b * noise).contiguous(memory_format=torch.channels_last)
+        with self.autocast():
+            context = context_of()
+            control = self.controlnet(x, t, context, hint) if hint is not None else None
+            v = self.unet(x, t, context, control)
+        return F.mse_loss(v.float(), a * noise - b * x0)
+
+    @torch.no_grad()
+    def sample(self, captions: list[str], seed: int, steps: int = 12) -> Tensor:
+        """(n, 3, s, s) by DDIM with guidance; ComfyUI's samplers do the same with the shipped weights."""
+        n, side = len(captions), self.args.size // 8
+        ids = tokenise(captions + [""] * n).to(self.device)
+        x = torch.randn(n, 4, side, side, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        times = torch.linspace(diffusion.TIMESTEPS - 1, 0, steps + 1).long().tolist()
+        with self.autocast():
+            context = self.text(ids)
+            for now, then in zip(times, times[1:]):
+                t = torch.full((2 * n,), now, device=self.device)
+                told, free = self.unet(torch.cat([x, x]), t, context).float().chunk(2)
+                v = free + GUIDANCE * (told - free)
+                image = self.signal[now] * x - self.noise[now] * v
+                noise = self.noise[now] * x + self.signal[now] * v
+                x = self.signal[then] * image + self.noise[then] * noise
+            return self.auto.decode(x).float().clamp(0, 1)
+
+    def show(self, step: int) -> None:
+        """A grid of samples of the same 16 captions and noise, every few checkpoints."""
+        drawn = scenes.sample(16, torch.Generator().manual_seed(12345))
+        if step - getattr(self, "shown", -10**9) < self.args.show_every:
+            return
+        self.shown = step
+        save_grid(self.sample([scenes.caption(drawn, i) for i in range(16)], seed=1), self.runs / f"samples-{step:06d}.jpg", 8)
+        self.write()
+
+    # -------------------------------------------------------------------------------------- the files
+
+    def load(self, path: Path) -> None:
+        """Starts from the weights of an earlier demo model instead of from nothing."""
+        state = load_file(path)
+
+        def under(prefix):
+            return {k[len(prefix):]: v.float() for k, v in state.items() if k.startswith(prefix)}
+        self.unet.load_state_dict(under("model.diffusion_model."))
+        self.text.load_state_dict(under("cond_stage_model.transformer."))
+        autoencoder.load_taesd(self.auto, under("first_stage_model."))
+
+    def metadata(self, **more) -> dict[str, str]:
+        facts = {"license": "Apache-2.0", "command": self.args.command, "seed": self.args.seed, "size": self.args.size,
+                 "trained on": self.args.trained_on, "figures": self.figures} | more
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+
+    def write(self) -> None:
+        """The weights as ComfyUI's loaders read them, in half precision."""
+        state = {f"model.diffusion_model.{k}": v for k, v in self.unet.state_dict().items()}
+        words = {f"cond_stage_model.transformer.{k}": v for k, v in self.text.state_dict().items()}
+        rows = words["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
+        rows[-1] = rows[:-1].mean(0)  # every word that no caption uses
+        state |= words | {f"first_stage_model.{k}": v for k, v in autoencoder.taesd_state(self.auto).items()}
+        state = {key: value.half() for key, value in state.items()}
+        # SD1.x's latents are scaled by 0.18215 on their way into the UNet: this undoes it.
+        state["first_stage_model.vae_scale"] = torch.tensor(0.18215)
+        state["first_stage_model.vae_shift"] = torch.tensor(0.0)
+        state["cond_stage_model.token_ids"] = torch.tensor(TOKEN_IDS, dtype=torch.int32)
+        state["v_pred"] = torch.tensor([])
+        save_safely(state, self.weights / "demo-model.safetensors", self.metadata())
+        for part, module in (("controlnet", self.controlnet), ("reader", self.judge)):
+            if part in self.figures:
+                halves = {key: value.half() for key, value in module.state_dict().items()}
+                save_safely(halves, self.weights / f"demo-{part}.safetensors", self.metadata())
+
+
+def save_grid(pictures: Tensor, path: Path, columns: int, quality: int = 85) -> None:
+    """(n, 3, h, w) in [0, 1] as one JPEG, n a multiple of columns."""
+    from PIL import Image
+    rows = pictures.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((rows.clamp(0, 1) * 255 + 0.5).byte().cpu().numpy()).save(path, quality=quality)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=9 if gpu else 240, help="time for all parts together")
+    parser.add_argument("--steps", type=int, help="steps of every part, instead of a time")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="parts to train")
+    parser.add_argument("--init", help="start from this demo-model.safetensors instead of from nothing")
+    parser.add_argument("--size", type=int, default=192 if gpu else 128, help="pixels along a side, a multiple of 64")
+    parser.add_argument("--scenes", type=int, default=100_000 if gpu else 24_576, help="scenes for the denoiser")
+    parser.add_argument("--pictures", type=int, default=20_000 if gpu else 4_096, help="scenes for the other parts")
+    parser.add_argument("--batch", type=int, default=384 if gpu else 24)
+    parser.add_argument("--crop", type=int, default=128 if gpu else 64, help="pixels the autoencoder sees at once")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr-auto", type=float, default=1e-3 if gpu else 2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--runs", default=str(HERE / "runs"), help="checkpoints and caches")
+    parser.add_argument("--weights", default=str(HERE / "weights"), help="the finished weights")
+    parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
+    parser.add_argument("--show-every", type=int, default=500, help="steps between sample grids")
+    args = parser.parse_args(argv)
+    # Paths and machines are nobody's business in the weights' metadata.
+    args.command = "python demo/train.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    args.trained_on = torch.cuda.get_device_name() if gpu and args.device == "cuda" else "CPU"
+    return args
+
+
+def main(argv: list[str] | None = None) -> Trainer:
+    args = arguments(argv)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    trainer = Trainer(args)
+    trainer.train()
+    trainer.write()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
