@@ -11,8 +11,10 @@ from ..patching.recipes import Recipe, install
 from ..patching.schedule import Window
 from ..patching.sites import parse_sites
 from ..patching.streams import check_together, streams_of
+from . import previews
 
 STACK = 32  # inputs of a stack; each may be a batch
+COLOURS = ["#%02x%02x%02x" % tuple(colour) for colour in (labels.palette(2 * STACK) * 255).round().int().tolist()]  # for the stroke editor
 
 
 def stack_input(kind, name, tooltip):
@@ -30,12 +32,14 @@ class GraphCutMontage(io.ComfyNode):
             category="montage",
             description="Decides which image of a recorded stack owns which pixel: your strokes say what to keep from each, and a "
                         "graph cut lays the seams where all images have an edge (Generative Photomontage).",
+            is_output_node=True,  # its own run button: cut again without sampling again
+            has_intermediate_output=True,  # a cached run still shows its pictures, after a reload for one
             search_aliases=["generative photomontage", "graph cut", "brush strokes", "scribble labels"],
             inputs=[
                 stack_input(io.Latent, "latent", "Sampled latents with their recordings (Feature Recorder). Batches count as several images."),
                 stack_input(io.Image, "image", "The same images, decoded, in the same order."),
                 io.Int.Input("base", default=0, min=0, max=999, tooltip="The base image, counted from 0: its prompt, noise and composition carry the result."),
-                io.String.Input("strokes", default="", socketless=True, optional=True, extra_dict={"widgetType": "MONTAGE_STROKES"},
+                io.String.Input("strokes", default="", socketless=True, optional=True, extra_dict={"widgetType": "MONTAGE_STROKES", "colours": COLOURS},
                                 tooltip='What to keep, painted in the node. As text: {"v":1,"base":0,"strokes":[{"k":image,"r":radius,"p":[x,y,...]}]}, '
                                         "all lengths in 1/10000 of the picture."),
                 io.Mask.Input("stroke_masks", optional=True, tooltip="What to keep, as masks: one for each image, in their order and size."),
@@ -80,7 +84,13 @@ class GraphCutMontage(io.ComfyNode):
         owner = labels.at_grid(owner, pictures.shape[1:3])
         masks = labels.to_masks(owner, count)
         paste = (masks[..., None] * pictures).sum(0)
-        return io.NodeOutput(masks, labels.picture(owner, count)[None], paste[None])
+        regions = labels.picture(owner, count)
+        shown = {  # in private keys: "images" would make ComfyUI add a gallery of its own
+            "montage_images": [previews.photograph(picture) for picture in pictures],
+            "montage_regions": [previews.diagram(regions)],
+            "montage_size": [pictures.shape[2], pictures.shape[1]],
+        }
+        return io.NodeOutput(masks, regions[None], paste[None], ui=shown)
 
     @classmethod
     def pictures(cls, images, stack):
