@@ -79,7 +79,7 @@ def existing_comfy():
 
 def python_of(comfy):
     """The Python an existing ComfyUI runs on: its own environment, the portable build's, or the current one."""
-    candidates = [venv_python(comfy / name) for name in ("venv", ".venv")]
+    candidates = [venv_python(folder / name) for folder in (comfy, comfy.parent) for name in ("venv", ".venv")]
     candidates.append(comfy.parent / "python_embeded" / "python.exe")
     return next((path for path in candidates if path.is_file()), Path(sys.executable))
 
@@ -272,6 +272,7 @@ class Server:
 @contextlib.contextmanager
 def running_server(env, base, *arguments):
     port, log = free_port(), base / "server.log"
+    (base / "user").mkdir(exist_ok=True)  # ComfyUI's database goes there, and it does not make the folder
     with open(log, "w", encoding="utf-8") as sink:
         process = subprocess.Popen(server_command(env, base, port, ["--listen", "127.0.0.1", *arguments]),
                                    stdout=sink, stderr=subprocess.STDOUT, env=child_variables(env))

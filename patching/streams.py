@@ -143,7 +143,7 @@ class Recording:
                 evaluation.features = {}
         self.runs = [*self.runs, run][-RUNS_KEPT:]
         kept, total = sum(bool(e.features) for e in run.evaluations.values()), len(run.evaluations)
-        logging.info("FeatureRecorder: %d images, %d evaluations at %dx%d; features of %d kept (%.1f MB), the others are replayed.",
+        logging.info("Feature Recorder: %d images, %d evaluations at %dx%d; features of %d kept (%.1f MB), the others are replayed.",
                      run.images, total, *run.size, kept, kept * run.evaluation_bytes / 2**20)
 
     def find(self, sample):

@@ -1,0 +1,73 @@
+"""Models for the tests: the demo model, and UNets of real structure with random weights, small or of full size."""
+import functools
+import math
+
+import comfy.cldm.cldm
+import comfy.controlnet
+import comfy.model_management
+import comfy.model_patcher
+import comfy.supported_models
+import torch
+
+COMMON = dict(image_size=32, in_channels=4, out_channels=4, use_spatial_transformer=True, legacy=False, use_temporal_attention=False,
+              use_temporal_resblock=False, use_checkpoint=False)
+SD15 = dict(COMMON, num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], transformer_depth=[1] * 6 + [0, 0],
+            transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1, adm_in_channels=None)
+SDXL = dict(COMMON, num_res_blocks=[2] * 3, channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10], num_classes="sequential",
+            transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], transformer_depth_middle=10, adm_in_channels=2816,
+            use_linear_in_transformer=True)
+
+STRUCTURES = {  # name: (ComfyUI's family, UNet configuration)
+    "sd15": (comfy.supported_models.SD15, dict(SD15, model_channels=320, context_dim=768, use_linear_in_transformer=False)),
+    "sd15-small": (comfy.supported_models.SD15, dict(SD15, channel_mult=[1, 1, 2, 2], model_channels=32, context_dim=16, use_linear_in_transformer=False)),
+    "sd2-small": (comfy.supported_models.SD20, dict(SD15, channel_mult=[2, 2, 2, 2], model_channels=32, context_dim=16, use_linear_in_transformer=True)),
+    "sdxl": (comfy.supported_models.SDXL, dict(SDXL, model_channels=320, context_dim=2048)),
+    "sdxl-small": (comfy.supported_models.SDXL, dict(SDXL, channel_mult=[1, 2, 2], model_channels=64, context_dim=16)),
+}
+
+
+def fill(module, seed, scale=0.8):
+    """Random weights of a size that keeps activations in range: matrices scale / sqrt(fan-in), norms 1, biases 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, scale / math.sqrt(parameter[0].numel()), generator=generator)
+            else:
+                parameter.zero_()
+        for layer in module.modules():
+            if isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                layer.weight.fill_(1)
+    return module
+
+
+def build(name, seed=0, device="cpu"):
+    """A MODEL of a structure with random weights."""
+    family, unet = STRUCTURES[name]
+    config = family(dict(unet))
+    model = fill(config.get_model({}, "", device=device), seed)
+    return comfy.model_patcher.CoreModelPatcher(model, load_device=comfy.model_management.get_torch_device(),
+                                                offload_device=comfy.model_management.unet_offload_device())
+
+
+@functools.cache
+def random_model(name, seed=0):
+    return build(name, seed)
+
+
+def control_net(name="sd15-small", seed=7):
+    """A ControlNet of a structure with random weights (its zero convolutions are not zero)."""
+    _, unet = STRUCTURES[name]
+    settings = {**unet, "num_heads": 8, "num_head_channels": -1, "operations": comfy.ops.disable_weight_init}
+    for unused in ("out_channels", "transformer_depth_output", "use_temporal_attention", "use_temporal_resblock"):
+        settings.pop(unused)
+    return comfy.controlnet.ControlNet(fill(comfy.cldm.cldm.ControlNet(hint_channels=3, **settings), seed, scale=0.3),
+                                       load_device=comfy.model_management.get_torch_device())
+
+
+@functools.cache
+def demo_model():
+    """(MODEL, CLIP, VAE) of the demo model."""
+    from montage.nodes.demo_model import MontageDemoModel
+
+    return tuple(MontageDemoModel.execute().args)

@@ -1,0 +1,111 @@
+"""Label maps and strokes by themselves (traps 6, 13 and 16)."""
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from montage.kernels import labels
+
+grids = st.tuples(st.integers(1, 70), st.integers(1, 70))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), grids, grids, st.integers(1, 5))
+def test_every_level_is_a_partition(seed, size, grid, count):
+    """Trap 13, for any sizes (trap 6)."""
+    owner = torch.randint(count, size, generator=torch.Generator().manual_seed(seed))
+    level = labels.at_grid(owner, grid)
+    assert level.shape == grid
+    assert (labels.to_masks(level, count).sum(0) == 1).all()
+
+
+def test_a_level_takes_the_top_left_pixel_of_each_cell():
+    owner = torch.randint(7, (64, 64), generator=torch.Generator().manual_seed(0))
+    for factor in (2, 4, 8):
+        assert torch.equal(labels.at_grid(owner, (64 // factor, 64 // factor)), owner[::factor, ::factor])
+
+
+@pytest.mark.parametrize("pixels, cells", [((512, 768), (64, 96)), ((520, 512), (65, 64))])
+def test_labels_survive_the_way_to_pixels_and_back(pixels, cells):
+    owner = torch.randint(4, cells, generator=torch.Generator().manual_seed(1))
+    masks = labels.to_masks(labels.at_grid(owner, pixels), 4)
+    assert torch.equal(labels.at_grid(labels.from_masks(masks, 0), cells), owner)
+
+
+def test_soft_masks_become_a_partition_and_bare_pixels_the_base():
+    masks = torch.zeros(3, 4, 4)
+    masks[0, :, 0], masks[1, :, 0], masks[2, :, 1] = 0.4, 0.6, 0.1
+    owner = labels.from_masks(masks, base=2)
+    assert owner[:, 0].tolist() == [1] * 4 and owner[:, 1].tolist() == [2] * 4 and (owner[:, 2:] == 2).all()
+
+
+def test_thin_and_antialiased_strokes_constrain():
+    """Trap 16: nearest sampling would give 0 cells for both."""
+    marks = torch.zeros(2, 512, 512)
+    marks[0, 96:100, 10:360] = 1
+    marks[1, 300:310, 50:60] = 254 / 255
+    cells = labels.pool(marks, (64, 64))
+    assert (cells == 0).sum() == 44 and (cells == 1).sum() == 4
+    assert (labels.pool(marks, (33, 65)) == 0).any()
+
+
+def test_a_cell_goes_to_the_stroke_that_covers_more_of_it():
+    marks = torch.zeros(2, 16, 16)
+    marks[0, :3, :8], marks[1, 3:8, :8] = 1, 1
+    assert labels.pool(marks, (2, 2)).tolist() == [[1, -1], [-1, -1]]
+
+
+def test_a_label_picture_reads_back():
+    owner = torch.randint(-1, 13, (20, 20), generator=torch.Generator().manual_seed(2))
+    picture = labels.picture(owner, 13)
+    noisy = (picture * 255).round() / 255 + 0.01
+    assert torch.equal(labels.from_picture(noisy, 13), labels.to_masks(owner, 13))
+
+
+def test_colours_are_distinct():
+    colours = labels.palette(32)
+    distances = torch.cdist(colours, colours) + torch.eye(32)
+    assert distances.min() > 0.05 and colours.amax(1).min() > 0.2
+
+
+def document(strokes, **more):
+    return json.dumps({"v": 1, "strokes": strokes, **more})
+
+
+def test_a_document_is_drawn_in_order():
+    base, strokes = labels.parse_document(document([
+        {"k": 1, "r": 500, "p": [1000, 5000, 9000, 5000]}, {"k": 0, "r": 500, "p": [5000, 1500]},
+        {"k": 1, "r": 600, "p": [5000, 5000], "e": 1}], base=1), 2)
+    assert base == 1
+    drawn = labels.draw(strokes, 2, 100, 200)  # a radius is in parts of the long side: 10 pixels
+    assert drawn.shape == (2, 100, 200)
+    assert drawn[1, 50, 30] == 1 and drawn[1, 50, 100] == 0 and drawn[1, 50, 170] == 1  # erased in the middle
+    assert drawn[1, 45, 30] == 1 and drawn[1, 65, 30] == 0
+    assert drawn[0, 15, 100] == 1 and float(drawn[0].sum()) == pytest.approx(3.14159 * 100, rel=0.15)
+
+
+def test_the_same_document_fits_every_resolution():
+    _, strokes = labels.parse_document(document([{"k": 0, "r": 700, "p": [2000, 2000, 8000, 7000]}]), 1)
+    small, large = (labels.draw(strokes, 1, size, size) for size in (64, 512))
+    assert float(small.mean()) == pytest.approx(float(large.mean()), rel=0.1)
+
+
+def test_an_empty_text_is_an_empty_document():
+    assert labels.parse_document("", 3) == (None, [])
+    assert labels.draw([], 3, 8, 9).shape == (3, 8, 9)
+
+
+@pytest.mark.parametrize("text, part", [
+    ("{", "no JSON"), ("[]", "not of version 1"), ('{"v": 2, "strokes": []}', "not of version 1"), ('{"v": 1}', "not of version 1"),
+    (document([], base=2), "base is image 2, and there are 2 images"), (document([7]), "stroke 0 is 7"),
+    (document([{"k": 2, "r": 5, "p": [1, 2]}]), "stroke 0 is on image 2, and there are 2 images (0 to 1)"),
+    (document([{"k": True, "r": 5, "p": [1, 2]}]), "on image True"), (document([{"k": 0, "r": -1, "p": [1, 2]}]), "radius -1"),
+    (document([{"k": 0, "r": 5, "p": [1]}]), "points [1]"), (document([{"k": 0, "r": 5, "p": [1, "x"]}]), "points [1, 'x']"),
+    (document([{"k": 0, "r": 5, "p": [1, 1e9]}]), "points"), ('{"v": 1, "strokes": [{"k": 0, "r": NaN, "p": [0, 0]}]}', "radius nan"),
+    ("x" * 2_000_001, "2000001 characters"),
+])
+def test_a_wrong_document_says_what_is_wrong(text, part):
+    with pytest.raises(ValueError) as error:
+        labels.parse_document(text, 2)
+    assert part in str(error.value)
