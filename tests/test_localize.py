@@ -398,15 +398,20 @@ def small_files(models):
     (models / "bert-base-uncased" / "vocab.txt").write_text("\n".join(small_vocabulary()) + "\n", encoding="utf-8")
 
 
-@functools.cache
-def loaded_once():
-    return load(detector="small.pth", segmenter="small.pth")
+@pytest.fixture(scope="module")
+def loaded():
+    """The two small models are the same in all tests; a ModelPatcher must not outlive ComfyUI's modules."""
+    cache = []
+    yield cache
+    cache.clear()
 
 
 @pytest.fixture
-def small(small_files):
+def small(small_files, loaded):
     """Both models, as the loader node gives them, without features of earlier tests."""
-    detector, segmenter = loaded_once()
+    if not loaded:
+        loaded += load(detector="small.pth", segmenter="small.pth")
+    detector, segmenter = loaded
     detector.features.values.clear()
     segmenter.features.values.clear()
     return SimpleNamespace(detector=detector, segmenter=segmenter)
