@@ -1,0 +1,112 @@
+// Strokes on a canvas: the chosen image's strong, the others' faint, and hatching where they conflict.
+import { byImage, findConflicts } from "./raster.js";
+import { UNIT } from "./strokes.js";
+
+const LONG_SIDE = 1024; // of the canvas; the page scales it
+const CHOSEN = 0.65; // opacities
+const OTHERS = 0.35;
+
+export class Drawing {
+  constructor(canvas) {
+    this.canvas = canvas;
+    this.others = document.createElement("canvas");
+    this.chosen = document.createElement("canvas");
+    this.scratch = document.createElement("canvas");
+    this.hatching = null;
+    this.conflicts = [];
+    this.release();
+  }
+
+  /** size: the picture's [width, height]. */
+  resize([width, height]) {
+    const scale = Math.min(1, LONG_SIDE / Math.max(width, height));
+    const [w, h] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
+    if (this.canvas.width === w && this.canvas.height === h) return;
+    for (const canvas of [this.canvas, this.others, this.chosen, this.scratch]) [canvas.width, canvas.height] = [w, h];
+    this.strokes = null;
+  }
+
+  /** Brings the layers up to date and shows them. colourOf: image -> CSS colour. */
+  show(strokes, image, colourOf) {
+    const { width, height } = this.canvas;
+    const painted = strokes !== this.strokes;
+    if (painted) {
+      const { mask, pairs } = findConflicts(strokes, width, height);
+      this.hatching = mask && hatched(mask, width, height);
+      this.conflicts = pairs;
+    }
+    if (painted || image !== this.image) {
+      const groups = byImage(strokes);
+      clear(this.others);
+      for (const [other, own] of groups) {
+        if (other === image) continue;
+        clear(this.scratch);
+        drawStrokes(this.scratch, own, colourOf(other));
+        this.others.getContext("2d").drawImage(this.scratch, 0, 0);
+      }
+      clear(this.chosen);
+      drawStrokes(this.chosen, groups.get(image) ?? [], colourOf(image));
+    }
+    [this.strokes, this.image, this.colour] = [strokes, image, colourOf(image)];
+    this.paint(null);
+  }
+
+  /** One frame. live: the stroke under the pen, or null. */
+  paint(live) {
+    const context = clear(this.canvas);
+    context.globalAlpha = OTHERS;
+    context.drawImage(this.others, 0, 0);
+    context.globalAlpha = CHOSEN;
+    clear(this.scratch).drawImage(this.chosen, 0, 0);
+    if (live) drawStrokes(this.scratch, [live], this.colour);
+    context.drawImage(this.scratch, 0, 0);
+    context.globalAlpha = 1;
+    if (this.hatching) context.drawImage(this.hatching, 0, 0);
+  }
+
+  /** Gives the pixels back; resize() and show() bring them up again. */
+  release() {
+    for (const canvas of [this.canvas, this.others, this.chosen, this.scratch]) canvas.width = canvas.height = 1;
+    this.hatching = null;
+    this.conflicts = [];
+    this.strokes = null;
+  }
+}
+
+function clear(canvas) {
+  const context = canvas.getContext("2d");
+  context.globalAlpha = 1;
+  context.clearRect(0, 0, canvas.width, canvas.height);
+  return context;
+}
+
+function drawStrokes(canvas, strokes, colour) {
+  const { width, height } = canvas;
+  const context = canvas.getContext("2d");
+  context.strokeStyle = colour;
+  context.lineCap = context.lineJoin = "round";
+  for (const { r, p, e } of strokes) {
+    context.globalCompositeOperation = e ? "destination-out" : "source-over";
+    context.lineWidth = Math.max(1, (2 * r * Math.max(width, height)) / UNIT);
+    context.beginPath();
+    context.moveTo((p[0] / UNIT) * width, (p[1] / UNIT) * height);
+    for (let i = 0; i < p.length; i += 2) context.lineTo((p[i] / UNIT) * width, (p[i + 1] / UNIT) * height);
+    context.stroke(); // a path that goes nowhere draws its round cap: a dot
+  }
+  context.globalCompositeOperation = "source-over";
+}
+
+/** Black and white stripes, seen on any picture. */
+function hatched(mask, width, height) {
+  const canvas = Object.assign(document.createElement("canvas"), { width, height });
+  const image = new ImageData(width, height);
+  const words = new Uint32Array(image.data.buffer);
+  const stripe = Math.max(2, Math.round(Math.max(width, height) / 128));
+  for (let y = 0, i = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, i++) {
+      if (mask[i]) words[i] = Math.floor((x + y) / stripe) % 2 ? 0xffffffff : 0xff000000;
+    }
+  }
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  return canvas;
+}
