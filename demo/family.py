@@ -26,24 +26,23 @@ TEXT_CONFIG = {
 
 
 class DemoTextModel(SDClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options={}):
-        super().__init__(device=device, dtype=dtype, return_projected_pooled=False,
-                         textmodel_json_config=dict(TEXT_CONFIG), model_options=model_options)
+    def __init__(self, **kwargs):
+        super().__init__(return_projected_pooled=False, textmodel_json_config=dict(TEXT_CONFIG), **kwargs)
 
 
 class DemoClipModel(SD1ClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options={}, **kwargs):
-        super().__init__(device=device, dtype=dtype, model_options=model_options, clip_model=DemoTextModel, **kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(clip_model=DemoTextModel, **kwargs)
 
 
 class DemoTokens(SDTokenizer):
-    def __init__(self, embedding_directory=None, tokenizer_data={}):
-        super().__init__(embedding_directory=embedding_directory, embedding_size=WIDTH, tokenizer_data=tokenizer_data)
+    def __init__(self, **kwargs):
+        super().__init__(embedding_size=WIDTH, **kwargs)
 
 
 class DemoTokenizer(SD1Tokenizer):
-    def __init__(self, embedding_directory=None, tokenizer_data={}):
-        super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, tokenizer=DemoTokens)
+    def __init__(self, **kwargs):
+        super().__init__(tokenizer=DemoTokens, **kwargs)
 
 
 class MontageDemo(comfy.supported_models.SD15):
@@ -64,7 +63,7 @@ class MontageDemo(comfy.supported_models.SD15):
             state_dict[key][ids.long()] = rows[:-1]
         return super().process_clip_state_dict(state_dict)
 
-    def clip_target(self, state_dict={}):
+    def clip_target(self, state_dict=None):
         return ClipTarget(DemoTokenizer, DemoClipModel)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 BETAS = (0.9, 0.99)
+SAVE_EVERY = 60.0  # seconds
 
 
 class Budget:
@@ -26,7 +27,7 @@ class Budget:
 
 
 def fit(name: str, folder: Path, parameters: dict[str, Tensor], loss_of: Callable[[torch.Generator], Tensor],
-        budget: Budget, lr: float, seed: int = 0, save_every: float = 60.0,
+        budget: Budget, lr: float, seed: int = 0,
         show: Callable[[int], None] | None = None) -> dict:
     """Trains `parameters` in place and leaves their average over the last steps in them.
 
@@ -59,7 +60,7 @@ def fit(name: str, folder: Path, parameters: dict[str, Tensor], loss_of: Callabl
             mean = loss.item() if mean is None else 0.9 * mean + 0.1 * loss.item()
         if step % 100 == 0:
             print(f"{name} step {step} {spent:4.0%} loss {mean:.4f} {step / elapsed:.2f} steps/s", flush=True)
-        if time.monotonic() - saved > save_every:
+        if time.monotonic() - saved > SAVE_EVERY:
             _save(path, parameters, average, optimiser, step, elapsed, mean)
             saved = time.monotonic()
             if show:
@@ -129,10 +130,11 @@ def _resume(path, parameters, average, optimiser) -> tuple[int, float, float]:
         for (key, value), smooth in zip(parameters.items(), average):
             value.copy_(file.get_tensor(f"now.{key}"))
             smooth.copy_(file.get_tensor(f"average.{key}"))
+            # Laid out in memory as the parameter is (channels last): the fused optimiser does not look at strides.
             optimiser.state[value] = {
                 "step": torch.tensor(float(progress["step"]), device=device),
-                "exp_avg": file.get_tensor(f"first.{key}").to(device),
-                "exp_avg_sq": file.get_tensor(f"second.{key}").to(device),
+                "exp_avg": torch.empty_like(value).copy_(file.get_tensor(f"first.{key}")),
+                "exp_avg_sq": torch.empty_like(value).copy_(file.get_tensor(f"second.{key}")),
             }
     print(f"{path.stem}: going on from step {progress['step']}", flush=True)
     return progress["step"], progress["elapsed"], progress["mean"]

@@ -38,7 +38,7 @@ class Reader(nn.Module):
         self.fine = nn.Sequential(layer(3, width, 2), layer(width, 2 * width, 2), layer(2 * width, 2 * width),
                                   layer(2 * width, 3 * width, 2), layer(3 * width, 3 * width))
         self.coarse = nn.Sequential(layer(3 * width, 4 * width, 2), layer(4 * width, 4 * width), layer(4 * width, 4 * width))
-        self.merge = nn.Sequential(layer(7 * width, 4 * width), layer(4 * width, 4 * width))
+        self.merge = nn.Sequential(nn.Conv2d(7 * width, 4 * width, 1), layer(4 * width, 4 * width))
         self.head = nn.Conv2d(4 * width, sum(_OUTPUTS.values()), 1)
         self.whole = nn.Linear(4 * width, len(BACKGROUNDS) + 1)
 

@@ -152,7 +152,7 @@ def masks(scenes: Scenes, size: int = 128) -> Tensor:
     mask = torch.zeros(len(scenes.radius), MOST_OBJECTS, size, size, device=scenes.radius.device)
     for slot in range(MOST_OBJECTS):
         for rows, _, alpha in _layers(scenes, slot, size):
-            mask[rows, slot] = torch.maximum(mask[rows, slot], alpha)
+            mask[rows, slot] = mask[rows, slot] + alpha * (1 - mask[rows, slot])
     return mask
 
 
@@ -160,9 +160,9 @@ def cutouts(scenes: Scenes, slot: int = 0, size: int = 128) -> Tensor:
     """(n, 4, size, size): one object of each scene alone, straight (not premultiplied) colour and alpha."""
     image = torch.zeros(len(scenes.radius), 3, size, size, device=scenes.radius.device)
     for rows, colour, alpha in _layers(scenes, slot, size):
-        # Later layers of an object lie inside or above the earlier: the last one that covers a pixel wins.
-        image[rows] = torch.where(alpha[:, None] > 0, colour, image[rows])
-    return torch.cat([image.clamp(0, 1), masks(scenes, size)[:, slot:slot + 1]], 1)
+        image[rows] = image[rows] + alpha[:, None] * (colour - image[rows])
+    mask = masks(scenes, size)[:, slot:slot + 1]
+    return torch.cat([(image / mask.clamp(min=1e-6)).clamp(0, 1), mask], 1)
 
 
 def layout(scenes: Scenes, size: int = 128) -> Tensor:
@@ -200,7 +200,7 @@ def _backgrounds(scenes: Scenes, size: int, generator) -> Tensor:
         if len(rows):
             image[rows] = _background(name, len(rows), size, device, generator)
     tint = scenes.style[:, STYLE_NAMES.index("tint")].view(-1, 1, 1, 1)
-    return image + 0.09 * tint * _rgb((1.0, 0.1, -1.0), device)
+    return (image + 0.09 * tint * _rgb((1.0, 0.1, -1.0), device)).clamp(0, 1)
 
 
 def _background(name: str, n: int, size: int, device, generator) -> Tensor:
@@ -263,7 +263,7 @@ def _layers(scenes: Scenes, slot: int, size: int):
             colour = colour * (1 + 0.28 * light.clamp(-1, 1))[:, None]
             inside = (style["outline"] / r + distance) / pixel
             colour = colour * (1 - 0.7 * inside.clamp(0, 1))[:, None]
-            yield rows, colour, (0.5 - distance / pixel).clamp(0, 1)
+            yield rows, colour.clamp(0, 1), (0.5 - distance / pixel).clamp(0, 1)
 
 
 def _surface(scenes: Scenes, slot: int, x: Tensor, y: Tensor, style: dict[str, Tensor]) -> Tensor:

@@ -70,7 +70,7 @@ class Trainer:
                 restore(self.runs / f"{part}.safetensors", self.parameters[part])
 
     def fit(self, name, parameters, loss_of, budget, lr, **kwargs) -> dict:
-        return fit(name, self.runs, parameters, loss_of, budget, lr, self.args.seed, self.args.save_every, **kwargs)
+        return fit(name, self.runs, parameters, loss_of, budget, lr, self.args.seed, **kwargs)
 
     # ------------------------------------------------------------------------------------------ parts
 
@@ -114,15 +114,15 @@ class Trainer:
 
     def train_controlnet(self, budget: Budget) -> dict:
         latents, tokens = self.latents()
-        n = min(len(latents), self.args.pictures)
         hints = torch.cat([(scenes.layout(part.to(self.device), self.args.size) * 255).byte()[:, :1]
-                           for part in self._parts(self.drawn().take(slice(n)))])
+                           for number in range(min(self.args.shards, self.args.hints))
+                           for part in self._parts(self.shard(number))])
         empty = tokenise([""]).to(self.device)
         copied = {k: v for k, v in self.unet.state_dict().items() if k in self.controlnet.state_dict()}
         self.controlnet.load_state_dict(copied, strict=False)
 
         def loss_of(generator):
-            rows = torch.randint(n, (self.args.batch,), generator=generator, device=self.device)
+            rows = torch.randint(len(hints), (self.args.batch,), generator=generator, device=self.device)
             # Half the captions are empty: the hint alone must carry the layout.
             ids = self._captions(tokens, rows, empty, 0.5, generator)
             hint = (hints[rows].float() / 255).expand(-1, 3, -1, -1)
@@ -156,8 +156,9 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------- data
 
-    def drawn(self) -> scenes.Scenes:
-        return scenes.sample(self.args.scenes, torch.Generator().manual_seed(self.args.seed))
+    def shard(self, number: int) -> scenes.Scenes:
+        """The scenes of one file of latents: they depend on seed and number alone."""
+        return scenes.sample(SHARD, torch.Generator().manual_seed(1_000_000 * (self.args.seed + 1) + number))
 
     def _parts(self, drawn: scenes.Scenes, size: int = 256):
         return (drawn.take(slice(i, i + size)) for i in range(0, len(drawn.radius), size))
@@ -167,7 +168,7 @@ class Trainer:
         return torch.cat([scenes.render(part.to(self.device), self.args.size, generator) for part in self._parts(drawn)])
 
     def pictures(self, n: int) -> tuple[scenes.Scenes, Tensor]:
-        """n scenes, other than those of `drawn`, and their pictures (n, 3, s, s) uint8."""
+        """n scenes, other than those of `shard`, and their pictures (n, 3, s, s) uint8."""
         drawn = scenes.sample(n, torch.Generator().manual_seed(self.args.seed + 7))
         pictures = torch.empty(n, 3, self.args.size, self.args.size, dtype=torch.uint8, device=self.device)
         for i, part in enumerate(self._parts(drawn)):
@@ -189,18 +190,17 @@ class Trainer:
 
     def latents(self) -> tuple[Tensor, Tensor]:
         """Cached latents (n, 4, h, w) half precision and captions (n, 2, 77) in both orders, as token rows."""
-        drawn, shards = self.drawn(), []
-        for i in range(0, self.args.scenes, SHARD):
-            path = self.runs / f"latents-{self.args.size}-{i // SHARD:04d}.safetensors"
+        shards = []
+        for number in range(self.args.shards):
+            path = self.runs / f"latents-{self.args.size}-{number:04d}.safetensors"
             if not path.exists():
-                part = drawn.take(slice(i, i + SHARD))
+                drawn = self.shard(number)
                 with torch.no_grad(), self.autocast():
-                    latents = torch.cat([self.auto.encode(x) for x in
-                                         self._render(part, self.args.seed + i).split(128)])
-                n = len(latents)
-                words = [tokenise([scenes.caption(part, row, backwards) for row in range(n)]) for backwards in (False, True)]
+                    latents = torch.cat([self.auto.encode(x) for x in self._render(drawn, number).split(128)])
+                words = [tokenise([scenes.caption(drawn, row, backwards) for row in range(SHARD)])
+                         for backwards in (False, True)]
                 save_safely({"latents": latents.half(), "tokens": torch.stack(words, 1).short()}, path)
-                print(f"latents {i + n} of {self.args.scenes}", flush=True)
+                print(f"latents {number + 1} of {self.args.shards}", flush=True)
             shards.append(load_file(path, device=str(self.device)))
         return torch.cat([s["latents"] for s in shards]), torch.cat([s["tokens"] for s in shards])
 
@@ -300,8 +300,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="parts to train")
     parser.add_argument("--init", help="start from this demo-model.safetensors instead of from nothing")
     parser.add_argument("--size", type=int, default=192 if gpu else 128, help="pixels along a side, a multiple of 64")
-    parser.add_argument("--scenes", type=int, default=100_000 if gpu else 24_576, help="scenes for the denoiser")
-    parser.add_argument("--pictures", type=int, default=20_000 if gpu else 4_096, help="scenes for the other parts")
+    parser.add_argument("--shards", type=int, default=100 if gpu else 24, help=f"scenes for the denoiser, in {SHARD}s")
+    parser.add_argument("--hints", type=int, default=20 if gpu else 4, help="of these shards, for the ControlNet")
+    parser.add_argument("--pictures", type=int, default=20_000 if gpu else 4_096, help="scenes for autoencoder and reader")
     parser.add_argument("--batch", type=int, default=384 if gpu else 24)
     parser.add_argument("--crop", type=int, default=128 if gpu else 64, help="pixels the autoencoder sees at once")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -310,7 +311,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--runs", default=str(HERE / "runs"), help="checkpoints and caches")
     parser.add_argument("--weights", default=str(HERE / "weights"), help="the finished weights")
-    parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
     parser.add_argument("--show-every", type=int, default=500, help="steps between sample grids")
     args = parser.parse_args(argv)
     # Paths and machines are nobody's business in the weights' metadata.

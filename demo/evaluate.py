@@ -1,0 +1,311 @@
+"""Measures the demo model and writes the tables and pictures of demo/README.md: `python demo/evaluate.py`, with
+ComfyUI's folder in COMFYUI_PATH.
+
+Everything is drawn by ComfyUI's own samplers with the shipped weights and judged by the reader, which is
+itself measured first, on renders that no training has seen.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+if not __package__:  # started as a script: find the rest as the package that this folder is
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    __package__ = "demo"
+
+import torch
+from torch import Tensor
+
+from . import metrics, reader, sampling, scenes, subject
+from .train import save_grid
+
+HERE = Path(__file__).resolve().parent
+HELD_OUT = 900_001  # first of the seeds of scenes that no training draws
+TARGETS = {"background": 0.98, "colour": 0.95, "shape": 0.90, "texture": 0.85, "present": 0.85}
+SHOWN = tuple(name for name in scenes.STYLE if name != "tint")
+
+
+class Evaluation:
+    def __init__(self, args):
+        self.args = args
+        self.models = sampling.load(args.weights and Path(args.weights) / "demo-model.safetensors")
+        self.weights = Path(args.weights) if args.weights else HERE / "weights"
+        self.reader = reader.load(self.weights / "demo-reader.safetensors")
+
+    def draw(self, captions, first_seed: int, **kwargs) -> Tensor:
+        seeds = range(first_seed, first_seed + len(captions))
+        return sampling.draw(self.models, captions, seeds, steps=self.args.steps, **kwargs)
+
+    # --------------------------------------------------------------------------------------- the judge
+
+    def judge(self) -> dict:
+        """The reader on held-out renders, sharp and after the autoencoder, where every answer is known."""
+        generator = torch.Generator().manual_seed(HELD_OUT)
+        drawn = scenes.sample(3 * self.args.n, generator)
+        sharp = scenes.render(drawn, 128, generator).movedim(1, -1)
+        _, _, vae = self.models
+        with torch.inference_mode():
+            coded = torch.cat([vae.decode(vae.encode(part)) for part in sharp.split(50)]).clamp(0, 1)
+        psnr = -10 * ((coded - sharp) ** 2).mean((1, 2, 3)).log10().mean().item()
+        return {"renders": self.score(drawn, sharp), "after the autoencoder": self.score(drawn, coded),
+                "autoencoder psnr": psnr,
+                "style": {name: self.style_of_truth(drawn, picture) for name, picture in
+                          (("renders", sharp), ("after the autoencoder", coded))}}
+
+    def score(self, drawn: scenes.Scenes, pictures: Tensor) -> dict:
+        """Shares of right answers over all scenes, by number of objects asked for, and how many there were."""
+        verdicts = [metrics.judge(metrics.look(self.reader, picture), drawn.background[i].item(), metrics.wanted(drawn, i))
+                    for i, picture in enumerate(pictures)]
+        return {name: _shares([v for v in verdicts if len(v.objects) in counts])
+                for name, counts in (("all", (1, 2, 3)), ("one object", (1,)), ("two objects", (2,)), ("three objects", (3,)))}
+
+    def style_of_truth(self, drawn, pictures) -> dict:
+        """The reader's own error in every style variable, by matching what it finds with the scene."""
+        errors = []
+        for i, picture in enumerate(pictures):
+            verdict = metrics.judge(metrics.look(self.reader, picture), 0, metrics.wanted(drawn, i))
+            slots = [slot for slot in range(scenes.MOST_OBJECTS) if drawn.shape[i, slot] >= 0]
+            errors += [metrics.style_errors(found, metrics.truth(drawn, i, slot))
+                       for slot, found in zip(slots, verdict.objects) if found]
+        return _means(errors)
+
+    # ------------------------------------------------------------------------------------- the model
+
+    def prompts(self) -> dict:
+        """What it is told against what it draws, and the first 64 pictures as they came."""
+        drawn = scenes.sample(self.args.n, torch.Generator().manual_seed(HELD_OUT + 1))
+        captions = [scenes.caption(drawn, i) for i in range(self.args.n)]
+        start = time.process_time()
+        pictures = self.draw(captions, HELD_OUT)
+        seconds = (time.process_time() - start) / len(captions)
+        save_grid(pictures[:64].movedim(-1, 1), self.args.pictures / "unpicked.jpg", 8)
+        return {"score": self.score(drawn, pictures), "captions": captions[:64], "seconds": seconds}
+
+    def swap(self) -> dict:
+        """Pairs of runs from the same prompt: the second is fed the first's self-attention inputs. How far is
+        the second's style from the first's, with and without?"""
+        drawn = self.striped(1, HELD_OUT + 2)
+        n, model = len(drawn.radius), self.models[0]
+        captions = [scenes.caption(drawn, i) for i in range(n)]
+        first, seconds = self.draw(captions, HELD_OUT), {"none": self.draw(captions, HELD_OUT + n)}
+        for parts in ("kv", "qkv"):
+            patched = (sampling.swap_self_attention(model, parts), *self.models[1:])
+            pictures = []
+            for i in range(0, n, 8):
+                rows = slice(i, min(i + 8, n))
+                seeds = [*range(HELD_OUT + i, HELD_OUT + rows.stop), *range(HELD_OUT + n + i, HELD_OUT + n + rows.stop)]
+                pictures.append(sampling.draw(patched, captions[rows] * 2, seeds, steps=self.args.steps)[rows.stop - i:])
+            seconds[parts] = torch.cat(pictures)
+        save_grid(torch.cat([x[:8] for x in (first, *seconds.values())]).movedim(-1, 1), self.args.pictures / "swap.jpg", 8)
+        return {name: self.apart(drawn, first, pictures) for name, pictures in seconds.items()}
+
+    def apart(self, drawn, first: Tensor, second: Tensor) -> dict:
+        errors = []
+        for i in range(len(first)):
+            seen = [metrics.look(self.reader, pictures[i]) for pictures in (first, second)]
+            a, b = (metrics.judge(s, 0, metrics.wanted(drawn, i)).objects[0] for s in seen)
+            if a and b:
+                errors.append(metrics.style_errors(b, a) | {"tint": reader.style_error("tint", seen[0][1], seen[1][1])})
+        return _means(errors)
+
+    def agreement(self) -> dict:
+        """Two striped objects in a picture: how far apart are their styles, when self-attention works, when
+        every token sees only itself, and when it is off? Chance: objects of two different pictures."""
+        drawn = self.striped(2, HELD_OUT + 3)
+        captions = [scenes.caption(drawn, i) for i in range(len(drawn.radius))]
+        model, *rest = self.models
+        kinds = {"working": model, "each token alone": sampling.narrow_self_attention(model),
+                 "off": sampling.silence_self_attention(model)}
+        result, shown = {}, []
+        for name, patched in kinds.items():
+            pictures = sampling.draw((patched, *rest), captions, range(HELD_OUT, HELD_OUT + len(captions)), steps=self.args.steps)
+            shown.append(pictures[:8])
+            found = [metrics.judge(metrics.look(self.reader, picture), 0, metrics.wanted(drawn, i))
+                     for i, picture in enumerate(pictures)]
+            pairs = [verdict.objects for verdict in found if verdict.present]
+            result[name] = _means([metrics.style_errors(*pair) for pair in pairs]) | {"present": len(pairs) / len(found)}
+            if name == "working":
+                strangers = [metrics.style_errors(a[0], b[1]) for a, b in zip(pairs, pairs[1:] + pairs[:1])]
+                result["chance"] = _means(strangers)
+        save_grid(torch.cat(shown).movedim(-1, 1), self.args.pictures / "agreement.jpg", 8)
+        return result
+
+    def striped(self, count: int, seed: int) -> scenes.Scenes:
+        """Scenes whose every object shows all style variables: striped, neither white nor black."""
+        drawn = scenes.sample(20 * self.args.n, torch.Generator().manual_seed(seed), count=count)
+        hued = (drawn.colour[:, :count] < list(scenes.COLOURS).index("white")).all(1)
+        drawn.texture[:, :count] = scenes.TEXTURES.index("striped")
+        return drawn.take(hued.nonzero()[:self.args.pairs, 0])
+
+    # ------------------------------------------------------------------------- what comes with the model
+
+    def controlnet(self) -> dict:
+        """Does every object stand where the layout's outline is? With the hint and without."""
+        import comfy.controlnet
+        import comfy.utils
+        net = comfy.controlnet.load_controlnet_state_dict(
+            comfy.utils.load_torch_file(str(self.weights / "demo-controlnet.safetensors")))
+        drawn = scenes.sample(self.args.pairs, torch.Generator().manual_seed(HELD_OUT + 4), count=2)
+        captions = [scenes.caption(drawn, i) for i in range(len(drawn.radius))]
+        hints = scenes.layout(drawn).movedim(1, -1)
+        result, shown = {}, [hints[:8]]
+        for name in ("with the hint", "without"):
+            control = [(net, hints[i:i + 1]) if name == "with the hint" else None for i in range(len(captions))]
+            pictures = torch.cat([self.draw([caption], HELD_OUT + i, control=control[i]) for i, caption in enumerate(captions)])
+            seen = [metrics.look(self.reader, picture)[2] for picture in pictures]
+            # A ring's centre is empty: what counts is the filled square about each centre.
+            placed = [any(metrics.placed(found, _about(drawn, i, slot)) for found in seen[i])
+                      for i in range(len(seen)) for slot in range(2)]
+            result[name] = sum(placed) / len(placed)
+            shown.append(pictures[:8])
+        save_grid(torch.cat(shown).movedim(-1, 1), self.args.pictures / "controlnet.jpg", 8)
+        return result
+
+    def subject(self) -> dict:
+        """The subject by embedding and by LoRA: colour and texture against its photos, next to no teaching."""
+        import comfy.sd
+        import comfy.utils
+        drawn, photos = subject.photos()
+        photos, masks = photos.movedim(1, -1), scenes.masks(drawn)[:, 0]
+        model, clip, vae = self.models
+        clip.tokenizer.clip_l.embedding_directory = str(self.weights)
+        lora = comfy.utils.load_torch_file(str(self.weights / "demo-subject-lora.safetensors"))
+        taught = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+        kinds = {"neither": (model, "ball"), "embedding": (model, "embedding:demo-subject-embedding ball"),
+                 "LoRA": (taught, f"{subject.LORA_WORD} ball")}
+        result, shown = {}, [photos]
+        for name, (patched, words) in kinds.items():
+            captions = [f"a {words} {place}" for place in list(scenes.BACKGROUNDS.values()) * 4][:self.args.pairs]
+            pictures = sampling.draw((patched, clip, vae), captions, range(HELD_OUT, HELD_OUT + len(captions)), steps=self.args.steps)
+            seen = [metrics.look(self.reader, picture)[2] for picture in pictures]
+            discs = [(picture, _disc(found[0])) for picture, found in zip(pictures, seen) if found]
+            result[name] = {
+                "colour distance": _mean([metrics.colour_distance(p, m, photos[0], masks[0]) for p, m in discs]),
+                "texture similarity": _mean([metrics.texture_similarity(p, m, photos[0], masks[0]) for p, m in discs]),
+                "found": len(discs) / len(pictures)}
+            shown.append(pictures[:8])
+        save_grid(torch.cat(shown).movedim(-1, 1), self.args.pictures / "subject.jpg", 8)
+        return result
+
+
+def _about(drawn, row: int, slot: int, size: int = 128) -> Tensor:
+    at = (torch.arange(size) + 0.5) / size
+    x, y = drawn.centre[row, slot]
+    reach = drawn.radius[row, slot] / 2
+    return ((at - y).abs() < reach)[:, None] & ((at - x).abs() < reach)[None]
+
+
+def _disc(found: reader.Found, radius: float = 0.15, size: int = 128) -> Tensor:
+    at = (torch.arange(size) + 0.5) / size
+    return torch.hypot(at[None] - found.centre[0], at[:, None] - found.centre[1]) < radius
+
+
+def _mean(values) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _shares(verdicts: list[metrics.Verdict]) -> dict:
+    objects = {field: [right for v in verdicts for right in getattr(v, field)] for field in ("colour", "shape", "texture")}
+    return {"scenes": len(verdicts), "background": _mean([v.background for v in verdicts]),
+            **{field: _mean(rights) for field, rights in objects.items()},
+            "present": _mean([v.present for v in verdicts]),
+            "present in shape": _mean([v.present and all(v.shape) for v in verdicts]),
+            "spare": _mean([v.spare for v in verdicts])}
+
+
+def _means(errors: list[dict[str, float]]) -> dict:
+    """Mean and standard error of every variable, and over all of SHOWN together."""
+    columns = {name: torch.tensor([e[name] for e in errors if name in e]) for name in scenes.STYLE}
+    columns["all"] = torch.tensor([_mean([e[name] for name in SHOWN if name in e]) for e in errors])
+    return {"pairs": len(errors)} | {name: [column.mean().item(), column.std().item() / len(column) ** 0.5]
+                                     for name, column in columns.items() if len(column) > 1}
+
+
+# --------------------------------------------------------------------------------------------- the README
+
+def _percent(value) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _score_table(scores: dict[str, dict]) -> str:
+    fields = ["scenes", "background", "colour", "shape", "texture", "present", "present in shape"]
+    rows = [[name, str(s["scenes"]), *(_percent(s[field]) for field in fields[1:]), f"{s['spare']:.2f}"]
+            for name, s in scores.items() if s["scenes"]]
+    return _table(["", *fields, "objects nobody asked for, per scene"], rows)
+
+
+def _style_table(results: dict[str, dict]) -> str:
+    names = [name for name in (*scenes.STYLE, "all") if any(name in result for result in results.values())]
+    rows = [[kind, str(result["pairs"]), *(f"{result[n][0]:.3f} ± {result[n][1]:.3f}" if n in result else "-" for n in names)]
+            for kind, result in results.items()]
+    return _table(["", "pairs", *names], rows)
+
+
+def tables(results: dict) -> dict[str, str]:
+    """The README's measured blocks, by the name of their marker."""
+    blocks = {}
+    if "judge" in results:
+        judged = results["judge"]
+        blocks["judge"] = _score_table({name: judged[name]["all"] for name in ("renders", "after the autoencoder")}) \
+            + "\n\n" + _style_table(judged["style"]) + f"\n\nAutoencoder: {judged['autoencoder psnr']:.2f} dB PSNR on these renders."
+    if "prompts" in results:
+        score = results["prompts"]["score"]
+        goals = ["goal", "", *(_percent(TARGETS[f]) for f in ("background", "colour", "shape", "texture")), "85.0 % (two objects)", "", ""]
+        blocks["prompts"] = f"{_score_table(score)}\n| {' | '.join(goals)} |\n\n{results['prompts']['seconds']:.2f} CPU-seconds an image."
+    for name in ("swap", "agreement"):
+        if name in results:
+            blocks[name] = _style_table(results[name])
+    if "agreement" in results:
+        kinds = {kind: r["present"] for kind, r in results["agreement"].items() if "present" in r}
+        blocks["agreement"] += "\n\nBoth objects present: " + ", ".join(f"{kind} {_percent(p)}" for kind, p in kinds.items()) + "."
+    if "controlnet" in results:
+        blocks["controlnet"] = _table(["objects that stand in their outline", ""], [[k, _percent(v)] for k, v in results["controlnet"].items()])
+    if "subject" in results:
+        blocks["subject"] = _table(["taught by", "colour distance to a photo", "texture similarity", "object found"],
+                                   [[k, f"{v['colour distance']:.1f}", f"{v['texture similarity']:.3f}", _percent(v["found"])]
+                                    for k, v in results["subject"].items()])
+    return blocks
+
+
+def write_readme(results: dict, path: Path = HERE / "README.md") -> None:
+    text = path.read_text()
+    for name, block in tables(results).items():
+        before, rest = text.split(f"<!-- measured: {name} -->\n")
+        text = f"{before}<!-- measured: {name} -->\n{block}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    path.write_text(text)
+
+
+SECTIONS = ("judge", "prompts", "swap", "agreement", "controlnet", "subject")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=SECTIONS, choices=SECTIONS)
+    parser.add_argument("--n", type=int, default=500, help="prompts")
+    parser.add_argument("--pairs", type=int, default=64, help="pictures of every other experiment")
+    parser.add_argument("--steps", type=int, default=sampling.STEPS)
+    parser.add_argument("--weights", help="another folder of weights")
+    parser.add_argument("--results", type=Path, default=HERE / "runs" / "evaluation.json")
+    parser.add_argument("--pictures", type=Path, default=HERE / "pictures")
+    parser.add_argument("--readme", action="store_true", help="write the tables into README.md")
+    args = parser.parse_args()
+    sampling.start_comfyui()
+    results = json.loads(args.results.read_text()) if args.results.exists() else {}
+    evaluation = Evaluation(args)
+    for section in args.only:
+        results[section] = getattr(evaluation, section)()
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(json.dumps(results, indent=1))
+        print(section, tables(results).get(section), sep="\n", flush=True)
+    if args.readme:
+        write_readme(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The one command that trains it all: it runs, it writes what ComfyUI loads, and a kill costs nothing."""
+import pytest
+import torch
+from montage.demo import autoencoder, diffusion, fit, scenes, subject, train
+from safetensors.torch import load_file
+
+PARTS = ["autoencoder", "diffusion", "controlnet", "subject", "reader"]
+
+
+@pytest.fixture(autouse=True)
+def learning(inference):
+    """The other tests run under inference mode, like nodes; training needs gradients."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def command(folder, steps, parts):
+    return train.main(["--runs", str(folder / "runs"), "--weights", str(folder / "weights"), "--device", "cpu", "--only", *parts,
+                       "--steps", str(steps), "--shards", "1", "--hints", "1", "--pictures", "64", "--batch", "2", "--size", "64"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode(False), torch.enable_grad():
+        patch.setattr(train, "SHARD", 32)
+        command(folder, 1, PARTS)
+    return folder / "weights"
+
+
+def test_everything_is_trained_and_comfyui_loads_it(trained):
+    import comfy.controlnet
+    import comfy.lora
+    import comfy.utils
+    from montage.demo import sampling
+    assert sorted(file.name for file in trained.iterdir()) == [
+        "demo-controlnet.safetensors", "demo-model.safetensors", "demo-reader.safetensors",
+        "demo-subject-embedding.safetensors", "demo-subject-lora.safetensors"]
+    with torch.inference_mode():
+        model, clip, vae = models = sampling.load(trained / "demo-model.safetensors")
+        net = comfy.controlnet.load_controlnet_state_dict(comfy.utils.load_torch_file(str(trained / "demo-controlnet.safetensors")))
+        hint = scenes.layout(scenes.sample(1, torch.Generator().manual_seed(0)), 128).movedim(1, -1)
+        assert sampling.draw(models, ["a red ball"], [0], control=(net, hint), steps=1).shape == (1, 128, 128, 3)
+        keys = comfy.lora.model_lora_keys_unet(model.model, {})
+        lora = load_file(trained / "demo-subject-lora.safetensors")
+        assert len(comfy.lora.load_lora(lora, keys)) == len(lora) / 3 == 16 * 2 * 4
+        clip.tokenizer.clip_l.embedding_directory = str(trained)
+        tokens = [token for token, _ in clip.tokenize("a embedding:demo-subject-embedding ball")["l"][0]]
+        assert [torch.is_tensor(token) for token in tokens[:5]] == [False, False, True, True, False]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    part = "autoencoder"
+    whole = command(tmp_path / "whole", 3, [part])
+
+    step = fit.torch.optim.AdamW.step
+    count = iter(range(3))
+    def power_cut(optimiser):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return step(optimiser)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit.torch.optim.AdamW, "step", power_cut)
+        patch.setattr(fit, "SAVE_EVERY", 0.0)
+        command(tmp_path / "cut", 3, [part])
+    again = command(tmp_path / "cut", 3, [part])
+
+    assert again.figures[part]["steps"] == whole.figures[part]["steps"] == 3
+    for key, value in whole.parameters[part].items():
+        assert torch.equal(value, again.parameters[part][key]), key
+    fresh = train.Trainer(whole.args).parameters[part]
+    assert any(not torch.equal(value, fresh[key]) for key, value in whole.parameters[part].items())
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    fit.save_safely({"x": torch.ones(2)}, path)
+    def disk_full(tensors, name, metadata):
+        name.write_bytes(b"half a fi")
+        raise OSError
+    monkeypatch.setattr(fit, "save_file", disk_full)
+    with pytest.raises(OSError):
+        fit.save_safely({"x": torch.zeros(2)}, path)
+    assert load_file(path)["x"].tolist() == [1, 1]
+
+
+def test_a_slim_autoencoder_padded_to_taesd_draws_the_same():
+    from comfy.taesd.taesd import TAESD
+    slim = autoencoder.Autoencoder(**autoencoder.SLIM)
+    for value in slim.parameters():
+        torch.nn.init.normal_(value, std=0.05)
+    theirs = TAESD()
+    theirs.load_state_dict(autoencoder.taesd_state(slim), strict=False)
+    picture = torch.rand(1, 3, 64, 64)
+    latent = slim.encode(picture)
+    assert (theirs.taesd_encoder(picture) - latent).abs().max() < 1e-5
+    assert (theirs.taesd_decoder(latent) - slim.decode(latent)).abs().max() < 1e-5
+    again = autoencoder.Autoencoder(**autoencoder.SLIM)
+    autoencoder.load_taesd(again, autoencoder.taesd_state(slim))
+    assert all(torch.equal(a, b) for a, b in zip(slim.state_dict().values(), again.state_dict().values()))
+
+
+def test_a_new_controlnet_changes_nothing():
+    unet, net = diffusion.UNet(), diffusion.ControlNet()
+    torch.nn.init.normal_(unet.out[2].weight, std=0.1)
+    x, t, context, hint = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 64), torch.rand(1, 3, 64, 64)
+    plain = unet(x, t, context)
+    assert plain.std() > 0.01
+    assert torch.equal(unet(x, t, context, net(x, t, context, hint)), plain)
+    torch.nn.init.normal_(net.middle_block_out[0].weight, std=0.1)
+    assert not torch.equal(unet(x, t, context, net(x, t, context, hint)), plain)
+
+
+def test_a_lora_acts_until_removed():
+    unet = diffusion.UNet()
+    for block in unet.modules():
+        if isinstance(block, diffusion.SpatialTransformer):
+            torch.nn.init.normal_(block.proj_out.weight, std=0.1)
+    torch.nn.init.normal_(unet.out[2].weight, std=0.1)
+    args = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 64)
+    plain = unet(*args)
+    lora = subject.LoRA(unet, torch.Generator().manual_seed(0))
+    assert torch.equal(unet(*args), plain)
+    for value in lora.factors.values():
+        torch.nn.init.normal_(value.detach(), std=0.1)
+    assert not torch.allclose(unet(*args), plain, atol=1e-4)
+    lora.remove()
+    assert torch.equal(unet(*args), plain)
