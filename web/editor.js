@@ -41,17 +41,20 @@ export class StrokeEditor {
       element.addEventListener("click", action);
       return element;
     };
-    this.tools = {
+    const pen = {
       paint: button("Paint", "Paint what to keep from the chosen image", () => this.look({ erasing: false })),
       erase: button("Erase", "Erase strokes of the chosen image (E)", () => this.look({ erasing: true })),
       radius: make("input", { type: "range", title: "Brush size ([ and ], or Alt and the wheel)", min: Math.log(RADIUS.least), max: Math.log(RADIUS.most), step: 0.01 }),
       undo: button("Undo", "Take back the last change (Ctrl+Z)", () => this.travel("undo")),
       redo: button("Redo", "Bring it back (Ctrl+Y)", () => this.travel("redo")),
-      clear: button("Clear", "Remove the strokes of the chosen image", () => this.clear(this.view.image)),
-      clearAll: button("Clear all", "Remove the strokes of all images", () => this.clearAll()),
+    };
+    const actions = {
       base: button("Base", "", () => this.edit({ base: this.view.image })),
       regions: button("Regions", "Show which image owns which region after the last cut", () => this.look({ regions: !this.view.regions })),
+      clear: button("Clear", "Remove the strokes of the chosen image", () => this.clear(this.view.image)),
+      clearAll: button("Clear all", "Remove the strokes of all images", () => this.clearAll()),
     };
+    this.tools = { ...pen, ...actions };
     this.picture = make("img", { draggable: false, alt: "" });
     this.regions = make("img", { className: "montage-regions", draggable: false, alt: "" });
     this.canvas = make("canvas");
@@ -61,7 +64,8 @@ export class StrokeEditor {
     this.status = make("div", { className: "montage-status" });
     // ComfyUI leaves keys alone while an input has the focus, so that Delete does not delete the node, nor Ctrl+Z undo the graph.
     this.keys = make("input", { className: "montage-keys", type: "text", readOnly: true, ariaLabel: "Strokes: 0 to 9 and arrows choose an image, E erases, [ and ] size the brush" });
-    this.element = make("div", { className: "montage-editor" }, this.images, make("div", { className: "montage-tools" }, ...Object.values(this.tools)), this.stage, this.status, this.keys);
+    const row = (tools) => make("div", { className: "montage-tools" }, ...Object.values(tools));
+    this.element = make("div", { className: "montage-editor" }, this.images, row(pen), row(actions), this.stage, this.status, this.keys);
   }
 
   listen() {
@@ -212,7 +216,7 @@ export class StrokeEditor {
     [...this.images.children].forEach((thumbnail, image) => {
       const name = this.pictures.names[image];
       const chosen = image === this.view.image;
-      const marks = [image === this.painting.base && "base", painted.has(image) && "✎", conflicting.has(image) && "!"];
+      const marks = [image === this.painting.base && (count > MANY ? "B" : "base"), painted.has(image) && "✎", conflicting.has(image) && "!"];
       setAddress(thumbnail.firstChild, name && this.address(name, "thumbnail"));
       thumbnail.lastChild.textContent = marks.filter(Boolean).join(" ");
       if (chosen && thumbnail.ariaPressed === "false") thumbnail.scrollIntoView?.({ block: "nearest" });

@@ -57,7 +57,7 @@ function makeWidget(node, name, spec) {
     editor.release();
   };
   editors.set(node, editor);
-  return { widget, minWidth: 400, minHeight: 620 };
+  return { widget, minWidth: 400, minHeight: 740 };
 }
 
 /** Runs `then` after a method of the node, whoever else has hooked it. */
