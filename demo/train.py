@@ -49,6 +49,7 @@ class Trainer:
         self.parameters = {"autoencoder": dict(self.auto.named_parameters()), "diffusion": unet | text,
                            "controlnet": dict(self.controlnet.named_parameters()),
                            "reader": dict(self.judge.named_parameters())}
+        self.started: set[str] = set()  # parts that go on from earlier weights
         if args.init:
             self.load(Path(args.init))
         bar = diffusion.alphas_bar().to(self.device)
@@ -118,8 +119,9 @@ class Trainer:
                            for number in range(min(self.args.shards, self.args.hints))
                            for part in self._parts(self.shard(number))])
         empty = tokenise([""]).to(self.device)
-        copied = {k: v for k, v in self.unet.state_dict().items() if k in self.controlnet.state_dict()}
-        self.controlnet.load_state_dict(copied, strict=False)
+        if "controlnet" not in self.started:
+            copied = {k: v for k, v in self.unet.state_dict().items() if k in self.controlnet.state_dict()}
+            self.controlnet.load_state_dict(copied, strict=False)
 
         def loss_of(generator):
             rows = torch.randint(len(hints), (self.args.batch,), generator=generator, device=self.device)
@@ -250,8 +252,13 @@ class Trainer:
     # -------------------------------------------------------------------------------------- the files
 
     def load(self, path: Path) -> None:
-        """Starts from the weights of an earlier demo model instead of from nothing."""
-        state = load_file(path)
+        """Starts from earlier weights, a folder of them or a demo-model.safetensors, instead of from nothing."""
+        folder = path if path.is_dir() else None
+        for name, module in (("controlnet", self.controlnet), ("reader", self.judge)):
+            if folder and (folder / f"demo-{name}.safetensors").exists():
+                module.load_state_dict({k: v.float() for k, v in load_file(folder / f"demo-{name}.safetensors").items()})
+                self.started.add(name)
+        state = load_file(folder / "demo-model.safetensors" if folder else path)
 
         def under(prefix):
             return {k[len(prefix):]: v.float() for k, v in state.items() if k.startswith(prefix)}
@@ -298,7 +305,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9 if gpu else 240, help="time for all parts together")
     parser.add_argument("--steps", type=int, help="steps of every part, instead of a time")
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="parts to train")
-    parser.add_argument("--init", help="start from this demo-model.safetensors instead of from nothing")
+    parser.add_argument("--init", help="start from this folder of weights, or this demo-model.safetensors, instead of from nothing")
     parser.add_argument("--size", type=int, default=192 if gpu else 128, help="pixels along a side, a multiple of 64")
     parser.add_argument("--shards", type=int, default=100 if gpu else 24, help=f"scenes for the denoiser, in {SHARD}s")
     parser.add_argument("--hints", type=int, default=20 if gpu else 4, help="of these shards, for the ControlNet")

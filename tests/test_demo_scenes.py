@@ -1,7 +1,7 @@
 """The scenes: what the caption tells is drawn, what it does not tell is shared, and a seed repeats itself."""
 import pytest
 import torch
-from montage.demo import scenes, subject
+from montage.demo import inputs, scenes, subject
 
 
 def sample(n=64, seed=0, **kwargs):
@@ -99,3 +99,16 @@ def test_the_subject_looks_the_same_in_every_photo_and_like_nothing_with_a_name(
     assert (style == style[0]).all()
     assert torch.equal(subject.photos()[1], pictures)
     assert subject.captions(drawn, "sks")[0].startswith("a sks ball ")
+
+
+def test_input_pictures_are_the_same_every_time_and_cutouts_have_alpha(tmp_path):
+    from PIL import Image
+    first, second = inputs.write(tmp_path / "a"), inputs.write(tmp_path / "b")
+    assert [a.read_bytes() for a in first] == [b.read_bytes() for b in second]
+    for path in first:
+        picture = Image.open(path)
+        assert picture.size == (128, 128)
+        assert picture.mode == ("RGBA" if path.name.startswith("cutout") else "RGB")
+        if picture.mode == "RGBA":
+            low, high = picture.getchannel("A").getextrema()
+            assert (low, high) == (0, 255)
