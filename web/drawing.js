@@ -40,9 +40,10 @@ export class Drawing {
       clear(this.others);
       for (const [other, own] of groups) {
         if (other === image) continue;
-        clear(this.scratch);
-        drawStrokes(this.scratch, own, colourOf(other));
-        this.others.getContext("2d").drawImage(this.scratch, 0, 0);
+        const layer = own.some((stroke) => stroke.e) ? this.scratch : this.others; // erasing must not reach other images
+        if (layer === this.scratch) clear(layer);
+        drawStrokes(layer, own, colourOf(other));
+        if (layer === this.scratch) this.others.getContext("2d").drawImage(layer, 0, 0);
       }
       clear(this.chosen);
       drawStrokes(this.chosen, groups.get(image) ?? [], colourOf(image));
@@ -83,15 +84,19 @@ function clear(canvas) {
 function drawStrokes(canvas, strokes, colour) {
   const { width, height } = canvas;
   const context = canvas.getContext("2d");
-  context.strokeStyle = colour;
+  context.strokeStyle = context.fillStyle = colour;
   context.lineCap = context.lineJoin = "round";
   for (const { r, p, e } of strokes) {
     context.globalCompositeOperation = e ? "destination-out" : "source-over";
-    context.lineWidth = Math.max(1, (2 * r * Math.max(width, height)) / UNIT);
+    const radius = Math.max(0.5, (r / UNIT) * Math.max(width, height));
+    context.lineWidth = 2 * radius;
     context.beginPath();
-    context.moveTo((p[0] / UNIT) * width, (p[1] / UNIT) * height);
     for (let i = 0; i < p.length; i += 2) context.lineTo((p[i] / UNIT) * width, (p[i + 1] / UNIT) * height);
-    context.stroke(); // a path that goes nowhere draws its round cap: a dot
+    context.stroke();
+    // A path that goes nowhere has no caps: its dot is drawn as one.
+    context.beginPath();
+    context.arc((p[0] / UNIT) * width, (p[1] / UNIT) * height, radius, 0, 2 * Math.PI);
+    context.fill();
   }
   context.globalCompositeOperation = "source-over";
 }

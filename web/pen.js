@@ -44,7 +44,6 @@ export class Pen {
     if (button !== LEFT && button !== PEN_ERASER) return;
     const begun = this.host.start(button === PEN_ERASER);
     if (!begun) return;
-    event.stopPropagation();
     this.canvas.setPointerCapture(id);
     this.pointer = { id, type };
     this.stroke = { ...begun, p: this.place(event) };
@@ -53,7 +52,6 @@ export class Pen {
 
   move(event) {
     if (!this.isMine(event)) return;
-    event.stopPropagation();
     const passed = event.getCoalescedEvents?.() ?? [];
     for (const sample of passed.length ? passed : [event]) this.stroke.p.push(...this.place(sample));
     this.frame ||= requestAnimationFrame(() => {
@@ -64,7 +62,6 @@ export class Pen {
 
   up(event) {
     if (!this.isMine(event)) return;
-    event.stopPropagation();
     const stroke = this.stroke;
     this.stroke = null;
     this.host.finish(stroke);

@@ -20,7 +20,8 @@ export async function barePage(browser, options = {}) {
     const name = new URL(route.request().url()).pathname.slice(1);
     if (!name) return route.fulfill({ contentType: "text/html", body: '<!doctype html><body style="margin:0"><div id="node" style="width:420px;height:560px"></div>' });
     const contentType = name.endsWith(".css") ? "text/css" : "text/javascript";
-    return route.fulfill({ contentType, body: await readFile(new URL(name, web), "utf8") });
+    const body = await readFile(new URL(name, web), "utf8").catch(() => null);
+    return route.fulfill(body === null ? { status: 404 } : { contentType, body });
   });
   await page.goto("http://bare.test/");
   return page;
@@ -131,9 +132,9 @@ export function queue(page, only) {
   }), only);
 }
 
-/** Drags the mouse over the editor's canvas, through points given as fractions of the picture. */
-export async function drag(page, points, canvas = ".montage-stage > canvas") {
-  const places = await page.locator(canvas).last().evaluate((element, points) => {
+/** Drags the mouse over an editor's canvas, through points given as fractions of the picture. */
+export async function drag(page, points, canvas = page.locator(".montage-stage > canvas")) {
+  const places = await canvas.evaluate((element, points) => {
     const box = element.getBoundingClientRect();
     const scale = Math.min(box.width / element.width, box.height / element.height);
     const [w, h] = [element.width * scale, element.height * scale];
