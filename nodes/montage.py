@@ -222,7 +222,7 @@ class CompositeAttention(Recipe):
         if sigma == run.sigmas[0]:
             own = run.noise[row:row + 1]
         else:
-            x = session.evaluation_of(self, run, (sigma, session.visits.seen[sigma])).x[row:row + 1]
+            x = session.evaluation_of(self, run, (sigma, session.visits.seen[sigma], 0)).x[row:row + 1]
             own = (x - session.model.model.process_latent_in(latent) * bool(latent.count_nonzero())) / sigma
         return own.expand_as(noise).to(noise), latent.expand_as(latent_image).to(latent_image)
 

@@ -3,7 +3,7 @@
 `install` clones a MODEL and gives it three wrappers, whatever the number of recipes:
 
     OUTER_SAMPLE     opens a Session for one sampling run; refuses what does not fit, before anything is computed
-    PREDICT_NOISE    names the evaluation at hand: (sigma, visit)
+    PREDICT_NOISE    begins an evaluation of the guider: a visit of a sigma
     CALC_COND_BATCH  replays the streams that the recipes read here, then runs the target with the recipes on
 
 Areas, hooks, ControlNet, memory and CFG halves stay ComfyUI's business below CALC_COND_BATCH. The attention patch
@@ -78,20 +78,10 @@ def install(model, recipe=None, recording=None):
 
 def _control_models(recipes):
     """The ControlNets that replays will need, for ComfyUI to load beside the UNet."""
-    controls = {cond["control"]: None for run in _runs_of(recipes) for group in run.conds.values() for cond in group if "control" in cond}
+    runs = dict.fromkeys(stream.run for recipe in recipes for stream in recipe.streams)
+    controls = dict.fromkeys(cond["control"] for run in runs for group in run.conds.values() for cond in group if "control" in cond)
     models = [model for control in controls for model in control.get_models()]
     return list(dict.fromkeys(models))
-
-
-def _runs_of(recipes):
-    """Every run that the recipes read, those that their streams were themselves composed from included."""
-    found = {}
-    for recipe in recipes:
-        for stream in recipe.streams:
-            if stream.run not in found:
-                found[stream.run] = None
-                found.update(dict.fromkeys(_runs_of(stream.run.recipes)))
-    return list(found)
 
 
 # ---------------------------------------------------------------- wrappers
@@ -113,7 +103,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
 
 def _predict_noise(executor, x, timestep, model_options={}, seed=None):
     session = model_options["transformer_options"][KEY]
-    session.next_evaluation(float(timestep[0]))
+    session.visit(float(timestep[0]))
     return executor(x, timestep, model_options, seed)
 
 
@@ -127,9 +117,10 @@ def _calc_cond_batch(executor, model, conds, x, timestep, options):
 # ---------------------------------------------------------------- a run
 
 class Step:
-    """One evaluation of one trajectory: its name, the recipes that act in it, and what their streams gave."""
+    """One model evaluation of the target or of a stream: its name (sigma, visit, call), its conditionings, the recipes
+    that act in it, and what their streams gave."""
 
-    def __init__(self, key, halves, recipes, sigmas):
+    def __init__(self, key, halves, recipes=(), sigmas=()):
         self.key, self.halves = key, halves
         self.recipes = [recipe for recipe in recipes if recipe.window.has(position(key[0], recipe.streams[0].run.sigmas if recipe.streams else sigmas))]
         self.kept = {}  # (recipe, stream number, half, site) -> tensor
@@ -146,7 +137,7 @@ class Session:
         self.sampler = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
         self.names = " and ".join(dict.fromkeys([r.node for r in self.recipes] + ["Feature Recorder"] * bool(self.recordings)))
         self.visits = Visits()
-        self.step = None
+        self.sigma_visit, self.calls = None, 0  # the evaluation of the guider, and how often it called the model
         self.run = None  # being recorded
         self.acted = set()  # recipes that did
         self.conds = {}  # (run, rows) -> its conditioning, ready on the device
@@ -160,6 +151,8 @@ class Session:
 
     def check_streams(self, recipe):
         for run, _ in recipe.streams:
+            if run.composed:
+                raise ValueError(f"{recipe.node}: one of its images was itself composed, by {run.composed}. Compose from the images that it was made of.")
             if run.size != self.size:
                 raise ValueError(f"{recipe.node}: its images were recorded at {run.size[0]}x{run.size[1]} latent pixels and this run "
                                  f"has {self.size[0]}x{self.size[1]}. Sample the LATENT that the node gives, or one of its size.")
@@ -177,35 +170,44 @@ class Session:
 
     def record(self, noise, latent_image, sigmas, denoise_mask):
         if self.recordings:
-            self.run = Run(Weights(self.model), self.sampler, sigmas, noise, latent_image, denoise_mask, self.recipes)
+            composed = " and ".join(recipe.node for recipe in self.recipes)
+            self.run = Run(Weights(self.model), self.sampler, sigmas, noise, latent_image, denoise_mask, composed)
             self.budget = max(recording.budget for recording in self.recordings)
 
-    def next_evaluation(self, sigma):
-        self.step = Step(self.visits.next(sigma), halves_of(self.guider.conds), self.recipes, self.sigmas)
-        self.recorded = False
+    def visit(self, sigma):
+        self.sigma_visit, self.calls = self.visits.next(sigma), 0
 
     def evaluate(self, executor, model, conds, x, timestep, options):
-        """The target's evaluation. A second one within a step (PAG, SAG) uses the same sources and is not recorded."""
-        if self.run is None or self.recorded:
-            return self.compute(executor, model, conds, x, timestep, options, self.step)
-        self.recorded = True
-        if not self.run.conds:
-            self.run.conds = recorded_conds(self.guider.conds)
-            self.run.options = create_model_options_clone(options)
-            del self.run.options["transformer_options"][KEY]
-        evaluation = self.run.evaluations[self.step.key] = Evaluation(x)
-        result = self.compute(executor, model, conds, x, timestep, options, self.step, self.recorder(evaluation))
+        """A model evaluation of the target. There may be several in a visit (PAG, SAG): each has a record of its own,
+        with its own latent and options."""
+        step = Step((*self.sigma_visit, self.calls), halves_of(self.guider.conds), self.recipes, self.sigmas)
+        self.calls += 1
+        if self.run is None:
+            return self.compute(executor, model, conds, x, timestep, options, step)
+        evaluation = self.note(step, x, options)
+        result = self.compute(executor, model, conds, x, timestep, options, step, self.recorder(step, evaluation))
         self.budget -= evaluation.bytes
         if self.budget < 0:  # only the first can overshoot, since its size is not known before
             evaluation.features = {}
         return result
 
-    def recorder(self, evaluation):
+    def note(self, step, x, options):
+        """Take down what went into an evaluation."""
+        if not self.run.conds:
+            self.run.conds = recorded_conds(self.guider.conds)
+        call = step.key[2]
+        if call not in self.run.options:
+            self.run.options[call] = create_model_options_clone(options)
+            del self.run.options[call]["transformer_options"][KEY]
+        self.run.evaluations[step.key] = Evaluation(x)
+        return self.run.evaluations[step.key]
+
+    def recorder(self, step, evaluation):
         """What takes the target's attention inputs down: features while the budget lasts, and K of the first
         self-attention at the end of the schedule (the graph cut's features). None when there is nothing to take."""
         keep_features = self.budget > 0 and self.budget >= self.run.evaluation_bytes
         first, attention = self.sites[0], transformer_block(self.model, self.sites[0]).attn1
-        is_last = self.step.key[0] <= self.sigmas[-2]
+        is_last = step.key[0] <= self.sigmas[-2] and step.key[2] == 0
 
         def take(site, half, n, grid):
             if keep_features:
@@ -277,9 +279,8 @@ class Session:
         wanted = {}  # run -> {row}
         for recipe in step.recipes:
             for number, (run, row) in enumerate(recipe.streams):
-                needed = [(stream_half(recipe, run, half), site) for half in halves for site in recipe.window.sites]
-                evaluation = self.evaluation_of(recipe, run, step.key)
-                if not all(key in evaluation.features or (recipe, number, *key) in step.kept for key in needed):
+                features = self.evaluation_of(recipe, run, step.key).features
+                if not all((stream_half(recipe, run, half), site) in features for half in halves for site in recipe.window.sites):
                     wanted.setdefault(run, set()).add(row)
         for run, rows in wanted.items():
             self.replay(executor, model, conds, device, timestep, step, run, rows_to_replay(run, rows))
@@ -288,7 +289,6 @@ class Session:
         """Evaluate the model on a run's own latents, conditioning and options, and keep what the recipes read."""
         own = self.conds_on(run, rows, model, device)
         roles = [step.halves[group[0]["uuid"]].role if group else None for group in conds]
-        replayed = Step(step.key, run.halves, run.recipes, run.sigmas)
         readers = [(recipe, number, rows.index(stream.row)) for recipe in step.recipes
                    for number, stream in enumerate(recipe.streams) if stream.run is run and stream.row in rows]
 
@@ -297,8 +297,9 @@ class Session:
                 if site in recipe.window.sites:
                     step.kept[recipe, number, half, site] = recipe.keep(number, n[row:row + 1], grid)
 
-        x = run.evaluations[step.key].x[rows].to(device)
-        self.compute(executor, model, [own.get(role) for role in roles], x, timestep[:1].expand(len(rows)), run.options, replayed, take)
+        evaluation, call = run.evaluation(step.key)
+        self.compute(executor, model, [own.get(role) for role in roles], evaluation.x[rows].to(device), timestep[:1].expand(len(rows)),
+                     run.options[call], Step(step.key, run.halves), take)
 
     def sources(self, step, recipe, half, site, grid, like):
         """What a recipe kept of its streams for one half of the target at one site, on the target's device."""
@@ -307,7 +308,7 @@ class Session:
             own = stream_half(recipe, run, half)
             kept = step.kept.get((recipe, number, own, site))
             if kept is None:
-                features = run.evaluations[step.key].features.get((own, site))
+                features = run.evaluation(step.key)[0].features.get((own, site))
                 if features is None:
                     raise RuntimeError(f"{recipe.node}: image {number} has no {half.role} conditioning at sigma {step.key[0]:.4g}, "
                                        f"and this run has. Give both the same start and end percent.")
@@ -316,7 +317,7 @@ class Session:
         return found
 
     def evaluation_of(self, recipe, run, key):
-        evaluation = run.evaluations.get(key)
+        evaluation, _ = run.evaluation(key)
         if evaluation is None:
             raise ValueError(f"{recipe.node}: this run ({self.sampler}) evaluates the model at sigma {key[0]:.6g} for time {key[1] + 1}, "
                              f"which the recorded run ({run.sampler}) did not. Use the sampler of the recording, and no adaptive one.")
@@ -328,7 +329,7 @@ class Session:
             conds = conds_of(run, rows, device)
             for group in conds.values():
                 comfy.samplers.pre_run_control(model, group)
-            comfy.samplers.cast_transformer_options(run.options["transformer_options"], device=device)
+            self.cast(run, device)
             self.conds[key] = conds
         return self.conds[key]
 
@@ -338,8 +339,14 @@ class Session:
         """Let go of everything that was held for the run, however it ended."""
         for (run, _), conds in self.conds.items():
             comfy.sampler_helpers.cleanup_models(conds, [])
-            comfy.samplers.cast_transformer_options(run.options["transformer_options"], device=self.model.offload_device)
-        self.conds, self.step = {}, None
+            self.cast(run, self.model.offload_device)
+        self.conds = {}
+
+    @staticmethod
+    def cast(run, device):
+        """Move what the patches of a recorded run hold, as ComfyUI does it for those of the run at hand."""
+        for options in run.options.values():
+            comfy.samplers.cast_transformer_options(options["transformer_options"], device=device)
 
     def finish(self, output):
         for recipe in self.recipes:

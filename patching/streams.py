@@ -33,7 +33,7 @@ class Weights:
         self.source = repr((loader[0].__qualname__, loader[1])) if loader else None
         self.file = str(loader[1][0]).replace("\\", "/").rpartition("/")[2] if loader else ""
         self.loras = model.patches_uuid if not model.patches else _digest(model.patches)
-        self.name = type(model.model).__name__
+        self.name = type(model.model.model_config).__name__
         self.patched = len(model.patches)
         sampling = model.get_model_object("model_sampling")
         self.sampling = (tuple(c.__name__ for c in type(sampling).__mro__[1:3]), float(sampling.sigma_max))
@@ -85,14 +85,15 @@ class Evaluation:
 class Run:
     """One sampling run of a batch of B images, each of them a stream. Filled while it samples, constant afterwards."""
 
-    def __init__(self, weights, sampler, sigmas, noise, latent_image, denoise_mask, recipes):
-        self.weights, self.sampler, self.recipes = weights, sampler, recipes
+    def __init__(self, weights, sampler, sigmas, noise, latent_image, denoise_mask, composed=""):
+        self.weights, self.sampler = weights, sampler
+        self.composed = composed  # the names of the recipes that it was sampled with: such a run cannot be replayed
         self.sigmas = tuple(sigmas.tolist())
         self.noise, self.latent_image = noise.cpu(), latent_image.cpu()
         self.denoise_mask = None if denoise_mask is None else denoise_mask.cpu()
-        self.evaluations = {}  # (sigma, visit) -> Evaluation, in order
+        self.evaluations = {}  # (sigma, visit of that sigma, call within the visit) -> Evaluation, in order
         self.conds = {}  # role -> [processed conditioning dict]
-        self.options = {}  # the model options it was sampled with
+        self.options = {}  # call -> the model options of its evaluations
         self.keys = {}  # half -> K of the first self-attention at the lowest sigma, [B, tokens, channels]
         self.keys_grid = None  # (h, w) of those tokens
         self.final = None  # [B, C, h, w], what the sampler returned
@@ -117,7 +118,15 @@ class Run:
         return next((e.bytes for e in self.evaluations.values()), 0)
 
     def visits(self, sigma):
-        return sum(key[0] == sigma for key in self.evaluations)
+        return sum(key[0] == sigma and key[2] == 0 for key in self.evaluations)
+
+    def evaluation(self, key):
+        """(evaluation, its call number) for a target's; (None, 0) where the run was not at this sigma. A call that the
+        run did not make (the target has PAG, the recording had not) is answered with the first of the visit."""
+        sigma, visit, call = key
+        if key not in self.evaluations:
+            call = 0
+        return self.evaluations.get((sigma, visit, call)), call
 
     def schedule(self):
         """The schedule in words, for messages."""

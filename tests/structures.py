@@ -20,7 +20,7 @@ SDXL = dict(COMMON, num_res_blocks=[2] * 3, channel_mult=[1, 2, 4], transformer_
 STRUCTURES = {  # name: (ComfyUI's family, UNet configuration)
     "sd15": (comfy.supported_models.SD15, dict(SD15, model_channels=320, context_dim=768, use_linear_in_transformer=False)),
     "sd15-small": (comfy.supported_models.SD15, dict(SD15, channel_mult=[1, 1, 2, 2], model_channels=32, context_dim=16, use_linear_in_transformer=False)),
-    "sd2-small": (comfy.supported_models.SD20, dict(SD15, channel_mult=[2, 2, 2, 2], model_channels=32, context_dim=16, use_linear_in_transformer=True)),
+    "sd2-small": (comfy.supported_models.SD20, dict(SD15, channel_mult=[1, 1, 2, 2], model_channels=64, context_dim=16, use_linear_in_transformer=True)),
     "sdxl": (comfy.supported_models.SDXL, dict(SDXL, model_channels=320, context_dim=2048)),
     "sdxl-small": (comfy.supported_models.SDXL, dict(SDXL, channel_mult=[1, 2, 2], model_channels=64, context_dim=16)),
 }

@@ -45,7 +45,7 @@ def test_recording_changes_nothing_and_loses_nothing(sampler):
     recorded = record(model=model, sampler=sampler, cache_mb=64)
     assert same(recorded["samples"], plain)
     run = run_of(recorded)
-    assert [sigma for sigma, _ in run.evaluations] == expected == calls
+    assert [sigma for sigma, *_ in run.evaluations] == expected == calls
     assert len(run.evaluations) == len(expected)
     assert all(len(e.features) == 2 * 16 for e in run.evaluations.values())
 
@@ -188,7 +188,7 @@ def test_sampler_custom_advanced_with_every_guider():
                           (DualCFGGuider.execute(model, words(1), words(2), NEGATIVE, CFG, 3.0, "regular").args[0], {"positive", "middle", "negative"})):
         output, denoised = sample_custom(latent, guider, sigmas)
         run = run_of(output)
-        assert {half.role for half, _ in run.evaluations[run.sigmas[0], 0].features} == roles
+        assert {half.role for half, _ in run.evaluations[run.sigmas[0], 0, 0].features} == roles
         assert run_of(denoised) is run
 
 
@@ -278,7 +278,7 @@ def test_a_masked_conditioning_is_recorded():
     cached, replayed = (record(positive=positive, cache_mb=mb) for mb in (64, 0))
     other = record(seed=2)
     masks = masks_of(1 - halves())
-    assert {half.number for half, _ in run_of(cached).evaluations[run_of(cached).sigmas[0], 0].features} == {0, 1}
+    assert {half.number for half, _ in run_of(cached).evaluations[run_of(cached).sigmas[0], 0, 0].features} == {0, 1}
     torch.testing.assert_close(compose([cached, other], masks, positive=positive), compose([replayed, other], masks, positive=positive), rtol=1e-4, atol=1e-3)
 
 
