@@ -113,11 +113,12 @@ app.registerExtension({
     if (node.comfyClass !== NODE || !editors.has(node)) return;
     const editor = editors.get(node);
     after(node, "onExecuted", (output) => showPictures(node, output));
-    after(node, "onAdded", () => showPictures(node));
-    after(node, "onConfigure", () => {
-      takeSeat(node);
-      showPictures(node);
-    });
+    for (const method of ["onAdded", "onConfigure"]) {
+      after(node, method, () => {
+        takeSeat(node);
+        showPictures(node);
+      });
+    }
     after(node, "onConnectionsChange", () => editor.baseChanged());
     after(node.widgets.find((widget) => widget.name === "base"), "callback", () => editor.baseChanged());
   },

@@ -42,6 +42,7 @@ export async function openComfy(browser, { modern, theme = "dark", ...options })
   };
   await context.request.post(`${COMFY}/api/settings`, { data: settings });
   const page = await context.newPage();
+  page.setDefaultTimeout(20_000);
   const faults = [];
   page.on("pageerror", (error) => faults.push(`${error.message}\n${error.stack}`));
   page.on("console", (message) => /error|warning/.test(message.type()) && /montage/i.test(message.text() + message.location().url) && faults.push(message.text()));
