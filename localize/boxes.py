@@ -38,11 +38,14 @@ def per_image(boxes, images: int) -> list[list[dict]]:
 
 def inside(box: dict, height: int, width: int) -> dict | None:
     """The part of a box that lies in the picture; None if that is less than a pixel a side, or not a number."""
-    corners = box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]
-    if not all(math.isfinite(value) for value in corners):
+    try:
+        sides = [float(side) for side in corners(box)]
+    except (KeyError, TypeError, ValueError):
+        raise Problem(f"{box!r} is not a box; ComfyUI's boxes have x, y, width and height, in pixels.") from None
+    if not all(map(math.isfinite, sides)):
         return None
-    x0, x1 = (min(max(float(x), 0.0), width) for x in corners[0::2])
-    y0, y1 = (min(max(float(y), 0.0), height) for y in corners[1::2])
+    x0, x1 = (min(max(x, 0.0), width) for x in sides[0::2])
+    y0, y1 = (min(max(y, 0.0), height) for y in sides[1::2])
     if x1 - x0 < 1 or y1 - y0 < 1:
         return None
     return {**box, "x": x0, "y": y0, "width": x1 - x0, "height": y1 - y0}

@@ -25,6 +25,8 @@ class Prompt(NamedTuple):
 
 def as_bytes(image: Tensor) -> list[np.ndarray]:
     """IMAGE (B, H, W, C) in 0..1 -> uint8 RGB pictures, the form that both models were trained on."""
+    if not len(image):
+        raise Problem("the batch holds no image.")
     for number, picture in enumerate(image):
         if not torch.isfinite(picture).all():
             raise Problem(f"image {number} holds values that are not numbers; usually a VAE failed in fp16: decode it in fp32.")

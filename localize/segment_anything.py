@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -110,7 +111,7 @@ class Segmenter(nn.Module):
         mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
         pixels = F.pad((pixels - mean) / std, (0, self.size - width, 0, self.size - height))
         device = self.prompt_encoder.no_mask_embed.weight.device
-        with torch.autocast(device.type, torch.float16, enabled=self.half):
+        with torch.autocast(device.type, torch.float16) if self.half else nullcontext():
             return self.image_encoder(pixels.to(device)).float()
 
     def cut(self, embedding: Tensor, size: tuple[int, int], box=None, points=()) -> tuple[Tensor, float]:

@@ -132,7 +132,7 @@ class SubjectLocalize(io.ComfyNode):
             if not phrases:
                 raise Problem("the phrase is empty; write what to find, for example: a cat")
             pictures, size = pipeline.as_bytes(image), image.shape[1:3]
-            tick = progress(2 * len(pictures))
+            tick = progress(len(pictures) * (2 if segmenter else 1))
 
             chosen, others, reasons = [], [], []
             for found in pipeline.find(detector, pictures, phrases, detect_size, tick):

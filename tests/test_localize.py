@@ -61,6 +61,12 @@ def test_boxes_are_cut_to_the_picture_and_worthless_ones_dropped():
         assert boxes.inside(worthless, H, W) is None
 
 
+def test_what_is_no_box_is_answered():
+    for wrong in ({"x": 1, "y": 2}, {"x": "a", "y": 2, "width": 3, "height": 4}, [1, 2, 3, 4]):
+        with pytest.raises(Problem, match="is not a box; ComfyUI's boxes have x, y, width and height"):
+            boxes.inside(wrong, H, W)
+
+
 def test_choices_are_made_among_the_boxes_of_one_label():
     small, big, dog = box(0, 0, 5, 5, score=0.9), box(9, 9, 20, 20, score=0.4), box(3, 3, 9, 9, "dog", 0.6)
     three = [big, dog, small]
@@ -234,6 +240,11 @@ def test_a_picture_of_nan_is_answered():
         run(nodes.SubjectLocalize, detector="d", image=broken)
 
 
+def test_a_batch_without_images_is_answered():
+    with pytest.raises(ValueError, match="^SubjectLocalize: the batch holds no image"):
+        run(nodes.SubjectLocalize, detector="d", image=images(0))
+
+
 def test_models_set_to_none_are_answered():
     with pytest.raises(ValueError, match="^SubjectLocalize: the loader has detector = none; choose"):
         run(nodes.SubjectLocalize, detector=None, image=images(1))
@@ -273,7 +284,7 @@ def test_the_feature_cache_forgets_the_oldest_and_keeps_the_newest():
 def test_importing_the_nodes_imports_no_model_package():
     """In a process of its own, since this one has imported everything."""
     code = ("import sys; import conftest; import montage.nodes.localize;"
-            "print([m for m in ('groundingdino', 'segment_anything', 'timm', 'cv2', 'supervision') if m in sys.modules])")
+            "print([m for m in ('groundingdino', 'segment_anything', 'timm', 'supervision') if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     assert out.stdout.strip().splitlines()[-1] == "[]"
 
@@ -421,6 +432,17 @@ def localize(small, image, phrase="a red cat", **inputs):
     return run(nodes.SubjectLocalize, detector=small.detector, segmenter=small.segmenter, image=image, phrase=phrase, detect_size=128, **inputs)
 
 
+def test_nothing_reaches_for_the_network(small_files, monkeypatch):
+    """Loading and a first run, with every connection refused."""
+    def refuse(*_):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.create_connection", refuse)
+    detector, segmenter = load(detector="small.pth", segmenter="small.pth")
+    assert localize(SimpleNamespace(detector=detector, segmenter=segmenter), images(1))[0].shape == (1, H, W)
+
+
 @pytest.mark.parametrize("count, height, width", [(3, 48, 70), (1, 131, 97), (2, 64, 64)])
 def test_masks_boxes_and_overlay_of_a_batch_of_any_size(small, count, height, width):
     subject, edit, found, overlay = localize(small, images(count, height, width), box_threshold=0.0, text_threshold=0.0, choose="all")
@@ -485,9 +507,14 @@ def test_cancel_stops_between_the_boxes(small, interrupted):
     assert len(calls) == 1
 
 
-def test_boxes_of_core_rtdetr_and_of_sam3_are_cut_out(small):
-    """The shapes that RTDETR_detect and SAM3_Detect return: floats, a list an image, label in the first only."""
-    rtdetr = [[box(3.2, 4.8, 20.5, 30.1, "person", 0.93), box(40.0, 2.0, 18.0, 20.0, "dog", 0.71)], []]
+def test_boxes_of_core_rtdetr_and_of_sam3_are_cut_out(small, monkeypatch):
+    """RTDETR_detect itself on a network that answers this; SAM3_Detect returns the same without labels."""
+    answer = [{"boxes": torch.tensor([[3.2, 4.8, 23.7, 34.9], [40.0, 2.0, 58.0, 22.0]]), "labels": torch.tensor([0, 16]), "scores": torch.tensor([0.93, 0.71])},
+              {"boxes": torch.zeros(1, 4), "labels": torch.tensor([3]), "scores": torch.tensor([0.1])}]
+    network = SimpleNamespace(model=SimpleNamespace(diffusion_model=lambda pixels, size: answer))
+    monkeypatch.setattr(mm, "load_model_gpu", lambda model: None)
+    rtdetr = core_rtdetr.RTDETR_detect.execute(network, images(2), 0.5, "all", 100).result[0]
+    assert [len(row) for row in rtdetr] == [2, 0]
     sam3 = [[{"x": 3.2, "y": 4.8, "width": 20.5, "height": 30.1, "score": 0.93}], [{"x": 1.0, "y": 1.0, "width": 30.0, "height": 30.0, "score": 0.5}]]
     for given_boxes in (rtdetr, sam3):
         subject, edit, found, _ = run(nodes.SubjectSegment, segmenter=small.segmenter, image=images(2), boxes=given_boxes)
