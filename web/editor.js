@@ -97,8 +97,7 @@ export class StrokeEditor {
     const text = typeof value === "string" ? value : value ? JSON.stringify(value) : "";
     if (text === this.painting.text()) return;
     this.painting.load(text, this.node.base());
-    if (this.pictures.names.length) this.render();
-    else this.showPictures(this.painting.paintedOn); // the files may still be there
+    this.render();
   }
 
   /** The base, or who feeds it, was changed outside the editor. */

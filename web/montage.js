@@ -70,12 +70,26 @@ function after(node, method, then) {
   };
 }
 
-/** What the node's last run sent; failing that, what the strokes were painted on. */
+/** What the node's last run sent; after a reload of the page, what the strokes were painted on. */
 function showPictures(node, output = app.nodeOutputs?.[outputKey(node)]) {
   const editor = editors.get(node);
-  editor.showPictures(output?.montage_images
-    ? { names: output.montage_images, size: output.montage_size, regions: output.montage_regions?.[0] }
-    : editor.painting.paintedOn);
+  if (output?.montage_images) {
+    remember(output.montage_images);
+    editor.showPictures({ names: output.montage_images, size: output.montage_size, regions: output.montage_regions?.[0] });
+  } else if (isRemembered(editor.painting.paintedOn.names)) editor.showPictures(editor.painting.paintedOn);
+}
+
+// Previews that this tab has seen, so that a workflow from another day asks the server for no picture it cannot have.
+const MEMORY = "Montage.previews";
+const remembered = () => JSON.parse(sessionStorage.getItem(MEMORY) ?? "[]");
+
+function isRemembered(names) {
+  const known = new Set(remembered());
+  return names.length > 0 && names.every((name) => known.has(name));
+}
+
+function remember(names) {
+  if (!isRemembered(names)) sessionStorage.setItem(MEMORY, JSON.stringify([...remembered(), ...names].slice(-1000)));
 }
 
 function outputKey(node) {

@@ -6,6 +6,7 @@
 
 export const UNIT = 10_000;
 export const LONG_TEXT = 300_000; // characters: from here on redrawing, undo and drafts get slow
+const MOST_IMAGES = 1000; // as many as the node's base may name
 const REACH = 2 * UNIT; // how far outside the picture a point may lie
 const UNDO_STEPS = 100;
 const POINTS_WANTED = 45; // of one stroke, so that 200 strokes stay under 100 KB
@@ -26,7 +27,7 @@ export function readDocument(text) {
 function readStroke(stroke, number) {
   const { k, r, p, e } = stroke ?? {};
   const isPath = Array.isArray(p) && p.length >= 2 && p.length % 2 === 0 && p.every(Number.isFinite);
-  if (!Number.isInteger(k) || k < 0 || !Number.isFinite(r) || !isPath) throw new Error(`stroke ${number} is damaged`);
+  if (!(Number.isInteger(k) && k >= 0 && k < MOST_IMAGES) || !Number.isFinite(r) || !isPath) throw new Error(`stroke ${number} is damaged`);
   return e ? { k, r, p, e: 1 } : { k, r, p };
 }
 

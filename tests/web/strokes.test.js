@@ -66,7 +66,7 @@ describe("the document", () => {
   });
 
   for (const text of ["{", "[]", "null", "7", '{"v":2,"strokes":[]}', '{"v":1}', '{"v":1,"strokes":[{"k":0,"r":1}]}', '{"v":1,"strokes":[null]}',
-    '{"v":1,"strokes":[{"k":-1,"r":1,"p":[1,2]}]}', '{"v":1,"strokes":[{"k":0,"r":1,"p":[1,2,3]}]}', '{"v":1,"strokes":[{"k":0,"r":1,"p":[1,"2"]}]}']) {
+    '{"v":1,"strokes":[{"k":-1,"r":1,"p":[1,2]}]}', '{"v":1,"strokes":[{"k":1e9,"r":1,"p":[1,2]}]}', '{"v":1,"strokes":[{"k":0,"r":1,"p":[1,2,3]}]}', '{"v":1,"strokes":[{"k":0,"r":1,"p":[1,"2"]}]}']) {
     test(`that cannot be read is kept and never edited: ${text}`, () => {
       const painting = new Painting();
       painting.load(text, 0);
