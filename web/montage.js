@@ -111,6 +111,18 @@ function takeSeat(node) {
   seats.set(place, { view: editor.view, element: new WeakRef(editor.element) });
 }
 
+/**
+ * Newer pages of Nodes 2.0 show nodes of one id in a graph and its subgraph by one component, which keeps the element
+ * it had first.
+ */
+function showEditorsOfGraph() {
+  for (const node of app.canvas.graph?.nodes ?? []) {
+    const element = editors.get(node)?.element;
+    const shown = element && document.querySelector(`[data-node-id="${node.id}"] .montage-editor`);
+    if (shown && shown !== element) shown.replaceWith(element);
+  }
+}
+
 function* allNodes(graph, seen = new Set()) {
   if (!graph || seen.has(graph)) return;
   seen.add(graph);
@@ -122,6 +134,10 @@ function* allNodes(graph, seen = new Set()) {
 
 app.registerExtension({
   name: "montage.strokes",
+  setup() {
+    app.canvas.canvas.addEventListener("litegraph:set-graph", showEditorsOfGraph);
+  },
+  afterConfigureGraph: showEditorsOfGraph,
   getCustomWidgets: () => ({ [WIDGET]: makeWidget }),
   nodeCreated(node) {
     if (node.comfyClass !== NODE || !editors.has(node)) return;
