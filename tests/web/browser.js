@@ -44,7 +44,8 @@ export async function openComfy(browser, { modern, theme = "dark", ...options })
   const page = await context.newPage();
   page.setDefaultTimeout(20_000);
   const faults = [];
-  page.on("pageerror", (error) => faults.push(`${error.message}\n${error.stack}`));
+  // Frontend 1.58 throws this when any node with growing inputs is removed, ComfyUI's own as well.
+  page.on("pageerror", (error) => /autogrowInputDisconnected/.test(error.stack) || faults.push(`${error.message}\n${error.stack}`));
   page.on("console", (message) => /error|warning/.test(message.type()) && /montage/i.test(message.text() + message.location().url) && faults.push(message.text()));
   await page.goto(COMFY, { waitUntil: "domcontentloaded" });
   await ready(page);
