@@ -57,7 +57,8 @@ def corners(box: dict) -> tuple[float, float, float, float]:
 
 def score(box: dict) -> float:
     """Boxes drawn by hand carry no score: they are certain."""
-    return float(box.get("score", 1.0))
+    given = box.get("score")
+    return 1.0 if given is None else float(given)
 
 
 def overlap(a: dict, b: dict) -> float:

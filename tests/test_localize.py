@@ -75,8 +75,9 @@ def test_choices_are_made_among_the_boxes_of_one_label():
     assert boxes.choose(three, "all", 0) == [small, big, dog]
     assert boxes.choose(three, "index", 1) == [big]
     assert boxes.choose(three, "index", 7) == boxes.choose([], "largest", 0) == []
-    without_score = {"x": 0, "y": 0, "width": 2, "height": 2}
-    assert boxes.choose([without_score], "best score", 0) == [without_score]
+    by_hand = {"x": 0, "y": 0, "width": 2, "height": 2}
+    assert boxes.choose([{**by_hand, "score": 0.9}, by_hand], "best score", 0) == [by_hand]
+    assert boxes.score({**by_hand, "score": None}) == boxes.score(by_hand) == 1.0
 
 
 def test_duplicates_are_dropped_only_within_a_label():
