@@ -229,11 +229,11 @@ class Server:
     def __init__(self, port, process, log):
         self.url, self.process, self.log = f"http://127.0.0.1:{port}", process, log
 
-    def call(self, path, payload=None):
+    def call(self, path, payload=None, parse=True):
         data = None if payload is None else json.dumps(payload).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
+            return json.load(answer) if parse else None
 
     def alive(self):
         if self.process.poll() is not None:

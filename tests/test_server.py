@@ -1,0 +1,226 @@
+"""The pack on a real server, through its API: what is listed, what runs, and what survives caches and cancels."""
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = ROOT / "example_workflows"
+PHOTOMONTAGE = "Montage - photomontage of three images (demo model)"
+COMPOSITE = "46"  # its SaveImage of the composite
+
+spec = importlib.util.spec_from_file_location("montage_dev", ROOT / "dev.py")
+dev = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(dev)
+
+pytestmark = pytest.mark.slow
+
+
+def workflow(name):
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def quick(prompt, steps=3):
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = steps
+    return prompt
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfy")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "testing_pack").symlink_to(ROOT / "tests" / "testing_pack")
+    env = dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
+    with dev.running_server(env, base, "--cpu", "--disable-api-nodes") as running:
+        running.base = base
+        yield running
+
+
+def picture(server, outputs, node=COMPOSITE):
+    image, = outputs[node]["images"]
+    return Image.open(server.base / "output" / image["subfolder"] / image["filename"]).convert("RGB")
+
+
+def equal(a, b):
+    return ImageChops.difference(a, b).getbbox() is None
+
+
+def forget(server):
+    """Empty every cache of the server."""
+    server.call("/free", {"unload_models": True, "free_memory": True}, parse=False)
+    time.sleep(1.5)  # the executor does it between two prompts
+
+
+def evict(server, node):
+    return server.call(f"/montage_test/evict/{node}", {})["evicted"]
+
+
+def test_the_nodes_are_listed_with_a_tooltip_everywhere(server):
+    nodes = {name: node for name, node in server.call("/object_info").items() if node["python_module"] == "custom_nodes.montage"}
+    assert {"FeatureRecorder", "GraphCutMontage", "CompositeAttentionInject", "MontageDemoModel"} <= nodes.keys()
+    for name, node in nodes.items():
+        assert node["category"].startswith("montage") and node["description"], name
+        for group in ("required", "optional"):
+            for key, value in node["input"].get(group, {}).items():
+                assert value[1].get("tooltip"), f"{name}.{key} has no tooltip"
+        assert all(node["output_tooltips"]) and len(node["output_tooltips"]) == len(node["output"]), name
+
+
+def test_the_log_has_no_complaint_about_the_pack(server):
+    complaints = [line for line in server.log.read_text(errors="replace").splitlines()
+                  if "montage" in line.lower() and any(word in line.lower() for word in ("warn", "error", "fail", "traceback"))]
+    assert not complaints
+
+
+def test_loading_costs_little_and_imports_nothing_optional():
+    """Beyond ComfyUI's own imports: under 0.3 s, and no optional package."""
+    import subprocess
+
+    code = """if True:
+        import sys, time, asyncio, importlib.util
+        sys.path.insert(0, sys.argv[1])
+        import comfy.options; comfy.options.enable_args_parsing(False)
+        from comfy.cli_args import args; args.cpu = True
+        import nodes, comfy_extras.nodes_custom_sampler, comfy_api.latest, folder_paths
+        before, began = set(sys.modules), time.process_time()
+        spec = importlib.util.spec_from_file_location("montage", sys.argv[2] + "/__init__.py", submodule_search_locations=[sys.argv[2]])
+        module = sys.modules["montage"] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+        async def load():
+            extension = await module.comfy_entrypoint()
+            for node in await extension.get_node_list(): node.GET_SCHEMA()
+        asyncio.run(load())
+        print(time.process_time() - began, *(set(sys.modules) - before))"""
+    out = subprocess.run([sys.executable, "-c", code, os.environ["COMFYUI_PATH"], str(ROOT)], capture_output=True, text=True, check=True).stdout.split()
+    names = {name.partition(".")[0] for name in out[1:]}
+    assert not names & {"gco", "skimage", "matplotlib", "segment_anything", "groundingdino", "torchvision"}
+    assert float(out[0]) < 0.3  # seconds of this process, not of the clock
+
+
+def test_the_photomontage_runs_and_is_the_same_again(server):
+    first = picture(server, server.run(workflow(PHOTOMONTAGE), "first"))
+    assert first.size == (128, 128) and len(first.getcolors(1 << 24)) > 1000
+    forget(server)
+    assert equal(picture(server, server.run(workflow(PHOTOMONTAGE), "again")), first)
+
+
+def test_another_seed_and_back_pairs_every_latent_with_its_own_history(server):
+    def run(seed):
+        prompt = quick(workflow(PHOTOMONTAGE))
+        prompt["23"]["inputs"]["seed"] = seed
+        return picture(server, server.run(prompt, f"seed {seed}"))
+
+    forget(server)
+    first, other, back = run(6), run(7), run(6)
+    assert equal(first, back) and not equal(first, other)
+    forget(server)
+    assert equal(run(7), other)
+
+
+def test_evicting_any_one_output_changes_nothing(server):
+    prompt = quick(workflow(PHOTOMONTAGE))
+    forget(server)
+    reference = picture(server, server.run(prompt, "reference"))
+    for seed, node in enumerate(sorted(prompt, key=int)):
+        again = quick(workflow(PHOTOMONTAGE))
+        again["44"]["inputs"]["seed"] = 1000 + seed  # makes the composite run; its noise is the base's all the same
+        evicted = evict(server, node)
+        assert evicted or prompt[node]["class_type"] == "SaveImage", node
+        assert equal(picture(server, server.run(again, f"without {node}")), reference), f"evicted {node} ({prompt[node]['class_type']})"
+
+
+def test_evicting_a_sampler_and_its_recorder_with_another_seed(server):
+    def with_seed(seed):
+        prompt = quick(workflow(PHOTOMONTAGE))
+        prompt["33"]["inputs"]["seed"] = seed
+        return prompt
+
+    forget(server)
+    reference = {seed: picture(server, server.run(with_seed(seed), "reference")) for seed in (1, 2)}
+    for node in ("32", "33", "43"):
+        server.run(with_seed(1), "before")
+        evict(server, node)
+        assert equal(picture(server, server.run(with_seed(2), f"without {node}")), reference[2])
+
+
+def test_a_cancelled_composite_leaves_the_next_run_as_it_was(server):
+    prompt = quick(workflow(PHOTOMONTAGE))
+    reference = picture(server, server.run(prompt, "reference"))
+    long = workflow(PHOTOMONTAGE)
+    for node in ("13", "23", "33", "44"):
+        long[node]["inputs"]["steps"] = 60
+    queued = server.call("/prompt", {"prompt": long})["prompt_id"]
+    time.sleep(4)
+    server.call("/interrupt", {}, parse=False)
+    deadline = time.time() + 60
+    while not (history := server.call(f"/history/{queued}").get(queued)) and time.time() < deadline:
+        time.sleep(0.5)
+    assert any(kind == "execution_interrupted" for kind, _ in history["status"]["messages"])
+    changed = quick(workflow(PHOTOMONTAGE))
+    changed["44"]["inputs"]["seed"] = 4321
+    assert equal(picture(server, server.run(changed, "after")), reference)
+
+
+@pytest.mark.parametrize("change, part", [
+    (lambda p: p["40"]["inputs"].update(strokes='{"v":1,"base":0,"strokes":[{"k":3,"r":9,"p":[0,0]}]}'), "Graph Cut Montage: stroke 0 is on image 3, and there are 3 images"),
+    (lambda p: p["44"]["inputs"].update(steps=9), "Composite Attention Inject: its images were recorded over 3 steps"),
+    (lambda p: p["43"]["inputs"].update(sites="d9"), "Composite Attention Inject: sites: \"d9\": this model has no d9"),
+    (lambda p: p["43"]["inputs"].update(masks=["40", 0], **{"latents.latent2": ["11", 0]}), "latent 2 was not recorded"),
+])
+def test_errors_reach_the_api_in_one_sentence(server, change, part):
+    prompt = quick(workflow(PHOTOMONTAGE))
+    change(prompt)
+    with pytest.raises(dev.Failure) as failure:
+        server.run(prompt, "wrong")
+    assert part in str(failure.value)
+
+
+# ---------------------------------------------------------------- the SD1.5 workflow on a model of full size
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """A server whose models are a full-size SD1.5 checkpoint and ControlNet with random weights."""
+    import comfy.utils
+    import torch
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+    from comfy.sd1_clip import SD1ClipModel
+    from structures import build, control_net, fill
+
+    base = tmp_path_factory.mktemp("full-size")
+    for folder in ("models/checkpoints", "models/controlnet", "input"):
+        (base / folder).mkdir(parents=True)
+
+    def half(module, prefix):
+        return {prefix + name: value.half() for name, value in module.state_dict().items()}
+
+    with torch.no_grad():
+        weights = half(build("sd15").model.diffusion_model, "model.diffusion_model.")
+        weights |= half(fill(SD1ClipModel(device="cpu").clip_l, 1), "cond_stage_model.")
+        latent = dict(double_z=True, z_channels=4, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, attn_resolutions=[], dropout=0.0)
+        weights |= half(fill(AutoencoderKL(ddconfig=latent, embed_dim=4), 2), "first_stage_model.")
+        comfy.utils.save_torch_file(weights, str(base / "models/checkpoints/v1-5-pruned-emaonly-fp16.safetensors"))
+        comfy.utils.save_torch_file(half(control_net("sd15").control_model, "control_model."), str(base / "models/controlnet/control_v11p_sd15_canny_fp16.safetensors"))
+    Image.effect_noise((64, 64), 80).convert("RGB").save(base / "input/example.png")
+    env = dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
+    with dev.running_server(env, base, "--cpu", "--disable-api-nodes") as running:
+        running.base = base
+        yield running
+
+
+def test_the_sd15_workflow_runs_on_a_model_of_full_size(full_size):
+    prompt = quick(workflow("Montage - photomontage with SD1.5 and ControlNet"), steps=1)
+    for node in prompt.values():
+        if node["class_type"] in ("EmptyLatentImage", "ImageScale"):
+            node["inputs"].update(width=64, height=64)
+        if "batch_size" in node["inputs"]:
+            node["inputs"]["batch_size"] = 2
+    outputs = full_size.run(prompt, "SD1.5")
+    assert len(outputs["17"]["images"]) == 2
+    assert picture(full_size, outputs, "18").size == (64, 64)
+    assert len(picture(full_size, outputs, "19").getcolors(1 << 24)) > 10
