@@ -120,7 +120,7 @@ def loss(reader: Reader, image: Tensor, scenes: Scenes) -> Tensor:
     texture, colour = scenes.texture[row, slot], scenes.colour[row, slot]
     seen = torch.stack([_shown(name, texture, colour) for name in STYLE
                         for _ in range(2 if name in _CIRCULAR else 1)], -1)
-    total = total + 2 * (seen * (style - target) ** 2).mean()
+    total = total + 8 * (seen * (style - target) ** 2).mean()
     tint_target = scenes.style[:, STYLE_NAMES.index("tint")]
     return total + F.cross_entropy(background, scenes.background) + F.mse_loss(tint, tint_target)
 

@@ -320,8 +320,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--weights", default=str(HERE / "weights"), help="the finished weights")
     parser.add_argument("--show-every", type=int, default=500, help="steps between sample grids")
     args = parser.parse_args(argv)
-    # Paths and machines are nobody's business in the weights' metadata.
-    args.command = "python demo/train.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    # For the weights' metadata: what was asked for, but not where the files lie on this machine.
+    asked = {key: value for key, value in vars(args).items() if value != parser.get_default(key) and key not in ("runs", "weights")}
+    words = [word for key, value in asked.items() for word in
+             (f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [Path(value).name if key == "init" else str(value)]))]
+    args.command = shlex.join(["python", "demo/train.py", *words])
     args.trained_on = torch.cuda.get_device_name() if gpu and args.device == "cuda" else "CPU"
     return args
 
