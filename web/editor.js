@@ -6,6 +6,7 @@ import { LONG_TEXT, Painting, UNIT, makeStroke } from "./strokes.js";
 
 const RADIUS = { least: 20, most: 1500, first: 250, step: 1.2 };
 const MANY = 12; // images, from which on the thumbnails are small
+const [LEFT, MIDDLE] = [0, 1]; // mouse buttons
 const NO_PICTURES = { names: [], size: null, regions: null };
 
 export class StrokeEditor {
@@ -14,7 +15,8 @@ export class StrokeEditor {
    * address(name, kind): the URL of a picture; kind is "picture", "thumbnail" or "regions".
    * node: what the editor needs of its node:
    *   base(): number of the base image, null while another node feeds it; chooseBase(image);
-   *   changed(): called after each edit; forward(event): a wheel or middle-button event that is the graph's.
+   *   changed(): called after each edit;
+   *   panning(): whether the pen moves the graph now; forward(event): a wheel or pointer event that is the graph's.
    */
   constructor({ colours, address, node }) {
     linkStyle();
@@ -22,6 +24,7 @@ export class StrokeEditor {
     this.painting = new Painting();
     this.pictures = NO_PICTURES;
     this.missing = false; // the chosen picture's file is gone from the server
+    this.movingGraph = false;
     this.view = { image: 0, radius: RADIUS.first, erasing: false, regions: false };
     this.build();
     this.drawing = new Drawing(this.canvas);
@@ -75,9 +78,7 @@ export class StrokeEditor {
     element.addEventListener("mousedown", (event) => event.target !== tools.radius && event.preventDefault());
     element.addEventListener("keydown", (event) => this.key(event));
     element.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
-    for (const type of ["pointerdown", "pointermove", "pointerup"]) {
-      element.addEventListener(type, (event) => (event.button === 1 || event.buttons & 4) && this.node.forward(event));
-    }
+    for (const type of ["pointerdown", "pointermove", "pointerup"]) element.addEventListener(type, (event) => this.moveGraph(event));
     element.addEventListener("contextmenu", (event) => this.pen.stroke && (event.preventDefault(), event.stopPropagation())); // of a long touch
     tools.radius.addEventListener("input", () => this.look({ radius: Math.exp(tools.radius.value) }));
     canvas.addEventListener("pointermove", (event) => this.moveRing(event));
@@ -140,7 +141,7 @@ export class StrokeEditor {
   // ---- painting
 
   beginStroke(erasing) {
-    if (!this.canPaint()) return null;
+    if (!this.canPaint() || this.node.panning()) return null;
     return { k: this.view.image, r: this.view.radius, ...((erasing || this.view.erasing) && { e: 1 }) };
   }
 
@@ -292,7 +293,18 @@ export class StrokeEditor {
     });
   }
 
-  // ---- keys and wheel
+  // ---- keys, wheel, and what is the graph's
+
+  hasKeyboard() {
+    return this.element.contains(document.activeElement);
+  }
+
+  moveGraph(event) {
+    const { type, button, buttons } = event;
+    if (type === "pointerdown") this.movingGraph = button === MIDDLE || (button === LEFT && this.node.panning());
+    if (this.movingGraph && (buttons || type === "pointerup")) this.node.forward(event);
+    if (type === "pointerup") this.movingGraph = false;
+  }
 
   key(event) {
     const key = event.key.toLowerCase();
@@ -316,7 +328,7 @@ export class StrokeEditor {
 
   wheel(event) {
     const strip = this.images;
-    if (event.altKey) this.resizeBrush((event.deltaY || event.deltaX) < 0 ? RADIUS.step : 1 / RADIUS.step);
+    if (event.altKey && this.hasKeyboard()) this.resizeBrush((event.deltaY || event.deltaX) < 0 ? RADIUS.step : 1 / RADIUS.step);
     else if (strip.contains(event.target) && strip.scrollHeight > strip.clientHeight && !event.ctrlKey) return event.stopPropagation();
     else this.node.forward(event);
     event.preventDefault();

@@ -31,6 +31,7 @@ function nodeSide(node, widget) {
       node.graph?.setDirtyCanvas?.(true, false);
       app.canvas?.emitAfterChange?.();
     },
+    panning: () => Boolean(app.canvas?.read_only), // space is held, or the hand tool is chosen
     forward(event) {
       const canvas = app.canvas;
       const handler = { wheel: "processMouseWheel", pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" }[event.type];
@@ -42,6 +43,7 @@ function nodeSide(node, widget) {
 function makeWidget(node, name, spec) {
   const options = spec[1] ?? {};
   const editor = new StrokeEditor({ colours: options.colours, address, node: nodeSide(node, () => widget) });
+  editor.element.dataset.captureWheel = "true"; // Nodes 2.0: with the keyboard comes the wheel
   const widget = node.addDOMWidget(name, WIDGET, editor.element, {
     hideOnZoom: false,
     socketless: options.socketless,

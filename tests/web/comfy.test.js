@@ -192,15 +192,23 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
   test("wheel and middle button over the editor zoom and pan as they do beside it", async () => {
     const start = await view();
     const box = await (await (await editor()).$(".montage-stage")).boundingBox();
-    const zooms = [];
-    for (const [x, y] of [[box.x + box.width / 2, box.y + box.height / 2], [box.x + box.width / 2, 985]]) {
-      await page.mouse.move(x, y);
+    const [over, beside] = [[box.x + box.width / 2, box.y + box.height / 2], [box.x + box.width / 2, 985]];
+    const zoomAt = async (place) => {
+      await page.mouse.move(...place);
       await page.mouse.wheel(0, -100);
       await still();
-      zooms.push((await view())[0] / start[0]);
+      const zoom = (await view())[0] / start[0];
       await show(start);
-    }
-    assert.ok(zooms[0] > 1.01 && Math.abs(zooms[0] - zooms[1]) < 0.01, `${zooms}`);
+      return zoom;
+    };
+    await leave();
+    const zooms = [await zoomAt(beside), await zoomAt(over)];
+    await press("Paint"); // now the editor has the keyboard
+    zooms.push(await zoomAt(over));
+    assert.ok(zooms.every((zoom) => zoom > 1.01 && Math.abs(zoom - zooms[0]) < 0.01), `${zooms}`);
+    await page.keyboard.down("Alt");
+    assert.equal(await zoomAt(over), 1);
+    await page.keyboard.up("Alt");
     const before = await value();
     await page.mouse.move(box.x + 100, box.y + 60);
     await page.mouse.down({ button: "middle" });

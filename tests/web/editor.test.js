@@ -42,6 +42,7 @@ async function mount({ count = 3, size = [300, 200], text = "" } = {}) {
         base: () => window.base,
         chooseBase: (image) => (window.base = image),
         changed: () => window.changes.push(window.editor.getValue()),
+        panning: () => Boolean(window.panning),
         forward: (event) => window.forwarded.push(event.type),
       },
     });
@@ -290,6 +291,7 @@ describe("tools", () => {
 
   test("the brush: slider, keys, Alt and the wheel", async () => {
     const { radius } = await view();
+    await press("Paint");
     await page.locator(".montage-stage > canvas").hover();
     await page.keyboard.down("Alt");
     await page.mouse.wheel(0, -100);
@@ -332,6 +334,14 @@ describe("tools", () => {
     assert.equal(forwarded[0], "wheel");
     for (const type of ["pointerdown", "pointermove", "pointerup"]) assert.ok(forwarded.includes(type), `${forwarded}`);
     assert.equal(await value(), "");
+  });
+
+  test("while the graph is panned with the left button, nothing is painted", async () => {
+    await page.evaluate(() => (window.panning = true));
+    await drag(page, ACROSS);
+    await page.evaluate(() => (window.panning = false));
+    assert.equal(await value(), "");
+    assert.deepEqual(await page.evaluate(() => [...new Set(window.forwarded)]), ["pointerdown", "pointermove", "pointerup"]);
   });
 
   test("keys that are not the editor's pass through, its own do not, and Escape gives the focus back", async () => {
