@@ -4,13 +4,12 @@ A file is named by the hash of its content: its address never changes meaning, a
 downloaded once, and the names tell the editor whether its strokes were painted on these pictures.
 """
 import hashlib
-import io
 import os
 import uuid
 from pathlib import Path
 
 import folder_paths
-import numpy as np
+import torch
 from PIL import Image
 
 FOLDER = "montage"  # inside the temp folder
@@ -19,41 +18,38 @@ THUMBNAIL = 128
 
 
 def photograph(picture):
-    """Write a picture [H, W, 3] in [0, 1] as JPEG, and its thumbnail beside it; return its name."""
+    """Keep a picture [H, W, 3] in [0, 1] as JPEG, and its thumbnail beside it; return its name."""
     image = shrunk(picture, Image.Resampling.LANCZOS)
-    data = encoded(image, "JPEG", quality=90)
-    name = hashlib.sha1(data, usedforsecurity=False).hexdigest()[:20]
-    write(f"{name}.jpg", data)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    write(f"{name}-small.jpg", encoded(image, "JPEG", quality=85))
+    name = name_of(image)
+    keep(f"{name}.jpg", image, quality=90)
+    keep(f"{name}-small.jpg", image, THUMBNAIL, quality=85)
     return name
 
 
 def diagram(picture):
-    """Write a picture of flat colours [H, W, 3] in [0, 1] as PNG; return its name."""
-    data = encoded(shrunk(picture, Image.Resampling.NEAREST), "PNG")
-    name = hashlib.sha1(data, usedforsecurity=False).hexdigest()[:20]
-    write(f"{name}.png", data)
+    """Keep a picture of flat colours [H, W, 3] in [0, 1] as PNG; return its name."""
+    image = shrunk(picture, Image.Resampling.NEAREST)
+    name = name_of(image)
+    keep(f"{name}.png", image)
     return name
 
 
 def shrunk(picture, resampling):
-    image = Image.fromarray((picture.clamp(0, 1) * 255).round().numpy().astype(np.uint8))
+    image = Image.fromarray((picture.clamp(0, 1) * 255).round_().to(torch.uint8).numpy())
     image.thumbnail((LONG_SIDE, LONG_SIDE), resampling)
     return image
 
 
-def encoded(image, kind, **options):
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
+def name_of(image):
+    return hashlib.sha1(f"{image.width}x{image.height} ".encode() + image.tobytes(), usedforsecurity=False).hexdigest()[:20]
 
 
-def write(name, data):
-    """Under a passing name first, so that nobody is ever served half a file."""
+def keep(name, image, side=LONG_SIDE, **options):
+    """Write the file unless it is there; under a passing name first, so that nobody is ever served half of it."""
     folder = Path(folder_paths.get_temp_directory()) / FOLDER
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        passing = folder / f"{uuid.uuid4().hex}.part"
-        passing.write_bytes(data)
+        passing = folder / f"{uuid.uuid4().hex}-{name}"
+        image.thumbnail((side, side))
+        image.save(passing, **options)
         os.replace(passing, folder / name)
