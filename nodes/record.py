@@ -1,8 +1,17 @@
-"""Recording what a sampler does, so that other images can be composed from it."""
+"""Histories: recording what a sampler does, and finding the one that an existing image could have had."""
+import math
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_patcher import create_model_options_clone
 from comfy_api.latest import io
 
-from ..patching.recipes import install
-from ..patching.streams import LATENT_KEY, Recording
+from ..kernels import inversion
+from ..patching.recipes import install, taking_keys
+from ..patching.streams import LATENT_KEY, Evaluation, Recording, Run, Weights, recorded_conds
 
 MEBIBYTE = 2**20
 
@@ -38,4 +47,76 @@ class FeatureRecorder(io.ComfyNode):
         return io.NodeOutput(install(model, recording=recording), {**latent, LATENT_KEY: recording})
 
 
-NODES = [FeatureRecorder]
+class InvertImage(io.ComfyNode):
+    NAME = "Invert Image"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="InvertImage",
+            display_name=cls.NAME,
+            category="montage",
+            description="Gives an existing picture a history: DDIM inversion finds the noise and the latents of every step that lead to it, "
+                        "so that it can stand in a stack beside generated images.",
+            search_aliases=["ddim inversion", "unsampler", "real image"],
+            inputs=[
+                io.Model.Input("model", tooltip="The SD1.x, SD2.x or SDXL model that will sample with it."),
+                io.Latent.Input("latent", tooltip="The picture, encoded by the VAE. A batch of N is N images."),
+                io.Sigmas.Input("sigmas", tooltip="The schedule of the runs that it will be used in (Basic Scheduler, denoise 1), ending in 0."),
+                io.Conditioning.Input("conditioning", tooltip="An empty prompt (the papers' choice), or the picture's own description. Used at CFG 1."),
+            ],
+            outputs=[
+                io.Latent.Output("image_latent", display_name="LATENT", tooltip="The picture's latent, carrying its history."),
+                io.Latent.Output("noise_latent", display_name="noise", tooltip="The noise it came from. Sample it without adding noise (KSampler Advanced, add_noise disabled)."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, latent, sigmas, conditioning):
+        samples = latent["samples"]
+        if len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas[:-1] <= sigmas[1:]).any():
+            raise ValueError(f"{cls.NAME}: sigmas are {[round(s, 3) for s in sigmas.tolist()][:6]}: a descending schedule that ends in 0 was expected. Use Basic Scheduler.")
+        smallest = float(model.get_model_object("model_sampling").sigma_min)
+        ladder = torch.cat([torch.tensor([min(smallest, float(sigmas[-2]))]), sigmas[:-1].flip(0).cpu()])
+        run = Run(Weights(model), "ddim inversion", sigmas, torch.zeros_like(samples), torch.zeros_like(samples), None)
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(conditioning, conditioning)
+        guider.set_cfg(1.0)
+        noise = guider.sample(torch.zeros_like(samples), samples, comfy.samplers.KSAMPLER(inversion_sampler, extra_options={"run": run}), ladder,
+                              callback=latent_preview.prepare_callback(model, len(ladder) - 1), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED)
+        run.noise, run.final = as_noise(model, run.evaluations[run.sigmas[0], 0, 0].x, run.sigmas[0]), samples.cpu()
+        recording = Recording()
+        recording.add(run)
+        return io.NodeOutput({**latent, LATENT_KEY: recording}, {"samples": noise.to(samples)})
+
+
+def inversion_sampler(model, x, sigmas, extra_args, callback, disable, run):
+    """A k-diffusion sampler over ascending sigmas, which fills `run` with the history that it finds."""
+    run.conds = recorded_conds(model.inner_model.conds)
+    run.options = {0: create_model_options_clone(extra_args["model_options"])}
+    ones = x.new_ones(x.shape[0])
+    history = {}
+
+    def predict_noise(y, sigma):
+        denoised = model(y, sigma * ones, **extra_args)
+        callback({"i": len(history) - 1, "denoised": denoised, "x": y, "sigma": sigma})
+        return (y - denoised) / sigma
+
+    for sigma, y in inversion.invert(x, predict_noise, sigmas):
+        history[float(sigma), 0, 0] = Evaluation(y)  # where the ladder starts with a sigma of the schedule, they are equal
+    run.evaluations = {key: history[key] for key in reversed(history) if key[0] in run.sigmas}
+    lowest = run.sigmas[-2]
+    options = taking_keys(run, model.inner_model, extra_args["model_options"])
+    model(run.evaluations[lowest, 0, 0].x.to(x), lowest * ones, **{**extra_args, "model_options": options})
+    return y
+
+
+def as_noise(model, x, sigma):
+    """The noise that ComfyUI's samplers scale to x at sigma."""
+    sampling = model.get_model_object("model_sampling")
+    highest = float(sampling.sigma_max)
+    is_start = math.isclose(highest, sigma, rel_tol=1e-5) or sigma > highest
+    return x / sampling.noise_scaling(torch.tensor(sigma), torch.ones(1), torch.zeros(1), is_start)
+
+
+NODES = [FeatureRecorder, InvertImage]

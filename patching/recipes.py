@@ -259,13 +259,7 @@ class Session:
         return patch
 
     def patched(self, options, patch):
-        """A copy of model options with our patch before all others, and without torch.compile, which would run the
-        graph it traced without the patch."""
-        options = create_model_options_clone(options)
-        transformer = options["transformer_options"]
-        patches = transformer.setdefault("patches", {})
-        patches["attn1_patch"] = [patch, *patches.get("attn1_patch", ())]
-        compiled = transformer.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).pop("torch.compile", None)
+        options, compiled = with_attn1_patch(options, patch)
         if compiled and not self.compiled:
             self.compiled = True
             logging.warning("%s: torch.compile is left out of this run, since it would leave out the attention patches.", self.names)
@@ -357,6 +351,33 @@ class Session:
             self.run.final = output.detach().cpu()
             for recording in self.recordings:
                 recording.add(self.run)
+
+
+def with_attn1_patch(options, patch):
+    """(a copy of model options with our patch before all others, whether they were compiled). Without torch.compile, which
+    would run the graph it traced without the patch."""
+    options = create_model_options_clone(options)
+    transformer = options["transformer_options"]
+    patches = transformer.setdefault("patches", {})
+    patches["attn1_patch"] = [patch, *patches.get("attn1_patch", ())]
+    compiled = transformer.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).pop("torch.compile", None)
+    return options, bool(compiled)
+
+
+def taking_keys(run, guider, options):
+    """Model options that take K of the first self-attention down into a run that no Session records."""
+    site = sites_of(guider.model_patcher)[0]
+    attention = transformer_block(guider.model_patcher, site).attn1
+    halves = halves_of(guider.conds)
+
+    def patch(n, k, v, extra):
+        if Site(*extra["block"], extra["block_index"]) == site:
+            run.keys_grid = tuple(extra["activations_shape"][-2:])
+            for uuid, part in zip(extra["uuids"], n.chunk(len(extra["uuids"]))):
+                run.keys[halves[uuid]] = attention.to_k(part).to("cpu")
+        return n, k, v
+
+    return with_attn1_patch(options, patch)[0]
 
 
 def stream_half(recipe, run, half):

@@ -1,0 +1,107 @@
+"""DDIM inversion (traps 7 and 8), and inverted pictures in a stack."""
+import pytest
+import torch
+from comfy_extras.nodes_custom_sampler import BasicScheduler
+from montage.kernels import inversion
+from montage.nodes.record import InvertImage
+from sampling import SIZE, STEPS, compose, cut, empty, halves, masks_of, record, sample, sample_advanced, words
+from structures import random_model
+from test_composite import STROKES, close, pictures, same
+from test_recording import run_of
+
+
+def test_the_recursion_is_the_official_one():
+    """Trap 7: VP latents and timesteps against VE latents and sigmas, on a toy network in float64."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = torch.cumprod(1 - betas, 0)
+    timesteps = [0] + list(range(1, 1000, 20))  # the image at abar[0], then 50 steps with an offset of 1
+    weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 3
+
+    def network(x, t):
+        return torch.tanh(x @ weight + t / 1000)
+
+    x = image = torch.randn(2, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    official = [x]
+    for t, following in zip(timesteps, timesteps[1:]):
+        eps = network(x, following)
+        x0 = (x - (1 - abar[t]) ** 0.5 * eps) / abar[t] ** 0.5
+        x = abar[following] ** 0.5 * x0 + (1 - abar[following]) ** 0.5 * eps
+        official.append(x)
+
+    sigmas = [((1 - abar[t]) / abar[t]) ** 0.5 for t in timesteps]
+    timestep_of = {float(s): t for s, t in zip(sigmas, timesteps)}
+
+    def difference(predict):
+        found = [y / (1 + s**2) ** 0.5 for s, y in inversion.invert(image, predict, sigmas)]
+        return max((a - b).abs().max().item() for a, b in zip(found, official))
+
+    def k_diffusion(y, sigma):  # scales its input by the sigma it is called with
+        return network(y / (1 + sigma**2) ** 0.5, timestep_of[float(sigma)])
+
+    assert difference(k_diffusion) < 1e-12
+    plain, inversion.model_input = inversion.model_input, lambda y, sigma, following: y
+    try:
+        assert difference(k_diffusion) > 1e-2  # the compensation forgotten
+    finally:
+        inversion.model_input = plain
+
+
+def invert(latent, model=None, steps=STEPS, conditioning=None):
+    model = model or random_model("sd15-small")
+    sigmas = BasicScheduler.execute(model, "normal", steps, 1.0).args[0]
+    return InvertImage.execute(model, latent, sigmas, conditioning or words(5))
+
+
+def image_latent(seed=3, batch=1, size=SIZE):
+    return {"samples": torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(seed))}
+
+
+def test_the_history_begins_with_the_noise_and_ends_with_the_picture():
+    """Trap 8: sampling step i of T reads the latent at its own sigma, list[-1-i]; the last result is list[0], the picture."""
+    picture = image_latent(batch=2)
+    latent, noise = invert(picture).args
+    run = run_of(latent)
+    assert same(latent["samples"], picture["samples"]) and same(run.final, picture["samples"])
+    assert [sigma for sigma, *_ in run.evaluations] == list(run.sigmas[:-1]) and run.sigmas[-1] == 0
+    model = random_model("sd15-small").model
+    first, last = run.evaluations[run.sigmas[0], 0, 0].x, run.evaluations[run.sigmas[-2], 0, 0].x
+    close(model.process_latent_out(first), noise["samples"])
+    smallest = float(model.model_sampling.sigma_min)
+    assert run.sigmas[-2] >= smallest
+    scaled = model.process_latent_in(picture["samples"]) * (1 + smallest**2) ** 0.5
+    assert (last - scaled).abs().max() < (first - scaled).abs().max() / 10  # nearest to the picture at the end
+
+
+def test_sampling_from_the_noise_begins_where_the_inversion_ended():
+    latent, noise = invert(image_latent()).args
+    started = []
+    model = random_model("sd15-small").clone()
+    model.set_model_unet_function_wrapper(lambda apply, args: (started.append(args["input"][:1]), apply(args["input"], args["timestep"], **args["c"]))[1])
+    sample_advanced(model, noise, noise="disable")
+    close(started[0], run_of(latent).evaluations[run_of(latent).sigmas[0], 0, 0].x)
+
+
+def test_a_locked_picture_comes_back_exactly():
+    """Trap 8: with everything locked, the final latent is list[0]."""
+    latent, _ = invert(image_latent()).args
+    locked = {**latent, "noise_mask": torch.zeros(1, *SIZE)}
+    close(sample(random_model("sd15-small"), locked)["samples"], latent["samples"], 1e-6)
+
+
+def test_an_inverted_picture_in_a_stack():
+    latent, _ = invert(image_latent(), conditioning=words(1)).args
+    other = record(seed=2)
+    masks, *_ = cut([latent, other], pictures(1, 2), STROKES)
+    assert (masks.sum(0) == 1).all() and 0 < masks[0].mean() < 1
+    mixed = masks_of(halves())
+    composed = compose([latent, other], mixed)
+    assert torch.isfinite(composed).all() and (composed - compose([latent, other], masks_of(torch.zeros(SIZE), 2))).abs().max() > 0.05
+    # As the base, it starts from its own noise.
+    started = compose([latent, other], masks_of(torch.zeros(SIZE), 2), kv="model", positive=words(1))
+    close(started, sample_advanced(random_model("sd15-small"), invert(image_latent(), conditioning=words(1)).args[1], noise="disable", positive=words(1))["samples"], 1e-2)
+
+
+@pytest.mark.parametrize("sigmas", [[1.0, 2.0, 0.0], [2.0, 1.0], [0.0], []])
+def test_a_schedule_that_is_none_is_refused(sigmas):
+    with pytest.raises(ValueError, match="Invert Image: sigmas are .* a descending schedule that ends in 0"):
+        InvertImage.execute(random_model("sd15-small"), empty(), torch.tensor(sigmas), words(1))
