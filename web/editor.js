@@ -101,12 +101,6 @@ export class StrokeEditor {
     this.render();
   }
 
-  /** The base, or who feeds it, was changed outside the editor. */
-  baseChanged() {
-    this.painting.followBase(this.node.base());
-    this.render();
-  }
-
   edit(change) {
     const { names, size } = this.pictures;
     this.painting.followBase(this.node.base());
@@ -119,8 +113,8 @@ export class StrokeEditor {
   }
 
   afterEdit() {
-    const { base } = this.painting;
-    if (base !== this.node.base()) this.node.chooseBase(base);
+    const [base, nodes] = [this.painting.base, this.node.base()];
+    if (base !== null && nodes !== null && base !== nodes) this.node.chooseBase(base);
     this.render();
     this.node.changed();
   }
@@ -197,6 +191,7 @@ export class StrokeEditor {
   }
 
   render() {
+    this.painting.followBase(this.node.base());
     this.view.image = Math.max(0, Math.min(this.view.image, this.count() - 1));
     this.drawing.resize(this.pictures.size ?? this.painting.paintedOn.size ?? [1, 1]);
     if (!this.pen.stroke) this.drawing.show(this.painting.strokes, this.view.image, (image) => this.colourOf(image));

@@ -110,6 +110,7 @@ function takeSeat(node) {
   const element = seat?.element.deref();
   if (element && element !== editor.element && element.isConnected) element.replaceWith(editor.element);
   if (seat) editor.view = seat.view;
+  editor.render();
   seats.set(place, { view: editor.view, element: new WeakRef(editor.element) });
 }
 
@@ -151,8 +152,8 @@ app.registerExtension({
         showPictures(node);
       });
     }
-    after(node, "onConnectionsChange", () => editor.baseChanged());
-    after(node.widgets.find((widget) => widget.name === "base"), "callback", () => editor.baseChanged());
+    after(node, "onConnectionsChange", () => editor.render());
+    after(node.widgets.find((widget) => widget.name === "base"), "callback", () => editor.render());
   },
   onNodeOutputsUpdated() {
     for (const node of allNodes(app.graph?.rootGraph ?? app.graph)) if (editors.has(node)) showPictures(node);

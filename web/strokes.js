@@ -91,11 +91,12 @@ export class Painting {
     return true;
   }
 
-  /** The node's base was changed elsewhere. */
+  /** The node's base was changed elsewhere: a step for undo, unless there is none before it or another node took over. */
   followBase(base) {
-    if (base === this.base) return;
-    if (this.past.length || this.future.length) this.edit({ base });
-    else this.now = { ...this.now, base };
+    if (this.error !== null || base === this.base) return;
+    const isStep = base !== null && this.base !== null && (this.past.length || this.future.length);
+    if (isStep) this.edit({ base });
+    else this.become({ ...this.now, base });
   }
 
   become(state) {

@@ -277,16 +277,36 @@ describe("tools", () => {
     assert.equal(await page.evaluate(() => window.base), 0);
     await page.evaluate(() => {
       window.base = 1;
-      window.editor.baseChanged();
+      window.editor.render();
     });
     assert.equal(JSON.parse(await value()).base, 1);
     assert.match(await thumbnail(1).textContent(), /base/);
     await page.evaluate(() => {
       window.base = null;
-      window.editor.baseChanged();
+      window.editor.render();
     });
     assert.equal("base" in JSON.parse(await value()), false);
     assert.equal(await page.getByRole("button", { name: "Base", exact: true }).isDisabled(), true);
+  });
+
+  test("undo while another node feeds the base leaves the base alone, and redo stays", async () => {
+    await drag(page, ACROSS);
+    await drag(page, DOWN);
+    await page.evaluate(() => {
+      window.base = null;
+      window.editor.render();
+    });
+    await press("Undo");
+    assert.equal((await strokes()).length, 1);
+    assert.equal(await page.evaluate(() => window.base), null);
+    assert.equal("base" in JSON.parse(await value()), false);
+    await press("Redo");
+    assert.equal((await strokes()).length, 2);
+    await page.evaluate(() => {
+      window.base = 1;
+      window.editor.render();
+    });
+    assert.equal(JSON.parse(await value()).base, 1);
   });
 
   test("the brush: slider, keys, Alt and the wheel", async () => {
