@@ -27,13 +27,13 @@ class Budget:
 
 
 def fit(name: str, folder: Path, parameters: dict[str, Tensor], loss_of: Callable[[torch.Generator], Tensor],
-        budget: Budget, lr: float, seed: int = 0,
+        budget: Budget, lr: float, seed: int = 0, warmup: int = 100,
         show: Callable[[int], None] | None = None) -> dict:
     """Trains `parameters` in place and leaves their average over the last steps in them.
 
     loss_of draws all its randomness from the generator it is given, on the parameters' device; the generator
     depends on seed and step alone, so the continuation of a killed run is the run itself. The learning rate
-    rises for 100 steps, stays, and falls along a cosine over the second half of the budget.
+    rises for `warmup` steps, stays, and falls along a cosine over the second half of the budget.
     Returns {"steps", "seconds", "loss"} (the loss as a running mean).
     """
     path = folder / f"{name}.safetensors"
@@ -46,7 +46,7 @@ def fit(name: str, folder: Path, parameters: dict[str, Tensor], loss_of: Callabl
 
     while (spent := budget.spent(step, elapsed)) < 1:
         for group in optimiser.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * _cosine(max(0.0, 2 * spent - 1))
+            group["lr"] = lr * min(1, (step + 1) / warmup) * _cosine(max(0.0, 2 * spent - 1))
         loss = loss_of(torch.Generator(device).manual_seed(seed * 1_000_003 + step))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -10,6 +10,7 @@ from .vocabulary import UNKNOWN, tokenise
 PHOTOS, PHOTO_SEED = 8, 77
 VECTORS = 2          # of the learned word
 RANK = 4             # of the LoRA
+BATCH = 8
 LORA_WORD = "sks"    # no caption uses it: its embedding is every unknown word's
 
 
@@ -65,7 +66,7 @@ def _embedding(trainer, drawn, latents, budget) -> dict:
     ids = tokenise(captions(drawn, " ".join(["?"] * VECTORS))).to(trainer.device)
 
     def loss_of(generator):
-        rows = torch.randint(len(latents), (16,), generator=generator, device=trainer.device)
+        rows = torch.randint(len(latents), (BATCH,), generator=generator, device=trainer.device)
 
         def context():
             embedded = table(ids[rows])
@@ -73,7 +74,7 @@ def _embedding(trainer, drawn, latents, budget) -> dict:
             return trainer.text.encode(embedded)
         return trainer.denoising_loss(latents[rows], context, generator)
 
-    figures = trainer.fit("embedding", {"word": word}, loss_of, budget, lr=2e-2)
+    figures = trainer.fit("embedding", {"word": word}, loss_of, budget, lr=2e-2, warmup=10)
     save_safely({"clip_l": word}, trainer.weights / "demo-subject-embedding.safetensors",
                 trainer.metadata(figures=figures))
     return figures
@@ -86,15 +87,15 @@ def _lora(trainer, drawn, latents, budget) -> dict:
     lora = LoRA(trainer.unet, torch.Generator().manual_seed(trainer.args.seed))
 
     def loss_of(generator):
-        rows = torch.randint(len(latents), (8,), generator=generator, device=trainer.device)
-        others = torch.randint(len(known), (8,), generator=generator, device=trainer.device)
+        rows = torch.randint(len(latents), (BATCH // 2,), generator=generator, device=trainer.device)
+        others = torch.randint(len(known), (BATCH // 2,), generator=generator, device=trainer.device)
         x = torch.cat([latents[rows], known[others].float()])
         # Alternating, because the loss spreads its times over the batch in order.
-        mix = torch.arange(16, device=trainer.device).view(2, 8).T.flatten()
+        mix = torch.arange(BATCH, device=trainer.device).view(2, -1).T.flatten()
         words = torch.cat([ids[rows], tokens[others, 0].long()])
         return trainer.denoising_loss(x[mix], lambda: trainer.text(words[mix]), generator)
 
-    figures = trainer.fit("lora", lora.factors, loss_of, budget, lr=2e-3)
+    figures = trainer.fit("lora", lora.factors, loss_of, budget, lr=3e-3, warmup=10)
     lora.remove()
     state = {f"diffusion_model.{key}": value.half() for key, value in lora.factors.items()}
     state |= {key.replace("lora_up.weight", "alpha"): torch.tensor(float(RANK)) for key in list(state) if "lora_up" in key}
