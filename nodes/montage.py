@@ -182,7 +182,7 @@ class CompositeAttention(Recipe):
         return self.rows_of[key]
 
     def keep(self, number, n, grid):
-        return n if self.kv == "concat" else n[:, self.rows(self.read[number], grid, n.device)]
+        return n.clone() if self.kv == "concat" else n[:, self.rows(self.read[number], grid, n.device)]
 
     def attn1(self, n, k, v, sources, grid):
         q, stored_base = n.clone(), None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
 from comfy.model_patcher import create_model_options_clone
@@ -102,8 +103,9 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
 
 
 def _predict_noise(executor, x, timestep, model_options={}, seed=None):
-    session = model_options["transformer_options"][KEY]
-    session.visit(float(timestep[0]))
+    session = model_options.get("transformer_options", {}).get(KEY)
+    if session:
+        session.visit(float(timestep[0]))
     return executor(x, timestep, model_options, seed)
 
 
@@ -180,6 +182,8 @@ class Session:
     def evaluate(self, executor, model, conds, x, timestep, options):
         """A model evaluation of the target. There may be several in a visit (PAG, SAG): each has a record of its own,
         with its own latent and options."""
+        if self.sigma_visit is None:  # a guider that does not go through predict_noise
+            self.visit(float(timestep[0]))
         step = Step((*self.sigma_visit, self.calls), halves_of(self.guider.conds), self.recipes, self.sigmas)
         self.calls += 1
         if self.run is None:
@@ -211,7 +215,7 @@ class Session:
 
         def take(site, half, n, grid):
             if keep_features:
-                evaluation.features[half, site] = n.to("cpu")
+                evaluation.features[half, site] = n.to("cpu", copy=True)  # other patches may write into n
             if is_last and site == first:
                 self.run.keys[half], self.run.keys_grid = attention.to_k(n).to("cpu"), grid
 
@@ -277,6 +281,7 @@ class Session:
                 if not all((stream_half(recipe, run, half), site) in features for half in halves for site in recipe.window.sites):
                     wanted.setdefault(run, set()).add(row)
         for run, rows in wanted.items():
+            comfy.model_management.throw_exception_if_processing_interrupted()
             self.replay(executor, model, conds, device, timestep, step, run, rows_to_replay(run, rows))
 
     def replay(self, executor, model, conds, device, timestep, step, run, rows):

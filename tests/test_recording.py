@@ -159,6 +159,15 @@ def test_keys_are_those_of_the_last_evaluation():
     assert same(run_of(record(model=model)).keys[COND], run.keys[COND])
 
 
+def test_a_patch_that_writes_into_its_input_does_not_reach_the_recording():
+    model = random_model("sd15-small").clone()
+    model.set_model_attn1_patch(lambda n, k, v, extra: (n.mul_(1.3), k, v))
+    first = run_of(record(model=model, cache_mb=64)), run_of(record(cache_mb=64))
+    site = (COND, recipes.Site("input", 1, 0))  # the first block: what comes before it is the same
+    a, b = (run.evaluations[run.sigmas[0], 0, 0].features[site] for run in first)
+    assert same(a, b)
+
+
 def test_cfg_one_records_the_half_that_was_computed():
     run = run_of(record(cfg=1.0, cache_mb=64))
     assert {half for half, _ in next(iter(run.evaluations.values())).features} == {COND}
