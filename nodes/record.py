@@ -10,7 +10,8 @@ from comfy.model_patcher import create_model_options_clone
 from comfy_api.latest import io
 
 from ..kernels import inversion
-from ..patching.recipes import install, taking_keys
+from ..patching.recipes import install
+from ..patching.session import taking_keys
 from ..patching.streams import LATENT_KEY, Evaluation, Recording, Run, Weights, recorded_conds
 
 MEBIBYTE = 2**20

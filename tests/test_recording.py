@@ -10,11 +10,10 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicGuider, CFGGuider, DualCFGGuider
-from montage.patching import recipes
+from montage.patching import recipes, session
 from montage.patching.streams import LATENT_KEY, RUNS_KEPT, Half, streams_of
 from nodes import LatentFromBatch
-from sampling import CFG, NEGATIVE, SIZE, STEPS, empty, halves, masks_of, record, recorder, sample, sample_advanced, sample_custom, stack, words
-from sampling import compose
+from sampling import CFG, NEGATIVE, SIZE, STEPS, compose, empty, halves, masks_of, record, recorder, sample, sample_advanced, sample_custom, stack, words
 from structures import control_net, random_model
 
 SAMPLERS = ["euler", "ddim", "uni_pc", "dpmpp_2m", "heun", "dpm_2", "euler_ancestral", "dpmpp_2s_ancestral", "lcm"]
@@ -163,7 +162,7 @@ def test_a_patch_that_writes_into_its_input_does_not_reach_the_recording():
     model = random_model("sd15-small").clone()
     model.set_model_attn1_patch(lambda n, k, v, extra: (n.mul_(1.3), k, v))
     first = run_of(record(model=model, cache_mb=64)), run_of(record(cache_mb=64))
-    site = (COND, recipes.Site("input", 1, 0))  # the first block: what comes before it is the same
+    site = (COND, session.Site("input", 1, 0))  # the first block: what comes before it is the same
     a, b = (run.evaluations[run.sigmas[0], 0, 0].features[site] for run in first)
     assert same(a, b)
 
@@ -242,8 +241,8 @@ def test_an_interrupt_leaves_nothing_behind(error, monkeypatch):
     sessions, evaluations = [], []
     original = recipes.Session.__init__
     monkeypatch.setattr(recipes.Session, "__init__", lambda self, *args: (sessions.append(weakref.ref(self)), original(self, *args))[1])
-    keep = recipes.Evaluation.__init__
-    monkeypatch.setattr(recipes.Evaluation, "__init__", lambda self, x: (evaluations.append(weakref.ref(self)), keep(self, x))[1])
+    keep = session.Evaluation.__init__
+    monkeypatch.setattr(session.Evaluation, "__init__", lambda self, x: (evaluations.append(weakref.ref(self)), keep(self, x))[1])
 
     def interrupt(executor, *args, **kwargs):
         if len(evaluations) % STEPS == 3:

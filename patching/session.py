@@ -1,0 +1,291 @@
+"""One sampling run of a patched MODEL: records it, replays the streams that its recipes read, and applies the recipes."""
+import logging
+
+import comfy.model_management
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.model_patcher import create_model_options_clone
+from comfy.patcher_extension import WrappersMP
+
+from .schedule import Visits, position
+from .sites import Site, sites_of, transformer_block
+from .streams import Evaluation, Half, Run, Weights, conds_of, halves_of, recorded_conds, rows_to_replay
+
+KEY = "montage"  # of our wrappers and attachments in a MODEL, and of the Session in a run's transformer options
+
+
+class Step:
+    """One model evaluation of the target or of a stream: its name (sigma, visit, call), its conditionings, the recipes
+    that act in it, and what their streams gave."""
+
+    def __init__(self, key, halves, recipes=(), sigmas=()):
+        self.key, self.halves = key, halves
+        self.recipes = [recipe for recipe in recipes if recipe.window.has(position(key[0], recipe.streams[0].run.sigmas if recipe.streams else sigmas))]
+        self.kept = {}  # (recipe, stream number, half, site) -> tensor
+
+
+class Session:
+    """One sampling run of a patched MODEL. Everything that lives only as long as the run is here."""
+
+    def __init__(self, guider, patch, noise, sampler, sigmas):
+        self.guider, self.model, self.recordings = guider, guider.model_patcher, patch.recordings
+        self.recipes = tuple(recipe for recipe in patch.recipes if not recipe.window.empty)
+        self.sites = sites_of(self.model)
+        self.sigmas, self.size = tuple(sigmas.tolist()), tuple(noise.shape[-2:])
+        self.sampler = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
+        self.names = " and ".join(dict.fromkeys([r.node for r in self.recipes] + ["Feature Recorder"] * bool(self.recordings)))
+        self.visits = Visits()
+        self.sigma_visit, self.calls = None, 0  # the evaluation of the guider, and how often it called the model
+        self.run = None  # being recorded
+        self.acted = set()  # recipes that did
+        self.conds = {}  # (run, rows) -> its conditioning, ready on the device
+        self.compiled = False  # whether torch.compile had to be left out
+        if self.names and self.model.model_options.get("context_handler") is not None:
+            raise ValueError(f"{self.names}: context windows cut the latent into pieces that do not match what was recorded. "
+                             f"Disconnect the context window node from this MODEL.")
+        for recipe in self.recipes:
+            self.check_streams(recipe)
+            recipe.check(self)
+
+    def check_streams(self, recipe):
+        for run, _ in recipe.streams:
+            if run.composed:
+                raise ValueError(f"{recipe.node}: one of its images was itself composed, by {run.composed}. Compose from the images that it was made of.")
+            if run.size != self.size:
+                raise ValueError(f"{recipe.node}: its images were recorded at {run.size[0]}x{run.size[1]} latent pixels and this run "
+                                 f"has {self.size[0]}x{self.size[1]}. Sample the LATENT that the node gives, or one of its size.")
+            if not set(self.sigmas[:-1]) <= set(run.sigmas):
+                raise ValueError(f"{recipe.node}: its images were recorded over {run.schedule()} and this run takes "
+                                 f"{len(self.sigmas) - 1} steps from sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}. "
+                                 f"Set the sampler's steps, scheduler and denoise to those of the recording.")
+            if any("hooks" in cond for group in run.conds.values() for cond in group):
+                raise ValueError(f"{recipe.node}: its images were recorded with hooks on their conditioning, which cannot be replayed. "
+                                 f"Apply the LoRA to the MODEL instead of the conditioning.")
+            # A run that starts inside the schedule begins with the visit that continues the step, not with the one
+            # that ended the step before (Heun's corrector).
+            first = self.sigmas[0]
+            self.visits.seen[first] = max(0, run.visits(first) - run.visits(run.sigmas[0]))
+
+    def record(self, noise, latent_image, sigmas, denoise_mask):
+        if self.recordings:
+            composed = " and ".join(recipe.node for recipe in self.recipes)
+            self.run = Run(Weights(self.model), self.sampler, sigmas, noise, latent_image, denoise_mask, composed)
+            self.budget = max(recording.budget for recording in self.recordings)
+
+    def visit(self, sigma):
+        self.sigma_visit, self.calls = self.visits.next(sigma), 0
+
+    def evaluate(self, executor, model, conds, x, timestep, options):
+        """A model evaluation of the target. There may be several in a visit (PAG, SAG): each has a record of its own,
+        with its own latent and options."""
+        if self.sigma_visit is None:  # a guider that does not go through predict_noise
+            self.visit(float(timestep[0]))
+        step = Step((*self.sigma_visit, self.calls), halves_of(self.guider.conds), self.recipes, self.sigmas)
+        self.calls += 1
+        if self.run is None:
+            return self.compute(executor, model, conds, x, timestep, options, step)
+        evaluation = self.note(step, x, options)
+        result = self.compute(executor, model, conds, x, timestep, options, step, self.recorder(step, evaluation))
+        self.budget -= evaluation.bytes
+        if self.budget < 0:  # only the first can overshoot, since its size is not known before
+            evaluation.features = {}
+        return result
+
+    def note(self, step, x, options):
+        """Take down what went into an evaluation."""
+        if not self.run.conds:
+            self.run.conds = recorded_conds(self.guider.conds)
+        call = step.key[2]
+        if call not in self.run.options:
+            self.run.options[call] = create_model_options_clone(options)
+            del self.run.options[call]["transformer_options"][KEY]
+        self.run.evaluations[step.key] = Evaluation(x)
+        return self.run.evaluations[step.key]
+
+    def recorder(self, step, evaluation):
+        """What takes the target's attention inputs down: features while the budget lasts, and K of the first
+        self-attention at the end of the schedule (the graph cut's features). None when there is nothing to take."""
+        keep_features = self.budget > 0 and self.budget >= self.run.evaluation_bytes
+        first, attention = self.sites[0], transformer_block(self.model, self.sites[0]).attn1
+        is_last = step.key[0] <= self.sigmas[-2] and step.key[2] == 0
+
+        def take(site, half, n, grid):
+            if keep_features:
+                evaluation.features[half, site] = n.to("cpu", copy=True)  # other patches may write into n
+            if is_last and site == first:
+                self.run.keys[half], self.run.keys_grid = attention.to_k(n).to("cpu"), grid
+
+        return take if keep_features or is_last else None
+
+    def compute(self, executor, model, conds, x, timestep, options, step, take=None):
+        """One evaluation with its recipes on; `take(site, half, n, grid)` sees the attention inputs before them."""
+        self.gather(executor, model, conds, x.device, timestep, step)
+        if not step.recipes and take is None:
+            return executor(model, conds, x, timestep, options)
+        fired = set()
+        result = executor(model, conds, x, timestep, self.patched(options, self.attn1_patch(step, take, fired)))
+        for recipe in step.recipes:
+            missing = [site for site in recipe.window.sites if site not in fired]
+            if missing:
+                raise RuntimeError(f"{recipe.node}: the attention of {len(missing)} of its {len(recipe.window.sites)} blocks was never "
+                                   f"reached, the first of them {tuple(missing[0])}. Another node runs these blocks in its own way: "
+                                   f"disconnect it from this MODEL, or leave the blocks out.")
+        return result
+
+    def attn1_patch(self, step, take, fired):
+        def patch(n, k, v, extra):
+            site = Site(*extra["block"], extra["block_index"])
+            grid = tuple(extra["activations_shape"][-2:])
+            if tuple(extra["original_shape"][-2:]) != self.size or n.shape[1] != grid[0] * grid[1]:
+                raise ValueError(f"{self.names}: the model is run on {extra['original_shape'][-2:]} of {self.size[0]}x{self.size[1]} latent "
+                                 f"pixels ({n.shape[1]} tokens for a grid of {grid[0]}x{grid[1]}). Areas, tiles and merged tokens do not match "
+                                 f"what was recorded: use masks instead of areas, and disconnect HyperTile or ToMe.")
+            fired.add(site)
+            halves = [step.halves[uuid] for uuid in extra["uuids"]]
+            if take:
+                for half, part in zip(halves, n.chunk(len(halves))):
+                    take(site, half, part, grid)
+            for recipe in step.recipes:
+                if site in recipe.window.sites:
+                    self.acted.add(recipe)
+                    parts = [recipe.attn1(*part, self.sources(step, recipe, half, site, grid, n), grid)
+                             for half, *part in zip(halves, *(tensor.chunk(len(halves)) for tensor in (n, k, v)))]
+                    q, k, v = zip(*parts)
+                    same = all(a is b for a, b in zip(k, v))
+                    n, k = torch.cat(q), torch.cat(k)
+                    v = k if same else torch.cat(v)
+            return n, k, v
+
+        return patch
+
+    def patched(self, options, patch):
+        options, compiled = with_attn1_patch(options, patch)
+        if compiled and not self.compiled:
+            self.compiled = True
+            logging.warning("%s: torch.compile is left out of this run, since it would leave out the attention patches.", self.names)
+        return options
+
+    # ------------------------------------------------------------ the streams
+
+    def gather(self, executor, model, conds, device, timestep, step):
+        """Replay the streams of the step's recipes that no cache holds, for the halves that `conds` will compute."""
+        halves = [step.halves[cond["uuid"]] for group in conds for cond in group or ()]
+        wanted = {}  # run -> {row}
+        for recipe in step.recipes:
+            for run, row in recipe.streams:
+                features = self.evaluation_of(recipe, run, step.key).features
+                if not all((stream_half(recipe, run, half), site) in features for half in halves for site in recipe.window.sites):
+                    wanted.setdefault(run, set()).add(row)
+        for run, rows in wanted.items():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            self.replay(executor, model, conds, device, timestep, step, run, rows_to_replay(run, rows))
+
+    def replay(self, executor, model, conds, device, timestep, step, run, rows):
+        """Evaluate the model on a run's own latents, conditioning and options, and keep what the recipes read."""
+        own = self.conds_on(run, rows, model, device)
+        roles = [step.halves[group[0]["uuid"]].role if group else None for group in conds]
+        readers = [(recipe, number, rows.index(stream.row)) for recipe in step.recipes
+                   for number, stream in enumerate(recipe.streams) if stream.run is run and stream.row in rows]
+
+        def take(site, half, n, grid):
+            for recipe, number, row in readers:
+                if site in recipe.window.sites:
+                    step.kept[recipe, number, half, site] = recipe.keep(number, n[row:row + 1], grid)
+
+        evaluation, call = run.evaluation(step.key)
+        self.compute(executor, model, [own.get(role) for role in roles], evaluation.x[rows].to(device), timestep[:1].expand(len(rows)),
+                     run.options[call], Step(step.key, run.halves), take)
+
+    def sources(self, step, recipe, half, site, grid, like):
+        """What a recipe kept of its streams for one half of the target at one site, on the target's device."""
+        found = []
+        for number, (run, row) in enumerate(recipe.streams):
+            own = stream_half(recipe, run, half)
+            kept = step.kept.get((recipe, number, own, site))
+            if kept is None:
+                features = run.evaluation(step.key)[0].features.get((own, site))
+                if features is None:
+                    raise RuntimeError(f"{recipe.node}: image {number} has no {half.role} conditioning at sigma {step.key[0]:.4g}, "
+                                       f"and this run has. Give both the same start and end percent.")
+                kept = recipe.keep(number, features[row:row + 1], grid)
+            found.append(kept.to(like))
+        return found
+
+    def evaluation_of(self, recipe, run, key):
+        evaluation, _ = run.evaluation(key)
+        if evaluation is None:
+            raise ValueError(f"{recipe.node}: this run ({self.sampler}) evaluates the model at sigma {key[0]:.6g} for time {key[1] + 1}, "
+                             f"which the recorded run ({run.sampler}) did not. Use the sampler of the recording, and no adaptive one.")
+        return evaluation
+
+    def conds_on(self, run, rows, model, device):
+        key = run, tuple(rows)
+        if key not in self.conds:
+            conds = conds_of(run, rows, device)
+            for group in conds.values():
+                comfy.samplers.pre_run_control(model, group)
+            self.cast(run, device)
+            self.conds[key] = conds
+        return self.conds[key]
+
+    # ------------------------------------------------------------ the end
+
+    def close(self):
+        """Let go of everything that was held for the run, however it ended."""
+        for (run, _), conds in self.conds.items():
+            comfy.sampler_helpers.cleanup_models(conds, [])
+            self.cast(run, self.model.offload_device)
+        self.conds = {}
+
+    @staticmethod
+    def cast(run, device):
+        """Move what the patches of a recorded run hold, as ComfyUI does it for those of the run at hand."""
+        for options in run.options.values():
+            comfy.samplers.cast_transformer_options(options["transformer_options"], device=device)
+
+    def finish(self, output):
+        for recipe in self.recipes:
+            if recipe not in self.acted:
+                raise RuntimeError(f"{recipe.node}: it never acted: the steps that were sampled lie outside its window "
+                                   f"({recipe.window.start:g} to {recipe.window.end:g}). Widen the window, or disconnect the node.")
+        if self.run is not None:
+            self.run.final = output.detach().cpu()
+            for recording in self.recordings:
+                recording.add(self.run)
+
+
+def with_attn1_patch(options, patch):
+    """(a copy of model options with our patch before all others, whether they were compiled). Without torch.compile, which
+    would run the graph it traced without the patch."""
+    options = create_model_options_clone(options)
+    transformer = options["transformer_options"]
+    patches = transformer.setdefault("patches", {})
+    patches["attn1_patch"] = [patch, *patches.get("attn1_patch", ())]
+    compiled = transformer.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).pop("torch.compile", None)
+    return options, bool(compiled)
+
+
+def taking_keys(run, guider, options):
+    """Model options that take K of the first self-attention down into a run that no Session records."""
+    site = sites_of(guider.model_patcher)[0]
+    attention = transformer_block(guider.model_patcher, site).attn1
+    halves = halves_of(guider.conds)
+
+    def patch(n, k, v, extra):
+        if Site(*extra["block"], extra["block_index"]) == site:
+            run.keys_grid = tuple(extra["activations_shape"][-2:])
+            for uuid, part in zip(extra["uuids"], n.chunk(len(extra["uuids"]))):
+                run.keys[halves[uuid]] = attention.to_k(part).to("cpu")
+        return n, k, v
+
+    return with_attn1_patch(options, patch)[0]
+
+
+def stream_half(recipe, run, half):
+    """The half of a stream that belongs to a half of the target: same role, same number where there are several."""
+    group = run.conds.get(half.role)
+    if not group:
+        raise ValueError(f"{recipe.node}: this run has a {half.role} conditioning and the recorded one has only "
+                         f"{', '.join(role for role in run.conds if run.conds[role])}. Sample both with the same kind of guider.")
+    return half if half.number < len(group) else Half(half.role, 0)
