@@ -25,6 +25,7 @@ export class StrokeEditor {
     this.pictures = NO_PICTURES;
     this.missing = false; // the chosen picture's file is gone from the server
     this.movingGraph = false;
+    this.released = false;
     this.view = { image: 0, radius: RADIUS.first, erasing: false, regions: false };
     this.build();
     this.drawing = new Drawing(this.canvas);
@@ -191,6 +192,7 @@ export class StrokeEditor {
   }
 
   render() {
+    if (this.released) return;
     this.painting.followBase(this.node.base());
     this.view.image = Math.max(0, Math.min(this.view.image, this.count() - 1));
     this.drawing.resize(this.pictures.size ?? this.painting.paintedOn.size ?? [1, 1]);
@@ -214,9 +216,15 @@ export class StrokeEditor {
       const marks = [image === this.painting.base && (count > MANY ? "B" : "base"), painted.has(image) && "✎", conflicting.has(image) && "!"];
       setAddress(thumbnail.firstChild, name && this.address(name, "thumbnail"));
       thumbnail.lastChild.textContent = marks.filter(Boolean).join(" ");
-      if (chosen && thumbnail.ariaPressed === "false") thumbnail.scrollIntoView?.({ block: "nearest" });
+      if (chosen && thumbnail.ariaPressed === "false") this.reveal(thumbnail);
       thumbnail.ariaPressed = chosen;
     });
+  }
+
+  /** Not scrollIntoView: that would also scroll the page's hidden overflow. */
+  reveal({ offsetTop: top, offsetHeight: height }) {
+    const strip = this.images;
+    strip.scrollTop = Math.min(top, Math.max(strip.scrollTop, top + height - strip.clientHeight));
   }
 
   makeThumbnail(image) {
@@ -303,9 +311,10 @@ export class StrokeEditor {
 
   key(event) {
     const key = event.key.toLowerCase();
-    const command = event.ctrlKey || event.metaKey;
+    const isAltGr = event.getModifierState("AltGraph"); // types [ and ] on many keyboards
+    const command = (event.ctrlKey || event.metaKey) && !isAltGr;
     const action = command ? { z: () => this.travel(event.shiftKey ? "redo" : "undo"), y: () => this.travel("redo") }[key]
-      : event.altKey || event.target !== this.keys ? null
+      : (event.altKey && !isAltGr) || event.target !== this.keys ? null
       : /^\d$/.test(key) ? () => this.choose(Number(key))
       : {
         e: () => this.look({ erasing: !this.view.erasing }),
@@ -330,13 +339,19 @@ export class StrokeEditor {
     event.stopPropagation();
   }
 
-  /** Frees all pixels of a removed node, which ComfyUI itself may keep; showPictures() brings them back. */
+  /** Frees all pixels of a removed node, which ComfyUI itself may keep, until resume(). */
   release() {
+    this.released = true;
     this.pen.cancel();
     this.pictures = NO_PICTURES;
     for (const image of [this.picture, this.regions]) image.removeAttribute("src");
     this.images.replaceChildren();
     this.drawing.release();
+  }
+
+  resume() {
+    this.released = false;
+    this.render();
   }
 }
 

@@ -110,7 +110,7 @@ function takeSeat(node) {
   const element = seat?.element.deref();
   if (element && element !== editor.element && element.isConnected) element.replaceWith(editor.element);
   if (seat) editor.view = seat.view;
-  editor.render();
+  editor.resume();
   seats.set(place, { view: editor.view, element: new WeakRef(editor.element) });
 }
 

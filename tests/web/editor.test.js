@@ -332,6 +332,8 @@ describe("tools", () => {
       await page.keyboard.press(key);
       assert.equal((await view()).image, image, key);
     }
+    await page.evaluate(() => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: "]", ctrlKey: true, altKey: true, modifierAltGraph: true, bubbles: true })));
+    assert.ok((await view()).radius > 250); // a German keyboard's ]
     const shown = await page.evaluate(() => [window.editor.picture.src, window.editor.address("picture0")]);
     assert.equal(shown[0], shown[1]);
   });
@@ -434,10 +436,11 @@ describe("what is not as it should be", () => {
     await drag(page, ACROSS);
     const sizes = () => page.evaluate(() => [...document.querySelectorAll("canvas")].concat(window.editor.drawing.others, window.editor.drawing.scratch).map((canvas) => canvas.width));
     const text = await value();
-    await page.evaluate(() => window.editor.release());
+    await page.evaluate(() => (window.editor.release(), window.editor.render()));
     assert.ok((await sizes()).every((width) => width === 1));
     assert.equal(await page.evaluate(() => window.editor.picture.hasAttribute("src")), false);
     assert.equal(await value(), text);
+    await page.evaluate(() => window.editor.resume());
     await page.evaluate(() => window.editor.showPictures({ names: ["picture0"], size: [300, 200] }));
     assert.ok((await pixel(0.5, 0.5))[3] > 100);
   });
