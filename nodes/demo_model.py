@@ -16,7 +16,9 @@ class MontageDemoModel(io.ComfyNode):
             search_aliases=["tiny model", "test model"],
             outputs=[
                 io.Model.Output("model", tooltip="A small UNet of SD1.x's structure."),
-                io.Clip.Output("clip", tooltip="Its text encoder. Words: colours, plain striped dotted checkered, ball box star ring tree house, in the sky, on grass, on sand, at night, by a brick wall, on snow."),
+                io.Clip.Output("clip",
+                               tooltip="Its text encoder. Words: colours, plain striped dotted checkered, ball box star ring tree house, in the "
+                                       "sky, on grass, on sand, at night, by a brick wall, on snow."),
                 io.Vae.Output("vae", tooltip="Its autoencoder."),
             ],
         )

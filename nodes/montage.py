@@ -38,20 +38,26 @@ class GraphCutMontage(io.ComfyNode):
             inputs=[
                 stack_input(io.Latent, "latent", "Sampled latents with their recordings (Feature Recorder). Batches count as several images."),
                 stack_input(io.Image, "image", "The same images, decoded, in the same order."),
-                io.Int.Input("base", default=0, min=0, max=999, tooltip="The base image, counted from 0: its prompt, noise and composition carry the result."),
+                io.Int.Input("base", default=0, min=0, max=999,
+                             tooltip="The base image, counted from 0: its prompt, noise and composition carry the result."),
                 io.String.Input("strokes", default="", socketless=True, optional=True, extra_dict={"widgetType": "MONTAGE_STROKES", "colours": COLOURS},
                                 tooltip='What to keep, painted in the node. As text: {"v":1,"base":0,"strokes":[{"k":image,"r":radius,"p":[x,y,...]}]}, '
                                         "all lengths in 1/10000 of the picture."),
                 io.Mask.Input("stroke_masks", optional=True, tooltip="What to keep, as masks: one for each image, in their order and size."),
-                io.Image.Input("stroke_picture", optional=True, tooltip="What to keep, as one picture in the colours of the label picture; dark pixels are unmarked."),
-                io.Boolean.Input("unmarked_is_base", default=False, tooltip="Lets what you did not paint lean to the base image. Turn it on when the base has no stroke of its own."),
+                io.Image.Input("stroke_picture", optional=True,
+                               tooltip="What to keep, as one picture in the colours of the label picture; dark pixels are unmarked."),
+                io.Boolean.Input("unmarked_is_base", default=False,
+                                 tooltip="Lets what you did not paint lean to the base image. Turn it on when the base has no stroke of its own."),
                 io.Float.Input("lam", display_name="lambda", default=100.0, min=0.0, max=1000.0, step=1.0, advanced=True,
                                tooltip="Weight of a seam where nothing changes (paper: 100)."),
                 io.Float.Input("sigma", default=10.0, min=0.0, max=1000.0, step=0.1, advanced=True,
-                               tooltip="Feature distance that counts as an edge (paper: 10, for SD1.5). 0 measures it: the median distance between neighbours, right for SDXL and other models."),
-                io.Int.Input("components", default=10, min=1, max=64, advanced=True, tooltip="Principal components of the keys, for each CFG half (paper: 10)."),
+                               tooltip="Feature distance that counts as an edge (paper: 10, for SD1.5). 0 measures it: the median distance between "
+                                       "neighbours, right for SDXL and other models."),
+                io.Int.Input("components", default=10, min=1, max=64, advanced=True,
+                             tooltip="Principal components of the keys, for each CFG half (paper: 10)."),
                 io.Combo.Input("solver", options=["auto", "scipy", "gco"], default="auto", advanced=True,
-                               tooltip="Both reach the same energy. gco is faster and needs the package gco-wrapper, whose core may be used for research only; auto takes it when it is installed."),
+                               tooltip="Both reach the same energy. gco is faster and needs the package gco-wrapper, whose core may be used for "
+                                       "research only; auto takes it when it is installed."),
             ],
             outputs=[
                 io.Mask.Output("masks", tooltip="One mask for each image, in their order. Together they cover every pixel once."),
@@ -98,13 +104,15 @@ class GraphCutMontage(io.ComfyNode):
         batches = list(images.values())
         sizes = {tuple(batch.shape[1:3]) for batch in batches}
         if len(sizes) > 1:
-            raise ValueError(f"{cls.NAME}: the images have different sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}). Connect the decoded latents, all of one size.")
+            raise ValueError(f"{cls.NAME}: the images have different sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}). Connect the "
+                             "decoded latents, all of one size.")
         pictures = torch.cat([batch[..., :3].cpu().float() for batch in batches])
         if len(pictures) != len(stack):
             raise ValueError(f"{cls.NAME}: {len(stack)} latents and {len(pictures)} images. Connect one image for each latent, in the same order.")
         (height, width), (h, w) = pictures.shape[1:3], stack[0].run.size
         if height * w != width * h:
-            raise ValueError(f"{cls.NAME}: the images are {width}x{height} pixels and the latents {w}x{h}, another shape. Connect the decoded latents.")
+            raise ValueError(f"{cls.NAME}: the images are {width}x{height} pixels and the latents {w}x{h}, another shape. Connect the decoded "
+                             "latents.")
         return pictures
 
     @classmethod
@@ -125,7 +133,8 @@ class GraphCutMontage(io.ComfyNode):
             marks = torch.maximum(marks, stroke_masks.cpu().float())
         if stroke_picture is not None:
             if stroke_picture.shape[1:3] != marks.shape[1:]:
-                raise ValueError(f"{cls.NAME}: stroke_picture is {stroke_picture.shape[2]}x{stroke_picture.shape[1]} and the images are {width}x{height}. Use a picture of that size.")
+                raise ValueError(f"{cls.NAME}: stroke_picture is {stroke_picture.shape[2]}x{stroke_picture.shape[1]} and the images are "
+                                 f"{width}x{height}. Use a picture of that size.")
             marks = torch.maximum(marks, labels.from_picture(stroke_picture[0].cpu(), count))
         twice = (marks > 0.5).sum(0) > 1
         if twice.any():
@@ -140,7 +149,8 @@ def keys_of(stream):
     """K of the first self-attention at the end of the run, [tokens, channels] for each CFG half."""
     keys = [keys[stream.row] for half, keys in stream.run.keys.items() if half.number == 0]
     if not keys:
-        raise ValueError(f"{GraphCutMontage.NAME}: the recording holds no attention keys: another node ran the first attention block in its own way. Disconnect it from the recorded MODEL.")
+        raise ValueError(f"{GraphCutMontage.NAME}: the recording holds no attention keys: another node ran the first attention block in its own "
+                         "way. Disconnect it from the recorded MODEL.")
     return keys[:2]
 
 
@@ -242,19 +252,31 @@ class CompositeAttentionInject(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that the images were recorded with."),
                 stack_input(io.Latent, "latent", "The recorded latents, in the same order as for Graph Cut Montage."),
-                io.Mask.Input("masks", tooltip="One mask for each image: from Graph Cut Montage, or your own. The largest wins, and uncovered pixels belong to the base."),
-                io.Int.Input("base", default=0, min=0, max=999, tooltip="The base image, counted from 0: the composite starts from its noise. Give the sampler its prompt and ControlNet."),
-                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Where in the schedule composing begins: 0 is the first step."),
-                io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Where in the schedule composing ends: 1 is after the last step. 0.8 leaves the last fifth to the plain model."),
-                io.String.Input("sites", default="all", advanced=True, tooltip="The self-attention blocks to compose: all (paper), encoder, middle, decoder, or a list like d0-3,m0,u2-5."),
+                io.Mask.Input("masks",
+                              tooltip="One mask for each image: from Graph Cut Montage, or your own. The largest wins, and uncovered pixels belong "
+                                      "to the base."),
+                io.Int.Input("base", default=0, min=0, max=999,
+                             tooltip="The base image, counted from 0: the composite starts from its noise. Give the sampler its prompt and "
+                                     "ControlNet."),
+                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                               tooltip="Where in the schedule composing begins: 0 is the first step."),
+                io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                               tooltip="Where in the schedule composing ends: 1 is after the last step. 0.8 leaves the last fifth to the plain "
+                                       "model."),
+                io.String.Input("sites", default="all", advanced=True,
+                                tooltip="The self-attention blocks to compose: all (paper), encoder, middle, decoder, or a list like d0-3,m0,u2-5."),
                 io.Combo.Input("base_q", options=["model", "stored"], default="model", advanced=True,
-                               tooltip="Queries of the base's region: from the running composite (paper), which lets it adapt at seams, or from the recorded base."),
+                               tooltip="Queries of the base's region: from the running composite (paper), which lets it adapt at seams, or from the "
+                                       "recorded base."),
                 io.Combo.Input("kv", options=["composite", "concat", "model"], default="composite", advanced=True,
-                               tooltip="Keys and values: composed (paper); or, as in the paper's ablation, all images' side by side, or the running model's own."),
+                               tooltip="Keys and values: composed (paper); or, as in the paper's ablation, all images' side by side, or the running "
+                                       "model's own."),
             ],
             outputs=[
-                io.Model.Output("composing_model", display_name="MODEL", tooltip="The model that composes. Sample it with the settings of the recording."),
-                io.Latent.Output("start_latent", display_name="LATENT", tooltip="Where the base image started. KSampler may use any seed: the noise is the base's own."),
+                io.Model.Output("composing_model", display_name="MODEL",
+                                tooltip="The model that composes. Sample it with the settings of the recording."),
+                io.Latent.Output("start_latent", display_name="LATENT",
+                                 tooltip="Where the base image started. KSampler may use any seed: the noise is the base's own."),
             ],
         )
 
@@ -264,7 +286,8 @@ class CompositeAttentionInject(io.ComfyNode):
         check_together(cls.NAME, stack, model)
         check_base(cls.NAME, base, len(stack))
         if masks.ndim != 3 or len(masks) != len(stack):
-            raise ValueError(f"{cls.NAME}: {len(masks)} masks of shape {tuple(masks.shape[1:])} for {len(stack)} images. Give one mask for each image, in their order.")
+            raise ValueError(f"{cls.NAME}: {len(masks)} masks of shape {tuple(masks.shape[1:])} for {len(stack)} images. Give one mask for each "
+                             "image, in their order.")
         try:
             window = Window(start, end, parse_sites(model, sites))
         except ValueError as error:

@@ -38,7 +38,8 @@ class FeatureRecorder(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("recorded_model", display_name="MODEL", tooltip="The model that records. Connect it to one sampler."),
-                io.Latent.Output("recorded_latent", display_name="LATENT", tooltip="The same latent, carrying the recording. Connect it to the same sampler."),
+                io.Latent.Output("recorded_latent", display_name="LATENT",
+                                 tooltip="The same latent, carrying the recording. Connect it to the same sampler."),
             ],
         )
 
@@ -64,11 +65,13 @@ class InvertImage(io.ComfyNode):
                 io.Model.Input("model", tooltip="The SD1.x, SD2.x or SDXL model that will sample with it."),
                 io.Latent.Input("latent", tooltip="The picture, encoded by the VAE. A batch of N is N images."),
                 io.Sigmas.Input("sigmas", tooltip="The schedule of the runs that it will be used in (Basic Scheduler, denoise 1), ending in 0."),
-                io.Conditioning.Input("conditioning", tooltip="An empty prompt (the papers' choice), or the picture's own description. Used at CFG 1."),
+                io.Conditioning.Input("conditioning",
+                                      tooltip="An empty prompt (the papers' choice), or the picture's own description. Used at CFG 1."),
             ],
             outputs=[
                 io.Latent.Output("image_latent", display_name="LATENT", tooltip="The picture's latent, carrying its history."),
-                io.Latent.Output("noise_latent", display_name="noise", tooltip="The noise it came from. Sample it without adding noise (KSampler Advanced, add_noise disabled)."),
+                io.Latent.Output("noise_latent", display_name="noise",
+                                 tooltip="The noise it came from. Sample it without adding noise (KSampler Advanced, add_noise disabled)."),
             ],
         )
 
@@ -76,7 +79,8 @@ class InvertImage(io.ComfyNode):
     def execute(cls, model, latent, sigmas, conditioning):
         samples = latent["samples"]
         if len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas[:-1] <= sigmas[1:]).any():
-            raise ValueError(f"{cls.NAME}: sigmas are {[round(s, 3) for s in sigmas.tolist()][:6]}: a descending schedule that ends in 0 was expected. Use Basic Scheduler.")
+            raise ValueError(f"{cls.NAME}: sigmas are {[round(s, 3) for s in sigmas.tolist()][:6]}: a descending schedule that ends in 0 was "
+                             "expected. Use Basic Scheduler.")
         smallest = float(model.get_model_object("model_sampling").sigma_min)
         ladder = torch.cat([torch.tensor([min(smallest, float(sigmas[-2]))]), sigmas[:-1].flip(0).cpu()])
         run = Run(Weights(model), "ddim inversion", sigmas, torch.zeros_like(samples), torch.zeros_like(samples), None)

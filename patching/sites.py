@@ -89,5 +89,6 @@ def _grammar(keys, depth):
     for letter, found in keys.items():
         if found:
             deepest = max(depth[key] for key in found)
-            paths.append(f"{letter}0-{len(found) - 1}" + (f" (with up to {deepest} transformer blocks: {letter}0.0-{depth[found[0]] - 1})" if deepest > 1 else ""))
+            inside = f" (with up to {deepest} transformer blocks: {letter}0.0-{depth[found[0]] - 1})" if deepest > 1 else ""
+            paths.append(f"{letter}0-{len(found) - 1}{inside}")
     return f"Write a preset ({', '.join(PRESETS)}) or blocks of this model: {', '.join(paths)}."

@@ -164,7 +164,8 @@ def test_a_window_reads_its_streams_in_its_own_steps_only():
     keep = recipe.keep
     recipe.keep = lambda number, n, grid: (read.append(number), keep(number, n, grid))[1]
     calls = []
-    hook = model.model.diffusion_model.register_forward_pre_hook(lambda module, args, kwargs: calls.append(float(kwargs["transformer_options"]["sigmas"][0])), with_kwargs=True)
+    hook = model.model.diffusion_model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(float(kwargs["transformer_options"]["sigmas"][0])), with_kwargs=True)
     sample(model, latent)
     hook.remove()
     sigmas = run_of(a).sigmas

@@ -98,7 +98,8 @@ def test_an_inverted_picture_in_a_stack():
     assert torch.isfinite(composed).all() and (composed - compose([latent, other], masks_of(torch.zeros(SIZE), 2))).abs().max() > 0.05
     # As the base, it starts from its own noise.
     started = compose([latent, other], masks_of(torch.zeros(SIZE), 2), kv="model", positive=words(1))
-    close(started, sample_advanced(random_model("sd15-small"), invert(image_latent(), conditioning=words(1)).args[1], noise="disable", positive=words(1))["samples"], 1e-2)
+    _, noise = invert(image_latent(), conditioning=words(1)).args
+    close(started, sample_advanced(random_model("sd15-small"), noise, noise="disable", positive=words(1))["samples"], 1e-2)
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 2.0, 0.0], [2.0, 1.0], [0.0], []])

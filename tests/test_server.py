@@ -168,7 +168,8 @@ def test_a_cancelled_composite_leaves_the_next_run_as_it_was(server):
 
 
 @pytest.mark.parametrize("change, part", [
-    (lambda p: p["40"]["inputs"].update(strokes='{"v":1,"base":0,"strokes":[{"k":3,"r":9,"p":[0,0]}]}'), "Graph Cut Montage: stroke 0 is on image 3, and there are 3 images"),
+    (lambda p: p["40"]["inputs"].update(strokes='{"v":1,"base":0,"strokes":[{"k":3,"r":9,"p":[0,0]}]}'),
+     "Graph Cut Montage: stroke 0 is on image 3, and there are 3 images"),
     (lambda p: p["44"]["inputs"].update(steps=9), "Composite Attention Inject: its images were recorded over 3 steps"),
     (lambda p: p["43"]["inputs"].update(sites="d9"), "Composite Attention Inject: sites: \"d9\": this model has no d9"),
     (lambda p: p["43"]["inputs"].update(masks=["40", 0], **{"latents.latent2": ["11", 0]}), "latent 2 was not recorded"),
@@ -202,10 +203,12 @@ def full_size(tmp_path_factory):
     with torch.no_grad():
         weights = half(build("sd15").model.diffusion_model, "model.diffusion_model.")
         weights |= half(fill(SD1ClipModel(device="cpu").clip_l, 1), "cond_stage_model.")
-        latent = dict(double_z=True, z_channels=4, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2, attn_resolutions=[], dropout=0.0)
+        latent = dict(double_z=True, z_channels=4, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2,
+                      attn_resolutions=[], dropout=0.0)
         weights |= half(fill(AutoencoderKL(ddconfig=latent, embed_dim=4), 2), "first_stage_model.")
+        control = half(control_net("sd15").control_model, "control_model.")
         comfy.utils.save_torch_file(weights, str(base / "models/checkpoints/v1-5-pruned-emaonly-fp16.safetensors"))
-        comfy.utils.save_torch_file(half(control_net("sd15").control_model, "control_model."), str(base / "models/controlnet/control_v11p_sd15_canny_fp16.safetensors"))
+        comfy.utils.save_torch_file(control, str(base / "models/controlnet/control_v11p_sd15_canny_fp16.safetensors"))
     Image.effect_noise((64, 64), 80).convert("RGB").save(base / "input/example.png")
     env = dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
     with dev.running_server(env, base, "--cpu", "--disable-api-nodes") as running:
