@@ -6,7 +6,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -393,20 +392,20 @@ def small_segmenter() -> dict[str, torch.Tensor]:
     return reference.seeded(reference.shapes_of(model))
 
 
-@functools.cache
-def files_of_small_models() -> Path:
+@pytest.fixture(scope="module")
+def files_of_small_models(tmp_path_factory) -> Path:
     """As published: {"model": {"module....}} for the detector."""
-    folder = Path(tempfile.mkdtemp())
+    folder = tmp_path_factory.mktemp("small")
     torch.save({"model": {f"module.{k}": v for k, v in small_detector().items()}}, folder / "detector.pth")
     torch.save(small_segmenter(), folder / "segmenter.pth")
     return folder
 
 
 @pytest.fixture
-def small_files(models):
+def small_files(models, files_of_small_models):
     """The small models and their vocabulary in the models folder."""
     for kind, folder in (("detector", "grounding-dino"), ("segmenter", "sams")):
-        shutil.copy(files_of_small_models() / f"{kind}.pth", models / folder / "small.pth")
+        shutil.copy(files_of_small_models / f"{kind}.pth", models / folder / "small.pth")
     (models / "bert-base-uncased" / "vocab.txt").write_text("\n".join(small_vocabulary()) + "\n", encoding="utf-8")
 
 
