@@ -87,8 +87,9 @@ def measure(name, size, steps, repeats, images):
     for case, taken in times.items():
         ratios = [a / b for a, b in zip(taken, plain)]
         memory = peak(cases[case])
-        print(f"  {case:<20} {statistics.median(taken) * 1000:9.1f} ms a step   {statistics.median(ratios):5.2f} of plain"
-              f"   ({min(ratios):.2f} to {max(ratios):.2f})" + (f"   peak {memory:.0f} MB" if memory else ""))
+        ratio = statistics.median(taken) / statistics.median(plain)
+        print(f"  {case:<20} {statistics.median(taken) * 1000:9.1f} ms a step   {ratio:5.2f} of plain"
+              f"   (round by round {min(ratios):.2f} to {max(ratios):.2f})" + (f"   peak {memory:.0f} MB" if memory else ""))
     run = streams_of("benchmark", cached[:1])[0].run
     kept, seen = run.evaluation_bytes, {}
     watched = model.clone()
