@@ -139,8 +139,8 @@ class Session:
             grid = tuple(extra["activations_shape"][-2:])
             if tuple(extra["original_shape"][-2:]) != self.size or n.shape[1] != grid[0] * grid[1]:
                 raise ValueError(f"{self.names}: the model is run on {extra['original_shape'][-2:]} of {self.size[0]}x{self.size[1]} latent "
-                                 f"pixels ({n.shape[1]} tokens for a grid of {grid[0]}x{grid[1]}). Areas, tiles and merged tokens do not match "
-                                 f"what was recorded: use masks instead of areas, and disconnect HyperTile or ToMe.")
+                                 f"pixels ({n.shape[1]} tokens for a grid of {grid[0]}x{grid[1]}). Areas and tiles do not match what was "
+                                 f"recorded: use masks instead of areas, and disconnect what cuts the latent into tiles.")
             fired.add(site)
             halves = [step.halves[uuid] for uuid in extra["uuids"]]
             if take:

@@ -438,6 +438,21 @@ def test_neighbours_in_either_order(neighbour):
     close(compose(recorded(neighbour(model)), mixed, model=neighbour(model)), before)
 
 
+@pytest.mark.slow
+def test_hypertile_and_tome_act_on_the_composite():
+    """They shorten the queries after ours. ToMe picks tokens at random, so only cached images repeat exactly."""
+    from comfy_extras.nodes_hypertile import HyperTile
+    from comfy_extras.nodes_tomesd import TomePatchModel
+
+    model, latent = random_model("sd15-small"), empty(size=(32, 32))
+    for result in (HyperTile.execute(model, 128, 2, 0, False), TomePatchModel.execute(model, 0.3)):
+        patched = getattr(result, "args", result)[0]
+        a, b = (record(seed=seed, model=patched, latent=latent, cache_mb=64, steps=2) for seed in (1, 2))
+        assert (a["samples"] - sample(model, latent, steps=2)["samples"]).abs().max() > 0.01
+        assert same(compose([a, b], ALL_BASE, model=patched, steps=2), a["samples"])
+        assert (compose([a, b], masks_of(halves((32, 32))), model=patched, steps=2) - a["samples"]).abs().max() > 0.01
+
+
 def test_the_recorder_stands_before_or_after_a_neighbour():
     recording, latent = recorder(cache_mb=64)
     a = sample(scaled_queries(recording), latent)
