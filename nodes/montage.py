@@ -215,10 +215,7 @@ class CompositeAttention(Recipe):
         return q, context, context
 
     def check(self, session):
-        if self.base_stream.run.size != session.size:
-            h, w = self.base_stream.run.size
-            raise ValueError(f"{self.node}: its images were recorded at {h}x{w} latent pixels and this run has {session.size[0]}x{session.size[1]}. "
-                             f"Sample the LATENT that the node gives.")
+        session.check_size(self, self.base_stream.run)  # the start is its, also where its features are not read
 
     def start(self, session, noise, latent_image):
         """Begin where the base image was at this sigma: a composite of base tokens alone is the base image.

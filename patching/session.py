@@ -31,7 +31,6 @@ class Session:
     def __init__(self, guider, patch, noise, sampler, sigmas):
         self.guider, self.model, self.recordings = guider, guider.model_patcher, patch.recordings
         self.recipes = tuple(recipe for recipe in patch.recipes if not recipe.window.empty)
-        self.sites = sites_of(self.model)
         self.sigmas, self.size = tuple(sigmas.tolist()), tuple(noise.shape[-2:])
         self.sampler = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
         self.names = " and ".join(dict.fromkeys([r.node for r in self.recipes] + ["Feature Recorder"] * bool(self.recordings)))
@@ -45,33 +44,38 @@ class Session:
             raise ValueError(f"{self.names}: context windows cut the latent into pieces that do not match what was recorded. "
                              f"Disconnect the context window node from this MODEL.")
         for recipe in self.recipes:
-            self.check_streams(recipe)
+            for run, _ in recipe.streams:
+                self.check_run(recipe, run)
             recipe.check(self)
 
-    def check_streams(self, recipe):
-        for run, _ in recipe.streams:
-            if run.composed:
-                raise ValueError(f"{recipe.node}: one of its images was itself composed, by {run.composed}. Compose from the images that it was made of.")
-            if run.size != self.size:
-                raise ValueError(f"{recipe.node}: its images were recorded at {run.size[0]}x{run.size[1]} latent pixels and this run "
-                                 f"has {self.size[0]}x{self.size[1]}. Sample the LATENT that the node gives, or one of its size.")
-            if not set(self.sigmas[:-1]) <= set(run.sigmas):
-                raise ValueError(f"{recipe.node}: its images were recorded over {run.schedule()} and this run takes "
-                                 f"{len(self.sigmas) - 1} steps from sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}. "
-                                 f"Set the sampler's steps, scheduler and denoise to those of the recording.")
-            if any("hooks" in cond for group in run.conds.values() for cond in group):
-                raise ValueError(f"{recipe.node}: its images were recorded with hooks on their conditioning, which cannot be replayed. "
-                                 f"Apply the LoRA to the MODEL instead of the conditioning.")
-            # A run that starts inside the schedule begins with the visit that continues the step, not with the one
-            # that ended the step before (Heun's corrector).
-            first = self.sigmas[0]
-            self.visits.seen[first] = max(0, run.visits(first) - run.visits(run.sigmas[0]))
+    def check_run(self, recipe, run):
+        """Refuse a recorded run that a recipe cannot follow here."""
+        if run.composed:
+            raise ValueError(f"{recipe.node}: one of its images was itself composed, by {run.composed}. Compose from the images that it was made of.")
+        self.check_size(recipe, run)
+        if not set(self.sigmas[:-1]) <= set(run.sigmas):
+            raise ValueError(f"{recipe.node}: its images were recorded over {run.schedule()} and this run takes "
+                             f"{len(self.sigmas) - 1} steps from sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}. "
+                             f"Set the sampler's steps, scheduler and denoise to those of the recording.")
+        if any("hooks" in cond for group in run.conds.values() for cond in group):
+            raise ValueError(f"{recipe.node}: its images were recorded with hooks on their conditioning, which cannot be replayed. "
+                             f"Apply the LoRA to the MODEL instead of the conditioning.")
+        # A run that starts inside the schedule begins with the visit that continues the step, not with the one
+        # that ended the step before (Heun's corrector).
+        first = self.sigmas[0]
+        self.visits.seen[first] = max(0, run.visits(first) - run.visits(run.sigmas[0]))
+
+    def check_size(self, recipe, run):
+        if run.size != self.size:
+            raise ValueError(f"{recipe.node}: its images were recorded at {run.size[0]}x{run.size[1]} latent pixels and this run "
+                             f"has {self.size[0]}x{self.size[1]}. Sample the LATENT that the node gives, or one of its size.")
 
     def record(self, noise, latent_image, sigmas, denoise_mask):
         if self.recordings:
             composed = " and ".join(recipe.node for recipe in self.recipes)
             self.run = Run(Weights(self.model), self.sampler, sigmas, noise, latent_image, denoise_mask, composed)
             self.budget = max(recording.budget for recording in self.recordings)
+            self.take_keys = keys_taker(self.run, self.model)
 
     def visit(self, sigma):
         self.sigma_visit, self.calls = self.visits.next(sigma), 0
@@ -107,14 +111,13 @@ class Session:
         """What takes the target's attention inputs down: features while the budget lasts, and K of the first
         self-attention at the end of the schedule (the graph cut's features). None when there is nothing to take."""
         keep_features = self.budget > 0 and self.budget >= self.run.evaluation_bytes
-        first, attention = self.sites[0], transformer_block(self.model, self.sites[0]).attn1
         is_last = step.key[0] <= self.sigmas[-2] and step.key[2] == 0
 
         def take(site, half, n, grid):
             if keep_features:
                 evaluation.features[half, site] = n.to("cpu", copy=True)  # other patches may write into n
-            if is_last and site == first:
-                self.run.keys[half], self.run.keys_grid = attention.to_k(n).to("cpu"), grid
+            if is_last:
+                self.take_keys(site, half, n, grid)
 
         return take if keep_features or is_last else None
 
@@ -266,17 +269,25 @@ def with_attn1_patch(options, patch):
     return options, bool(compiled)
 
 
+def keys_taker(run, model):
+    """What takes K of the first self-attention down into a run."""
+    first = sites_of(model)[0]
+    attention = transformer_block(model, first).attn1
+
+    def take(site, half, n, grid):
+        if site == first:
+            run.keys[half], run.keys_grid = attention.to_k(n).to("cpu"), grid
+
+    return take
+
+
 def taking_keys(run, guider, options):
-    """Model options that take K of the first self-attention down into a run that no Session records."""
-    site = sites_of(guider.model_patcher)[0]
-    attention = transformer_block(guider.model_patcher, site).attn1
-    halves = halves_of(guider.conds)
+    """Model options with which a run that no Session records gets its keys."""
+    take, halves = keys_taker(run, guider.model_patcher), halves_of(guider.conds)
 
     def patch(n, k, v, extra):
-        if Site(*extra["block"], extra["block_index"]) == site:
-            run.keys_grid = tuple(extra["activations_shape"][-2:])
-            for uuid, part in zip(extra["uuids"], n.chunk(len(extra["uuids"]))):
-                run.keys[halves[uuid]] = attention.to_k(part).to("cpu")
+        for uuid, part in zip(extra["uuids"], n.chunk(len(extra["uuids"]))):
+            take(Site(*extra["block"], extra["block_index"]), halves[uuid], part, tuple(extra["activations_shape"][-2:]))
         return n, k, v
 
     return with_attn1_patch(options, patch)[0]

@@ -1,5 +1,4 @@
 """The web half: its state under node, its editor in Chromium, and both renderers of a real ComfyUI page."""
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -8,16 +7,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from workbench import dev
 
 ROOT = Path(__file__).resolve().parent.parent
 WEB_TESTS = ROOT / "tests" / "web"
 WEIGHTS = ROOT / "demo" / "weights" / "demo-model.safetensors"
 PLAYWRIGHT = "1.65.0"
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
-
-spec = importlib.util.spec_from_file_location("montage_dev", ROOT / "dev.py")
-dev = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dev)
 
 
 def unavailable(reason):

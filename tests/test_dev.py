@@ -1,17 +1,13 @@
 """The workbench: which ComfyUI it uses, and what it says when it cannot."""
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from workbench import dev
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("montage_dev", ROOT / "dev.py")
-dev = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dev)
-
 
 def run(*arguments, **variables):
     environment = {**os.environ, **variables}

@@ -1,5 +1,4 @@
 """The pack on a real server, through its API: what is listed, what runs, and what survives caches and cancels."""
-import importlib.util
 import json
 import os
 import sys
@@ -8,15 +7,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
+from workbench import dev
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "example_workflows"
 PHOTOMONTAGE = "Montage - photomontage of three images (demo model)"
 COMPOSITE = "46"  # its SaveImage of the composite
-
-spec = importlib.util.spec_from_file_location("montage_dev", ROOT / "dev.py")
-dev = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dev)
 
 pytestmark = pytest.mark.slow
 
