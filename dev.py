@@ -4,6 +4,7 @@
     python dev.py demo                 pictures of every method, made by a real ComfyUI with the demo model
     python dev.py test [pytest args]   the whole test suite
     python dev.py comfy [ComfyUI args] a ComfyUI with this pack, to try by hand
+    python dev.py evidence [--quick]   measures every paper's claims on the demo model and writes docs/evidence.md
 
 A ComfyUI named by COMFYUI_PATH, or the one whose custom_nodes this pack lies in, is used as it is and nothing
 is installed into it. Otherwise a virtual environment and a pinned ComfyUI are made once, in the user's cache.
@@ -334,6 +335,12 @@ def test(arguments):
                              env={**one_thread, **child_variables(env)}))
 
 
+def evidence(arguments):
+    env = environment()
+    with_test_requirements(env)
+    sys.exit(subprocess.call([env.python, ROOT / "evidence" / "page.py", *arguments], env={"OMP_NUM_THREADS": "1", **child_variables(env)}))
+
+
 def comfy(arguments):
     env = environment()
     base = cache_dir() / "comfy"
@@ -344,7 +351,7 @@ def comfy(arguments):
 
 
 def main():
-    commands = {"demo": demo, "test": test, "comfy": comfy}
+    commands = {"demo": demo, "test": test, "comfy": comfy, "evidence": evidence}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands)
     arguments, rest = parser.parse_known_args()

@@ -1,0 +1,1 @@
+"""The papers' claims, measured on the demo model."""

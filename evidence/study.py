@@ -1,0 +1,145 @@
+"""Studies: the numbers of many samples, kept as they come, and the tables, verdicts and picture grids made of them.
+
+A module of this folder holds one method's studies. It starts with
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    import conftest  # puts ComfyUI and the pack (as `montage`) in place
+
+and has `sections(options)`, which yields Sections for docs/evidence.md.
+"""
+import argparse
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT / "demo" / "weights" / "demo-model.safetensors"
+PICTURES = ROOT / "docs" / "evidence"
+
+
+class Section(NamedTuple):
+    """A part of the page: a title and its Markdown."""
+    title: str
+    text: str
+
+
+class Interval(NamedTuple):
+    """A mean and the half width of its 95 % interval (normal approximation)."""
+    mean: float
+    half: float
+    n: int
+
+    def __str__(self):
+        return f"{self.mean:.3f} ± {self.half:.3f}" if self.n else "-"
+
+    @classmethod
+    def of(cls, values):
+        values = [float(value) for value in values if value is not None and math.isfinite(value)]
+        n = len(values)
+        mean = sum(values) / n if n else math.nan
+        variance = sum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else 0.0
+        return cls(mean, 1.96 * math.sqrt(variance / n) if n else math.nan, n)
+
+
+class Study:
+    """Figures by sample and variant. Each sample is appended to a file as soon as it is measured, so that a killed run goes
+    on where it was; the file belongs to the demo model's weights and is begun anew with others."""
+
+    def __init__(self, name, folder):
+        weights = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:8]
+        self.name, self.path = name, Path(folder) / f"{name}-{weights}.jsonl"
+        self.samples = {}
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                sample, found = json.loads(line)
+                self.samples[sample] = found
+
+    def run(self, samples, measure):
+        """Measure what is missing. samples: of numbers; measure(sample) -> {variant: {figure: number or None}}."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for sample in samples:
+            if sample not in self.samples:
+                self.samples[sample] = measure(sample)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps([sample, self.samples[sample]]) + "\n")
+                print(f"{self.name}: {len(self.samples)}", flush=True)
+        self.samples = {sample: self.samples[sample] for sample in samples}
+        return self
+
+    @property
+    def variants(self):
+        return list(dict.fromkeys(variant for found in self.samples.values() for variant in found))
+
+    def of(self, variant, figure):
+        """Every sample's value, None where there is none."""
+        return [found.get(variant, {}).get(figure) for found in self.samples.values()]
+
+    def mean(self, variant, figure):
+        return Interval.of(self.of(variant, figure))
+
+    def difference(self, variant, other, figure):
+        """Interval of the paired difference variant - other, over the samples that have both."""
+        return Interval.of(a - b for a, b in zip(self.of(variant, figure), self.of(other, figure)) if None not in (a, b))
+
+    def table(self, **figures):
+        """Markdown: a row for each variant, a column for each figure. figures: key=title."""
+        head = ["", *figures.values(), "n"]
+        rows = [[variant, *(str(self.mean(variant, key)) for key in figures), str(max(self.mean(variant, key).n for key in figures))]
+                for variant in self.variants]
+        return markdown(head, rows)
+
+
+def markdown(head, rows):
+    """A Markdown table of strings."""
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *rows])
+
+
+def verdict(difference, sign=1):
+    """What a paired difference says of an ordering: sign 1 where the first should be larger, -1 where smaller."""
+    if difference.n < 2 or abs(difference.mean) <= difference.half:
+        return "not decided"
+    return "reproduced" if difference.mean * sign > 0 else "not reproduced"
+
+
+def claim(text, difference, sign=1, paper=""):
+    """A row of a table of claims: what the paper says, its number, the paired difference here, the verdict."""
+    return [text, paper, f"{difference} (n {difference.n})", verdict(difference, sign)]
+
+
+CLAIMS = ["claim", "the paper's number", "paired difference here, 95 %", "verdict"]
+
+
+def grid(name, rows, titles, side=128):
+    """Write docs/evidence/NAME.jpg: rows of pictures [h, w, 3] in [0, 1] under column titles. Returns its Markdown."""
+    bar = 16
+    canvas = Image.new("RGB", (len(titles) * side, bar + len(rows) * side), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        pen.text((column * side + 3, 2), title, fill="black")
+    for number, row in enumerate(rows):
+        for column, picture in enumerate(row):
+            tile = Image.fromarray((torch.as_tensor(picture).float().clamp(0, 1) * 255).round().byte().cpu().numpy())
+            canvas.paste(tile.resize((side, side), Image.Resampling.LANCZOS), (column * side, bar + number * side))
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    canvas.save(PICTURES / f"{name}.jpg", quality=85)
+    return f"![{name}](evidence/{name}.jpg)"
+
+
+def options(argv=None):
+    """What every study takes from the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="a sample of a tenth")
+    parser.add_argument("--folder", type=Path, default=ROOT / "output" / "evidence", help="where the measured samples are kept")
+    return parser.parse_args(argv)
+
+
+def main(sections):
+    """Run a module's studies by themselves."""
+    with torch.inference_mode():
+        for section in sections(options()):
+            print(f"\n## {section.title}\n{section.text}\n")
