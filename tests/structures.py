@@ -1,4 +1,4 @@
-"""Models for the tests: the demo model, and UNets of real structure with random weights, small or of full size."""
+"""Models for the tests: the demo model, and UNets and text encoders of real structure with random weights."""
 import functools
 import math
 
@@ -6,8 +6,10 @@ import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import comfy.supported_models
 import torch
+from comfy.supported_models_base import ClipTarget
 
 COMMON = dict(image_size=32, in_channels=4, out_channels=4, use_spatial_transformer=True, legacy=False, use_temporal_attention=False,
               use_temporal_resblock=False, use_checkpoint=False)
@@ -63,6 +65,27 @@ def control_net(name="sd15-small", seed=7):
         settings.pop(unused)
     return comfy.controlnet.ControlNet(fill(comfy.cldm.cldm.ControlNet(hint_channels=3, **settings), seed, scale=0.3),
                                        load_device=comfy.model_management.get_torch_device())
+
+
+SMALL_CLIP = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+
+
+def text_encoder(name="sd15-small", seed=3, embeddings=None):
+    """A CLIP for a small structure of that name, with random weights. embeddings: the folder of its textual inversions."""
+    family = STRUCTURES[name][0]
+    target = family(dict(STRUCTURES[name][1])).clip_target({})
+    width = 8 if name.startswith("sdxl") else 16  # SDXL joins the features of two encoders
+    config = {**SMALL_CLIP, "hidden_size": width}
+    options = {"model_name": "clip_h"} if name.startswith("sd2") else {}
+    options.update({f"clip_{encoder}_model_config": config for encoder in "lgh"})
+    clip = comfy.sd.CLIP(ClipTarget(target.tokenizer, target.clip), embedding_directory=embeddings, model_options=options)
+    for encoder in "lgh":
+        if hasattr(clip.tokenizer, f"clip_{encoder}"):
+            getattr(clip.tokenizer, f"clip_{encoder}").embedding_size = width
+    if name.startswith("sdxl"):  # the size that SDXL's UNet takes the pooled features in
+        clip.cond_stage_model.clip_g.transformer.text_projection = comfy.ops.manual_cast.Linear(width, 1280, bias=False)
+    fill(clip.cond_stage_model, seed)
+    return clip
 
 
 @functools.cache
