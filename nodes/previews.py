@@ -1,4 +1,4 @@
-"""Small copies of pictures for the stroke editor, in ComfyUI's temp folder.
+"""Small copies of pictures for the editors in the nodes, in ComfyUI's temp folder.
 
 A file is named by the hash of its content: its address never changes meaning, an unchanged picture is written and
 downloaded once, and the names tell the editor whether its strokes were painted on these pictures.
@@ -31,6 +31,14 @@ def diagram(picture):
     image = shrunk(picture, Image.Resampling.NEAREST)
     name = name_of(image)
     keep(f"{name}.png", image)
+    return name
+
+
+def cutout(picture):
+    """Keep a picture with alpha [H, W, 4] in [0, 1] as PNG; return its name."""
+    image = shrunk(picture, Image.Resampling.LANCZOS)
+    name = name_of(image)
+    keep(f"{name}.png", image, compress_level=1)
     return name
 
 

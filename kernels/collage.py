@@ -1,0 +1,85 @@
+"""Collage Diffusion (arXiv 2303.00262): layers on a canvas, who is seen where, and the bias on cross-attention.
+
+Pictures are premultiplied RGBA [4, H, W] in [0, 1]: what is transparent has no colour, so nothing bleeds in when they
+are resized.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def premultiplied(image, alpha):
+    """image: [H, W, 3], alpha: [H, W], in [0, 1] -> [4, H, W]."""
+    return torch.cat([image.movedim(-1, 0) * alpha, alpha[None]])
+
+
+def trim(picture):
+    """A picture without the rows and columns at its borders where all is transparent; None where nothing is left."""
+    seen = picture[3] > 0
+    rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
+    if not len(rows):
+        return None
+    return picture[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+
+
+def place(picture, size, x, y, scale, rotation):
+    """A picture on a canvas: scaled, rotated, and moved.
+
+    picture: [4, h, w], premultiplied. size: (H, W) of the canvas. x, y: where the centre lies, in fractions of the canvas.
+    scale: 1 is as large as the canvas contains it upright. rotation: degrees, clockwise. Returns [4, H, W].
+    """
+    (height, width), (h, w) = size, picture.shape[1:]
+    factor = scale * min(height / h, width / w)  # canvas pixels for one of the picture's
+    if factor < 1:  # sampling single points of a larger picture would skip others
+        small = max(1, math.ceil(h * factor)), max(1, math.ceil(w * factor))
+        picture = F.interpolate(picture[None], size=small, mode="bilinear", antialias=True)[0]
+    turn = math.radians(rotation)
+    # From the canvas to the picture: each canvas pixel's offset from the layer's centre, turned back.
+    across = (torch.arange(width) + 0.5 - x * width)[None, :]
+    down = (torch.arange(height) + 0.5 - y * height)[:, None]
+    across, down = math.cos(turn) * across + math.sin(turn) * down, math.cos(turn) * down - math.sin(turn) * across
+    grid = torch.stack([across / (w * factor / 2), down / (h * factor / 2)], -1)
+    sampled = F.grid_sample(picture[None], grid[None].to(picture), mode="bilinear", padding_mode="border", align_corners=False)[0]
+    edge = [(side * factor / 2 - offset.abs() + 0.5).clamp(0, 1) for side, offset in ((w, across), (h, down))]  # how much of a pixel it covers
+    return sampled * (edge[0] * edge[1]).to(picture)
+
+
+def over(layers, background):
+    """Layers over a background (Porter and Duff 1984), and who is seen where.
+
+    layers: [N, 4, H, W], premultiplied, back to front. background: [3, H, W].
+    Returns the composite [3, H, W] and the visible masks [N, H, W], m_i = alpha_i prod_{k above i} (1 - alpha_k); with
+    the background's, prod_k (1 - alpha_k), they sum to one.
+    """
+    above = torch.ones_like(background[0])  # how much is left to be seen through everything above
+    composite, masks = torch.zeros_like(background), []
+    for layer in layers.flip(0):
+        composite = composite + above * layer[:3]
+        masks.append(above * layer[3])
+        above = above * (1 - layer[3])
+    return composite + above * background, torch.stack(masks[::-1])
+
+
+def noise_map(masks, noise, background_noise, blur):
+    """Where a pixel begins to change, h in [0, 1]: free as soon as t <= 1000 h (paper, section 3.4).
+
+    masks: visible masks [N, H, W]. noise: h of each layer, [N]. background_noise: h where no layer is. blur: standard
+    deviation of the Gaussian over the map, in pixels of the canvas. A pixel in which a layer of noise 0 has the largest
+    part keeps 0, whatever is beside it. Returns [H, W].
+    """
+    parts = torch.cat([masks, (1 - masks.sum(0)).clamp(min=0)[None]])
+    levels = torch.tensor([*noise, background_noise]).to(masks)
+    mixed = torch.einsum("nhw,n->hw", parts, levels).clamp(levels.min(), levels.max())
+    return gaussian(mixed, blur).clamp(levels.min(), levels.max()) * (levels[parts.argmax(0)] > 0)
+
+
+def gaussian(picture, sigma):
+    """Gaussian blur of [H, W]; beyond its borders the picture goes on as it ends."""
+    if sigma <= 0:
+        return picture
+    radius = math.ceil(3 * sigma)
+    kernel = torch.exp(-torch.arange(-radius, radius + 1).to(picture) ** 2 / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    padded = F.pad(picture[None, None], [radius] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel[None, None, :, None]), kernel[None, None, None, :])[0, 0]

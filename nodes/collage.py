@@ -1,0 +1,190 @@
+"""Collage Diffusion (arXiv 2303.00262): layers on a canvas, each with its words, harmonised into one image."""
+import re
+from typing import NamedTuple
+
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..kernels import collage as kernel
+from . import previews
+
+CATEGORY = "montage/collage"
+LAYERS, COLLAGE = io.Custom("MONTAGE_LAYERS"), io.Custom("MONTAGE_COLLAGE")
+
+
+class Layer(NamedTuple):
+    """One layer, before it lies on a canvas."""
+    node: str  # unique id of the node that made it
+    picture: torch.Tensor  # [4, h, w], premultiplied RGBA
+    text: str
+    x: float  # centre, in fractions of the canvas
+    y: float
+    scale: float  # 1: as large as the canvas contains it
+    rotation: float  # degrees, clockwise
+    depth: int
+    w_pos: float
+    w_neg: float
+    noise: float
+    control: float
+
+
+class Collage(NamedTuple):
+    """Layers on a canvas, back to front."""
+    layers: tuple
+    masks: torch.Tensor  # visible masks [N, H, W]
+    noise: torch.Tensor  # noise map [H, W]
+    prompt: str
+
+
+class CollageLayer(io.ComfyNode):
+    NAME = "Collage Layer"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CollageLayer",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description="One layer of a collage: a cut-out with its words, its place, and how freely it may change (Collage Diffusion). Chain layers "
+                        "from back to front and end in Collage Canvas.",
+            search_aliases=["collage diffusion", "cutout", "place image", "layered"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Image.Input("image", tooltip="The layer's picture. With four channels its alpha cuts it out (Join Image with Alpha)."),
+                io.String.Input("text", multiline=True, default="", tooltip=(
+                    "What the layer shows, as it stands in the canvas's prompt, word for word: a red ball. Empty: the layer has no words to steer.")),
+                io.Float.Input("x", default=0.5, min=-2.0, max=3.0, step=0.001, round=False, tooltip="Its centre: 0 is the canvas's left edge, 1 the right one."),
+                io.Float.Input("y", default=0.5, min=-2.0, max=3.0, step=0.001, round=False, tooltip="Its centre: 0 is the canvas's top edge, 1 the bottom."),
+                io.Float.Input("scale", default=0.5, min=0.001, max=10.0, step=0.001, round=False, tooltip="Its size: 1 is as large as the canvas contains it."),
+                io.Float.Input("rotation", default=0.0, min=-360.0, max=360.0, step=0.1, round=False, tooltip="Degrees, clockwise."),
+                io.Int.Input("depth", default=0, min=-999, max=999, tooltip="Nearer layers have larger numbers. Equal ones lie in the order of the chain."),
+                io.Float.Input("w_pos", default=0.4, min=0.0, max=5.0, step=0.01, tooltip=(
+                    "How much the layer's words are drawn to where it is seen. Paper: 0.2 to 0.6, the more the smaller the layer; 0 is off.")),
+                io.Float.Input("w_neg", default=0.7, min=0.0, max=5.0, step=0.01, tooltip=(
+                    "How much the layer's words are kept away from everywhere else. Paper: 0.4 to 0.9; 0 is off.")),
+                io.Float.Input("noise", default=0.8, min=0.0, max=1.0, step=0.01, tooltip=(
+                    "How freely it may change: 0 stays as it is, 0.4 keeps shape and colours, 0.8 keeps little but the place. For Collage Noise.")),
+                io.Float.Input("control", default=1.0, min=0.0, max=10.0, step=0.01, tooltip=(
+                    "Factor of a ControlNet's strength where the layer is seen. For Collage Control.")),
+                io.Boolean.Input("trim", default=True, advanced=True, tooltip=(
+                    "Cuts transparent borders away, so that place and size are those of what is seen. Off for a picture made for its place on a canvas.")),
+                LAYERS.Input("collage", optional=True, tooltip="The layers behind this one."),
+                io.Mask.Input("mask", optional=True, tooltip=(
+                    "1 where the layer is, instead of the picture's alpha: from Subject Localize, for instance. Load Image's MASK is the opposite: invert it.")),
+            ],
+            outputs=[LAYERS.Output("layers", display_name="collage", tooltip="All layers so far, for the next Collage Layer or Collage Canvas.")],
+        )
+
+    @classmethod
+    def execute(cls, image, text, x, y, scale, rotation, depth, w_pos, w_neg, noise, control, trim=True, collage=(), mask=None):
+        picture = cls.picture(image, mask, trim)
+        layer = Layer(str(cls.hidden.unique_id), picture, text.strip(), x, y, scale, rotation, depth, w_pos, w_neg, noise, control)
+        return io.NodeOutput((*collage, layer))
+
+    @classmethod
+    def picture(cls, image, mask, trim):
+        if len(image) > 1:
+            raise ValueError(f"{cls.NAME}: {len(image)} images came in one batch, and a layer is one. Pick one (Get Image from Batch).")
+        image = image[0].cpu().float()
+        alpha = image[..., 3] if image.shape[-1] == 4 else torch.ones(image.shape[:2])
+        if mask is not None:
+            alpha = mask.reshape(-1, *mask.shape[-2:])[0].cpu().float()
+            if alpha.shape != image.shape[:2]:
+                raise ValueError(f"{cls.NAME}: the mask is {alpha.shape[1]}x{alpha.shape[0]} and the image {image.shape[1]}x{image.shape[0]}. Give a mask "
+                                 "of the image's size.")
+        picture = kernel.premultiplied(image[..., :3], alpha.clamp(0, 1))
+        trimmed = kernel.trim(picture)
+        if trimmed is None:
+            raise ValueError(f"{cls.NAME}: nothing of the layer can be seen, its {'alpha' if mask is None else 'mask'} is 0 everywhere. A mask is 1 where "
+                             "the layer is; Load Image's MASK is the opposite and needs Invert Mask.")
+        return trimmed.contiguous() if trim else picture
+
+
+class CollageCanvas(io.ComfyNode):
+    """Lays the layers over each other.
+
+    What its editor in the browser gets and does (`ui`): {"montage_canvas": [{"width", "height": the canvas in pixels,
+    "background": "#rrggbb" or the name of a preview (temp/montage/NAME.jpg), "layers": [...]}]}, and of each layer, back
+    to front: {"node": the id of its CollageLayer node ("7", or "5:7" inside a subgraph), "picture": the name of its
+    preview with alpha (temp/montage/NAME.png), "width", "height": the cut-out in pixels, "text"}. Where a layer lies the
+    editor reads in the widgets x, y, scale, rotation and depth of that node, with the meaning they have there, and
+    writes it back to them.
+    """
+    NAME = "Collage Canvas"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CollageCanvas",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description="Lays the layers of a collage over each other: the composite to start from, who is seen where, and how freely each place may "
+                        "change (Collage Diffusion).",
+            is_output_node=True,  # its own run button: see the collage without sampling
+            has_intermediate_output=True,  # a cached run still shows its pictures
+            search_aliases=["collage diffusion", "composite layers", "layout"],
+            inputs=[
+                LAYERS.Input("collage", tooltip="The last Collage Layer: the nearest one."),
+                io.Int.Input("width", default=512, min=64, max=8192, step=8, tooltip="Of the canvas, in pixels."),
+                io.Int.Input("height", default=512, min=64, max=8192, step=8, tooltip="Of the canvas, in pixels."),
+                io.String.Input("prompt", multiline=True, default="", tooltip=(
+                    "The whole image in words, the text of every layer in it, word for word. Empty: the layers' texts, joined with commas.")),
+                io.String.Input("background", default="#969696", tooltip="Colour where no layer is, #rrggbb (paper: grey, #969696)."),
+                io.Float.Input("background_noise", default=0.8, min=0.0, max=1.0, step=0.01, tooltip=(
+                    "How freely the background may change. Paper: as the freest layer. 0 keeps it: for a background_image that is finished.")),
+                io.Float.Input("blur", default=10.0, min=0.0, max=500.0, step=0.5, tooltip=(
+                    "How softly noise passes from one layer to the next: Gaussian blur of the noise map, in pixels of the canvas (paper: 10 at 512).")),
+                io.Image.Input("background_image", optional=True, tooltip=(
+                    "A picture behind all layers instead of the colour, scaled to cover the canvas.")),
+            ],
+            outputs=[
+                COLLAGE.Output("placed", display_name="collage", tooltip="For Collage Cross Attention, Collage Noise, Collage Control and Learn Layer Token."),
+                io.Image.Output("image", tooltip="The composite. Encode it, and sample from it."),
+                io.Mask.Output("masks", tooltip="Where each layer is seen, one mask for each from back to front. Together with the background's they sum to one."),
+                io.Mask.Output("noise_map", tooltip="How freely each place may change, 0 to 1."),
+                io.String.Output("full_prompt", display_name="prompt", tooltip="The prompt, for nodes that need it as text."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, collage, width, height, prompt, background, background_noise, blur, background_image=None):
+        layers = tuple(sorted(collage, key=lambda layer: layer.depth))
+        placed = torch.stack([kernel.place(layer.picture, (height, width), layer.x, layer.y, layer.scale, layer.rotation) for layer in layers])
+        behind = cls.background(background, background_image, width, height)
+        composite, masks = kernel.over(placed, behind)
+        noise = kernel.noise_map(masks, [layer.noise for layer in layers], background_noise, blur)
+        prompt = prompt.strip() or ", ".join(layer.text for layer in layers if layer.text)
+        image = composite.movedim(0, -1)
+        shown = {
+            "width": width,
+            "height": height,
+            "background": background.strip() if background_image is None else previews.photograph(behind.movedim(0, -1)),
+            "layers": [cls.shown(layer) for layer in layers],
+        }
+        return io.NodeOutput(Collage(layers, masks, noise, prompt), image[None], masks, noise[None], prompt, ui={"montage_canvas": [shown]})
+
+    @staticmethod
+    def shown(layer):
+        colour, alpha = layer.picture[:3], layer.picture[3:]
+        straight = torch.cat([colour / alpha.clamp(min=1e-6), alpha]).movedim(0, -1)
+        return {"node": layer.node, "picture": previews.cutout(straight), "width": layer.picture.shape[2], "height": layer.picture.shape[1],
+                "text": layer.text}
+
+    @classmethod
+    def background(cls, colour, image, width, height):
+        """What lies behind all layers, [3, H, W]."""
+        if image is None:
+            if not re.fullmatch(r"#[0-9a-fA-F]{6}", colour.strip()):
+                raise ValueError(f'{cls.NAME}: background "{colour}" is no colour. Write it as #rrggbb: #969696 is grey.')
+            rgb = torch.tensor([int(colour.strip()[i:i + 2], 16) for i in (1, 3, 5)]) / 255
+            return rgb[:, None, None].expand(3, height, width)
+        if len(image) > 1:
+            raise ValueError(f"{cls.NAME}: background_image is a batch of {len(image)}, and there is one background. Pick one (Get Image from Batch).")
+        picture = image[..., :3].cpu().float().movedim(-1, 1)
+        if picture.shape[2:] != (height, width):
+            picture = comfy.utils.common_upscale(picture, width, height, "bicubic", "center").clamp(0, 1)
+        return picture[0]
+
+
+NODES = [CollageLayer, CollageCanvas]
