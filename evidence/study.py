@@ -14,8 +14,11 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import comfy.utils
 import torch
 from PIL import Image, ImageDraw
+
+comfy.utils.set_progress_bar_enabled(False)
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "demo" / "weights" / "demo-model.safetensors"
