@@ -1,8 +1,8 @@
 // Strokes on a canvas: the chosen image's strong, the others' faint, and hatching where they conflict.
 import { byImage, findConflicts } from "./raster.js";
 import { UNIT } from "./strokes.js";
+import { canvasSize, clear } from "./widget.js";
 
-const LONG_SIDE = 1024; // of the canvas; the page scales it
 const CHOSEN = 0.65; // opacities
 const OTHERS = 0.35;
 
@@ -18,9 +18,8 @@ export class Drawing {
   }
 
   /** size: the picture's [width, height]. */
-  resize([width, height]) {
-    const scale = Math.min(1, LONG_SIDE / Math.max(width, height));
-    const [w, h] = [width, height].map((side) => Math.max(1, Math.round(side * scale)));
+  resize(size) {
+    const [w, h] = canvasSize(size);
     if (this.canvas.width === w && this.canvas.height === h) return;
     for (const canvas of [this.canvas, this.others, this.chosen, this.scratch]) [canvas.width, canvas.height] = [w, h];
     this.strokes = null;
@@ -72,13 +71,6 @@ export class Drawing {
     this.conflicts = [];
     this.strokes = null;
   }
-}
-
-function clear(canvas) {
-  const context = canvas.getContext("2d");
-  context.globalAlpha = 1;
-  context.clearRect(0, 0, canvas.width, canvas.height);
-  return context;
 }
 
 function drawStrokes(canvas, strokes, colour) {

@@ -3,29 +3,26 @@ import { Drawing } from "./drawing.js";
 import { Pen } from "./pen.js";
 import { coverage } from "./raster.js";
 import { LONG_TEXT, Painting, UNIT, makeStroke } from "./strokes.js";
+import { NodeEditor, button, claim, fill, make, setAddress, toolbar } from "./widget.js";
 
 const RADIUS = { least: 20, most: 1500, first: 250, step: 1.2 };
 const MANY = 12; // images, from which on the thumbnails are small
-const [LEFT, MIDDLE] = [0, 1]; // mouse buttons
 const NO_PICTURES = { names: [], size: null, regions: null };
 
-export class StrokeEditor {
+export class StrokeEditor extends NodeEditor {
   /**
    * colours: CSS colours of the images, in order.
    * address(name, kind): the URL of a picture; kind is "picture", "thumbnail" or "regions".
-   * node: what the editor needs of its node:
+   * node: what the editor needs of its node, besides what a NodeEditor does:
    *   base(): number of the base image, null while another node feeds it; chooseBase(image);
-   *   changed(): called after each edit;
-   *   panning(): whether the pen moves the graph now; forward(event): a wheel or pointer event that is the graph's.
+   *   changed(): called after each edit.
    */
   constructor({ colours, address, node }) {
-    linkStyle();
-    Object.assign(this, { colours, address, node });
+    super(node, "Strokes: 0 to 9 and arrows choose an image, E erases, [ and ] size the brush");
+    Object.assign(this, { colours, address });
     this.painting = new Painting();
     this.pictures = NO_PICTURES;
     this.missing = false; // the chosen picture's file is gone from the server
-    this.movingGraph = false;
-    this.released = false;
     this.view = { image: 0, radius: RADIUS.first, erasing: false, regions: false };
     this.build();
     this.drawing = new Drawing(this.canvas);
@@ -40,11 +37,6 @@ export class StrokeEditor {
 
   build() {
     this.images = make("div", { className: "montage-images" });
-    const button = (text, title, action) => {
-      const element = make("button", { type: "button", textContent: text, title, tabIndex: -1 });
-      element.addEventListener("click", action);
-      return element;
-    };
     const pen = {
       paint: button("Paint", "Paint what to keep from the chosen image", () => this.look({ erasing: false })),
       erase: button("Erase", "Erase strokes of the chosen image (E)", () => this.look({ erasing: true })),
@@ -66,21 +58,12 @@ export class StrokeEditor {
     this.hint = make("div", { className: "montage-hint" });
     this.stage = make("div", { className: "montage-stage" }, this.picture, this.regions, this.canvas, this.ring, this.hint);
     this.status = make("div", { className: "montage-status" });
-    // ComfyUI leaves keys alone while an input has the focus, so that Delete does not delete the node, nor Ctrl+Z undo the graph.
-    this.keys = make("input", { className: "montage-keys", type: "text", readOnly: true, ariaLabel: "Strokes: 0 to 9 and arrows choose an image, E erases, [ and ] size the brush" });
-    const row = (tools) => make("div", { className: "montage-tools" }, ...Object.values(tools));
-    this.element = make("div", { className: "montage-editor" }, this.images, row(pen), row(actions), this.stage, this.status, this.keys);
+    this.assemble(this.images, this.images, toolbar(pen), toolbar(actions), this.stage, this.status);
   }
 
   listen() {
     const { element, canvas, picture, tools } = this;
-    element.addEventListener("pointerdown", (event) => event.target !== tools.radius && this.keys.focus({ preventScroll: true }));
-    // Not of pointerdown: that would also take the mouse events away which ComfyUI's own undo history waits for.
-    element.addEventListener("mousedown", (event) => event.target !== tools.radius && event.preventDefault());
-    element.addEventListener("keydown", (event) => this.key(event));
-    element.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
-    for (const type of ["pointerdown", "pointermove", "pointerup"]) element.addEventListener(type, (event) => this.moveGraph(event));
-    element.addEventListener("contextmenu", (event) => this.pen.stroke && (event.preventDefault(), event.stopPropagation())); // of a long touch
+    element.addEventListener("contextmenu", (event) => this.pen.stroke && claim(event)); // of a long touch
     tools.radius.addEventListener("input", () => this.look({ radius: Math.exp(tools.radius.value) }));
     canvas.addEventListener("pointermove", (event) => this.moveRing(event));
     canvas.addEventListener("pointerleave", () => (this.ring.hidden = true));
@@ -162,12 +145,6 @@ export class StrokeEditor {
     this.render();
   }
 
-  /** A change of the tools or the chosen image, which is no change of the strokes. */
-  look(change) {
-    Object.assign(this.view, change);
-    this.render();
-  }
-
   choose(image) {
     if (image >= 0 && image < this.count()) this.look({ image });
   }
@@ -207,8 +184,7 @@ export class StrokeEditor {
     const count = this.count();
     const painted = new Set(this.painting.images());
     const conflicting = new Set(this.drawing.conflicts.flat());
-    while (this.images.childElementCount > count) this.images.lastChild.remove();
-    while (this.images.childElementCount < count) this.images.append(this.makeThumbnail(this.images.childElementCount));
+    fill(this.images, count, (image) => this.makeThumbnail(image));
     this.images.classList.toggle("many", count > MANY);
     [...this.images.children].forEach((thumbnail, image) => {
       const name = this.pictures.names[image];
@@ -219,12 +195,6 @@ export class StrokeEditor {
       if (chosen && thumbnail.ariaPressed === "false") this.reveal(thumbnail);
       thumbnail.ariaPressed = chosen;
     });
-  }
-
-  /** Not scrollIntoView: that would also scroll the page's hidden overflow. */
-  reveal({ offsetTop: top, offsetHeight: height }) {
-    const strip = this.images;
-    strip.scrollTop = Math.min(top, Math.max(strip.scrollTop, top + height - strip.clientHeight));
   }
 
   makeThumbnail(image) {
@@ -298,81 +268,29 @@ export class StrokeEditor {
 
   // ---- keys, wheel, and what is the graph's
 
-  hasKeyboard() {
-    return this.element.contains(document.activeElement);
-  }
-
-  moveGraph(event) {
-    const { type, button, buttons } = event;
-    if (type === "pointerdown") this.movingGraph = button === MIDDLE || (button === LEFT && this.node.panning());
-    if (this.movingGraph && (buttons || type === "pointerup")) this.node.forward(event);
-    if (type === "pointerup") this.movingGraph = false;
-  }
-
-  key(event) {
-    const key = event.key.toLowerCase();
-    const isAltGr = event.getModifierState("AltGraph"); // types [ and ] on many keyboards
-    const command = (event.ctrlKey || event.metaKey) && !isAltGr;
-    const action = command ? { z: () => this.travel(event.shiftKey ? "redo" : "undo"), y: () => this.travel("redo") }[key]
-      : (event.altKey && !isAltGr) || event.target !== this.keys ? null
-      : /^\d$/.test(key) ? () => this.choose(Number(key))
-      : {
-        e: () => this.look({ erasing: !this.view.erasing }),
-        "[": () => this.resizeBrush(1 / RADIUS.step),
-        "]": () => this.resizeBrush(RADIUS.step),
-        arrowleft: () => this.choose(this.view.image - 1),
-        arrowright: () => this.choose(this.view.image + 1),
-        escape: () => (this.pen.stroke ? this.pen.cancel() : this.keys.blur()),
-      }[key];
-    if (!action) return;
-    event.preventDefault();
-    event.stopPropagation();
-    action();
+  actionOf(key) {
+    return /^\d$/.test(key) ? () => this.choose(Number(key)) : {
+      e: () => this.look({ erasing: !this.view.erasing }),
+      "[": () => this.resizeBrush(1 / RADIUS.step),
+      "]": () => this.resizeBrush(RADIUS.step),
+      arrowleft: () => this.choose(this.view.image - 1),
+      arrowright: () => this.choose(this.view.image + 1),
+      escape: () => (this.pen.stroke ? this.pen.cancel() : this.keys.blur()),
+    }[key];
   }
 
   wheel(event) {
-    const strip = this.images;
-    if (event.altKey && this.hasKeyboard()) this.resizeBrush((event.deltaY || event.deltaX) < 0 ? RADIUS.step : 1 / RADIUS.step);
-    else if (strip.contains(event.target) && strip.scrollHeight > strip.clientHeight && !event.ctrlKey) return event.stopPropagation();
-    else this.node.forward(event);
-    event.preventDefault();
-    event.stopPropagation();
+    if (!(event.altKey && this.hasKeyboard())) return super.wheel(event);
+    this.resizeBrush((event.deltaY || event.deltaX) < 0 ? RADIUS.step : 1 / RADIUS.step);
+    claim(event);
   }
 
-  /** Frees all pixels of a removed node, which ComfyUI itself may keep, until resume(). */
   release() {
-    this.released = true;
+    super.release();
     this.pen.cancel();
     this.pictures = NO_PICTURES;
     for (const image of [this.picture, this.regions]) image.removeAttribute("src");
     this.images.replaceChildren();
     this.drawing.release();
-  }
-
-  resume() {
-    this.released = false;
-    this.render();
-  }
-}
-
-function make(tag, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  element.append(...children);
-  return element;
-}
-
-/** Shows an image, or hides it without an address. Returns whether it is another one now. */
-function setAddress(image, address) {
-  image.hidden = !address;
-  if ((image.getAttribute("src") ?? "") === (address || "")) return false;
-  if (address) image.src = address;
-  else image.removeAttribute("src");
-  return true;
-}
-
-function linkStyle() {
-  const href = new URL("./editor.css", import.meta.url).href;
-  if (![...document.styleSheets].some((sheet) => sheet.href === href) && !document.querySelector(`link[href="${href}"]`)) {
-    document.head.append(make("link", { rel: "stylesheet", href }));
   }
 }

@@ -1,7 +1,7 @@
 // Mouse, touch and pen on a canvas, as strokes.
+import { Drag, LEFT, placeIn } from "./pointer.js";
 import { UNIT } from "./strokes.js";
 
-const LEFT = 0;
 const PEN_ERASER = 5; // the other end of a pen, as a button
 
 export class Pen {
@@ -13,45 +13,31 @@ export class Pen {
     this.canvas = canvas;
     this.host = host;
     this.stroke = null; // {k, r, p, e?} while the pen is down
-    this.pointer = null;
     this.frame = 0;
-    canvas.addEventListener("pointerdown", (event) => this.down(event));
-    canvas.addEventListener("pointermove", (event) => this.move(event));
-    canvas.addEventListener("pointerup", (event) => this.up(event));
-    canvas.addEventListener("pointercancel", (event) => this.isMine(event) && this.cancel());
+    this.drag = new Drag(canvas, (event) => this.begin(event));
   }
 
-  /** A point of the page in UNITs of the picture, which `object-fit: contain` centres in the canvas's box. */
   place(event) {
-    const { width, height } = this.canvas;
-    const box = this.canvas.getBoundingClientRect(); // holds the graph's zoom
-    const scale = Math.min(box.width / width, box.height / height);
-    const x = (event.clientX - box.left - (box.width - width * scale) / 2) / (width * scale);
-    const y = (event.clientY - box.top - (box.height - height * scale) / 2) / (height * scale);
-    return [x * UNIT, y * UNIT];
+    return placeIn(this.canvas, event).map((fraction) => fraction * UNIT);
   }
 
-  isMine(event) {
-    return this.stroke !== null && event.pointerId === this.pointer.id;
-  }
-
-  down(event) {
-    const { pointerId: id, pointerType: type, button } = event;
-    if (this.stroke) {
-      if (type === "touch" && this.pointer.type === "touch") this.cancel(); // two fingers are no stroke
-      return;
-    }
-    if (button !== LEFT && button !== PEN_ERASER) return;
-    const begun = this.host.start(button === PEN_ERASER);
-    if (!begun) return;
-    this.canvas.setPointerCapture(id);
-    this.pointer = { id, type };
+  begin(event) {
+    const erasing = event.button === PEN_ERASER;
+    const begun = (erasing || event.button === LEFT) && this.host.start(erasing);
+    if (!begun) return null;
     this.stroke = { ...begun, p: this.place(event) };
     this.host.draw(this.stroke);
+    return {
+      move: (moved) => this.grow(moved),
+      end: () => this.host.finish(this.take()),
+      cancel: () => {
+        this.take();
+        this.host.draw(null);
+      },
+    };
   }
 
-  move(event) {
-    if (!this.isMine(event)) return;
+  grow(event) {
     const passed = event.getCoalescedEvents?.() ?? [];
     for (const sample of passed.length ? passed : [event]) this.stroke.p.push(...this.place(sample));
     this.frame ||= requestAnimationFrame(() => {
@@ -60,15 +46,14 @@ export class Pen {
     });
   }
 
-  up(event) {
-    if (!this.isMine(event)) return;
-    const stroke = this.stroke;
+  /** The stroke, which is no longer under the pen. */
+  take() {
+    const { stroke } = this;
     this.stroke = null;
-    this.host.finish(stroke);
+    return stroke;
   }
 
   cancel() {
-    this.stroke = null;
-    this.host.draw(null);
+    this.drag.cancel();
   }
 }

@@ -1,0 +1,139 @@
+// An editor's place in a node of ComfyUI's graph: what every kind of them needs.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const residents = new WeakMap(); // node -> {editor, show}
+const seats = new Map(); // place of a node -> {view, element}: what outlives the node when undo makes it anew
+
+/** The address of a file that a node has left in the temp folder. */
+export function fileAddress(filename) {
+  return api.apiURL("/view?" + new URLSearchParams({ filename, subfolder: "montage", type: "temp" }));
+}
+
+/** What a NodeEditor needs of any node. */
+export function graphSide() {
+  return {
+    panning: () => Boolean(app.canvas?.read_only), // space is held, or the hand tool is chosen
+    forward(event) {
+      const canvas = app.canvas;
+      const handler = { wheel: "processMouseWheel", pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" }[event.type];
+      canvas[handler](event);
+    },
+  };
+}
+
+/** Makes a change one entry of the graph's undo history; for touch as well, which makes no mouse events. */
+export function asOneChange(node, change) {
+  app.canvas?.emitBeforeChange?.();
+  change();
+  node.graph?.setDirtyCanvas?.(true, false);
+  app.canvas?.emitAfterChange?.();
+}
+
+/** Whether another node feeds a widget. */
+export function isFed(node, name) {
+  return Boolean(node.inputs?.some((input) => input.widget?.name === name && input.link != null));
+}
+
+/** Puts an editor into its node, as a widget. options: of the widget, with its value and least height. */
+export function addEditor(node, name, type, editor, options) {
+  editor.element.dataset.captureWheel = "true"; // Nodes 2.0: with the keyboard comes the wheel
+  const widget = node.addDOMWidget(name, type, editor.element, { hideOnZoom: false, ...options });
+  // The side panel writes its own width here, and the classic canvas would lay the node out with it.
+  Object.defineProperty(widget, "width", { get: () => undefined, set() {}, configurable: true });
+  const { onRemove } = widget;
+  widget.onRemove = function () {
+    onRemove?.call(this);
+    editor.release();
+  };
+  return widget;
+}
+
+/** Has `show(output)` called with what the node's last run sent, whenever that may have changed. */
+export function settle(node, editor, show) {
+  residents.set(node, { editor, show });
+  after(node, "onExecuted", show);
+  for (const method of ["onAdded", "onConfigure"]) {
+    after(node, method, () => {
+      takeSeat(node);
+      show(lastOutput(node));
+    });
+  }
+}
+
+/** Runs `then` after a method of the node, whoever else has hooked it. */
+export function after(node, method, then) {
+  const before = node[method];
+  node[method] = function (...values) {
+    const result = before?.apply(this, values);
+    then(...values);
+    return result;
+  };
+}
+
+export function placeOf(node) {
+  return [node.graph?.rootGraph?.id, node.graph?.id, node.id].join(":");
+}
+
+/** The element that shows the editor of a place now. */
+export function elementAt(place) {
+  return seats.get(place)?.element.deref();
+}
+
+/** Every node of the graph as its path, [node of the subgraph, ..., node]; of subgraphs used twice the first. */
+export function* allPaths(graph = rootGraph(), above = [], seen = new Set()) {
+  if (!graph || seen.has(graph)) return;
+  seen.add(graph);
+  for (const node of graph.nodes ?? []) {
+    const path = [...above, node];
+    yield path;
+    yield* allPaths(node.subgraph, path, seen);
+  }
+}
+
+export function rootGraph() {
+  return app.graph?.rootGraph ?? app.graph;
+}
+
+function lastOutput(node) {
+  const inside = node.graph && node.graph !== node.graph.rootGraph;
+  return app.nodeOutputs?.[inside ? `${node.graph.id}:${node.id}` : String(node.id)];
+}
+
+/**
+ * Undo makes the node anew under its old id. In Nodes 2.0 the page then keeps the element of the old editor, where
+ * edits would be lost: the new one takes its place, and the tools stay as they were.
+ */
+function takeSeat(node) {
+  const { editor } = residents.get(node);
+  const place = placeOf(node);
+  const seat = seats.get(place);
+  const element = seat?.element.deref();
+  if (element && element !== editor.element && element.isConnected) element.replaceWith(editor.element);
+  if (seat) editor.view = seat.view;
+  editor.resume();
+  seats.set(place, { view: editor.view, element: new WeakRef(editor.element) });
+}
+
+/**
+ * Newer pages of Nodes 2.0 show nodes of one id in a graph and its subgraph by one component, which keeps the element
+ * it had first.
+ */
+function showEditorsOfGraph() {
+  for (const node of app.canvas.graph?.nodes ?? []) {
+    const element = residents.get(node)?.editor.element;
+    const shown = element && document.querySelector(`[data-node-id="${node.id}"] .montage-editor`);
+    if (shown && shown !== element) shown.replaceWith(element);
+  }
+}
+
+app.registerExtension({
+  name: "montage.editors",
+  setup() {
+    app.canvas.canvas.addEventListener("litegraph:set-graph", showEditorsOfGraph);
+  },
+  afterConfigureGraph: showEditorsOfGraph,
+  onNodeOutputsUpdated() {
+    for (const path of allPaths()) residents.get(path.at(-1))?.show(lastOutput(path.at(-1)));
+  },
+});
