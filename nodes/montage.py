@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..kernels import graphcut, labels
-from ..patching.recipes import Recipe, install
+from ..patching.recipes import Branch, Recipe, begin_on, install
 from ..patching.schedule import Window
 from ..patching.sites import parse_sites
 from ..patching.streams import check_together, streams_of
@@ -204,7 +204,7 @@ class CompositeAttention(Recipe):
             else:
                 q[:, rows] = own
         if self.kv == "model":
-            return q, k, v
+            return [Branch(q, k, v)]
         if self.kv == "concat":
             context = torch.cat(sources, 1).expand(n.shape[0], -1, -1)
         elif stored_base:
@@ -212,26 +212,14 @@ class CompositeAttention(Recipe):
             context[:, stored_base[0]] = stored_base[1]
         else:
             context = q
-        return q, context, context
+        return [Branch(q, context, context)]
 
     def check(self, session):
         session.check_size(self, self.base_stream.run)  # the start is its, also where its features are not read
 
-    def start(self, session, noise, latent_image):
-        """Begin where the base image was at this sigma: a composite of base tokens alone is the base image.
-
-        At the schedule's start that is the base's own noise and latent image, whatever the sampler's seed; inside it,
-        the noise that puts the sampler on the base's trajectory, x = latent + sigma * noise.
-        """
-        run, row = self.base_stream
-        latent = run.latent_image[row:row + 1]
-        sigma = session.sigmas[0]
-        if sigma == run.sigmas[0]:
-            own = run.noise[row:row + 1]
-        else:
-            x = session.evaluation_of(self, run, (sigma, session.visits.seen[sigma], 0)).x[row:row + 1]
-            own = (x - session.model.model.process_latent_in(latent) * bool(latent.count_nonzero())) / sigma
-        return own.expand_as(noise).to(noise), latent.expand_as(latent_image).to(latent_image)
+    def start(self, session, noise, latent_image, sigmas):
+        """Begin where the base image was: a composite of base tokens alone is the base image."""
+        return *begin_on(self.base_stream, self, session, noise, latent_image), sigmas
 
 
 class CompositeAttentionInject(io.ComfyNode):
@@ -294,7 +282,7 @@ class CompositeAttentionInject(io.ComfyNode):
         latent = {"samples": run.latent_image[row:row + 1]}
         if run.denoise_mask is not None:
             latent["noise_mask"] = run.denoise_mask[row:row + 1, :1]
-        return io.NodeOutput(install(model, recipe=recipe), latent)
+        return io.NodeOutput(install(model, recipe), latent)
 
 
 NODES = [GraphCutMontage, CompositeAttentionInject]

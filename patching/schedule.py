@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 
 class Window(NamedTuple):
-    """A part of the schedule and a set of sites. Step i of n lies at i / n; it is inside when start <= i/n < end."""
+    """A part of the schedule and a set of sites (none: only latents are touched). Step i of n lies at i / n; it is inside when start <= i/n < end."""
     start: float
     end: float
     sites: tuple
 
     @property
     def empty(self):
-        return self.start >= self.end or not self.sites
+        return self.start >= self.end
 
     def has(self, position):
         return self.start <= position < self.end

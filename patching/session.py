@@ -5,9 +5,11 @@ import comfy.model_management
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
+from .branches import join
 from .schedule import Visits, position
 from .sites import Site, sites_of, transformer_block
 from .streams import Evaluation, Half, Run, Weights, conds_of, halves_of, recorded_conds, rows_to_replay
@@ -19,9 +21,8 @@ class Step:
     """One model evaluation of the target or of a stream: its name (sigma, visit, call), its conditionings, the recipes
     that act in it, and what their streams gave."""
 
-    def __init__(self, key, halves, recipes=(), sigmas=()):
-        self.key, self.halves = key, halves
-        self.recipes = [recipe for recipe in recipes if recipe.window.has(position(key[0], recipe.streams[0].run.sigmas if recipe.streams else sigmas))]
+    def __init__(self, key, halves, recipes=()):
+        self.key, self.halves, self.recipes = key, halves, recipes
         self.kept = {}  # (recipe, stream number, half, site) -> tensor
 
 
@@ -30,7 +31,8 @@ class Session:
 
     def __init__(self, guider, patch, noise, sampler, sigmas):
         self.guider, self.model, self.recordings = guider, guider.model_patcher, patch.recordings
-        self.recipes = tuple(recipe for recipe in patch.recipes if not recipe.window.empty)
+        self.groups = [[recipe for recipe in group if not recipe.window.empty] for group in patch.groups]
+        self.recipes = sorted((recipe for group in self.groups for recipe in group), key=lambda recipe: recipe.branches)
         self.sigmas, self.size = tuple(sigmas.tolist()), tuple(noise.shape[-2:])
         self.sampler = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
         self.names = " and ".join(dict.fromkeys([r.node for r in self.recipes] + ["Feature Recorder"] * bool(self.recordings)))
@@ -47,6 +49,23 @@ class Session:
             for run, _ in recipe.streams:
                 self.check_run(recipe, run)
             recipe.check(self)
+        self.check_branches()
+
+    def acting(self, sigma):
+        """The recipes in whose window an evaluation lies."""
+        return [recipe for recipe in self.recipes
+                if recipe.window.has(position(sigma, recipe.streams[0].run.sigmas if recipe.streams else self.sigmas))]
+
+    def check_branches(self):
+        """Refuse two recipes that would split one attention."""
+        for sigma in self.sigmas[:-1]:
+            owner = {}
+            for recipe in self.acting(sigma):
+                for site in recipe.window.sites if recipe.branches else ():
+                    if site in owner:
+                        raise ValueError(f"{recipe.node}: at sigma {sigma:.4g} {owner[site].node} already feeds the attention of block {tuple(site)} from several "
+                                         f"images, and that can be done once. Give the two nodes windows or sites that do not overlap.")
+                    owner[site] = recipe
 
     def check_run(self, recipe, run):
         """Refuse a recorded run that a recipe cannot follow here."""
@@ -60,10 +79,7 @@ class Session:
         if any("hooks" in cond for group in run.conds.values() for cond in group):
             raise ValueError(f"{recipe.node}: its images were recorded with hooks on their conditioning, which cannot be replayed. "
                              f"Apply the LoRA to the MODEL instead of the conditioning.")
-        # A run that starts inside the schedule begins with the visit that continues the step, not with the one
-        # that ended the step before (Heun's corrector).
-        first = self.sigmas[0]
-        self.visits.seen[first] = max(0, run.visits(first) - run.visits(run.sigmas[0]))
+        self.visits.seen[self.sigmas[0]] = run.visit_that_continues(self.sigmas[0])
 
     def check_size(self, recipe, run):
         if run.size != self.size:
@@ -72,7 +88,7 @@ class Session:
 
     def record(self, noise, latent_image, sigmas, denoise_mask):
         if self.recordings:
-            composed = " and ".join(recipe.node for recipe in self.recipes)
+            composed = " and ".join(dict.fromkeys(recipe.node for recipe in self.recipes))
             self.run = Run(Weights(self.model), self.sampler, sigmas, noise, latent_image, denoise_mask, composed)
             self.budget = max(recording.budget for recording in self.recordings)
             self.take_keys = keys_taker(self.run, self.model)
@@ -85,7 +101,7 @@ class Session:
         with its own latent and options."""
         if self.sigma_visit is None:  # a guider that does not go through predict_noise
             self.visit(float(timestep[0]))
-        step = Step((*self.sigma_visit, self.calls), halves_of(self.guider.conds), self.recipes, self.sigmas)
+        step = Step((*self.sigma_visit, self.calls), halves_of(self.guider.conds), self.acting(self.sigma_visit[0]))
         self.calls += 1
         if self.run is None:
             return self.compute(executor, model, conds, x, timestep, options, step)
@@ -126,8 +142,8 @@ class Session:
         self.gather(executor, model, conds, x.device, timestep, step)
         if not step.recipes and take is None:
             return executor(model, conds, x, timestep, options)
-        fired = set()
-        result = executor(model, conds, x, timestep, self.patched(options, self.attn1_patch(step, take, fired)))
+        fired, splits = set(), {}
+        result = executor(model, conds, x, timestep, self.patched(options, step, self.attn1_patch(step, take, fired, splits), splits))
         for recipe in step.recipes:
             missing = [site for site in recipe.window.sites if site not in fired]
             if missing:
@@ -136,7 +152,7 @@ class Session:
                                    f"disconnect it from this MODEL, or leave the blocks out.")
         return result
 
-    def attn1_patch(self, step, take, fired):
+    def attn1_patch(self, step, take, fired, splits):
         def patch(n, k, v, extra):
             site = Site(*extra["block"], extra["block_index"])
             grid = tuple(extra["activations_shape"][-2:])
@@ -152,18 +168,46 @@ class Session:
             for recipe in step.recipes:
                 if site in recipe.window.sites:
                     self.acted.add(recipe)
-                    parts = [recipe.attn1(*part, self.sources(step, recipe, half, site, grid, n), grid)
-                             for half, *part in zip(halves, *(tensor.chunk(len(halves)) for tensor in (n, k, v)))]
-                    q, k, v = zip(*parts)
-                    same = all(a is b for a, b in zip(k, v))
-                    n, k = torch.cat(q), torch.cat(k)
-                    v = k if same else torch.cat(v)
+                    branches = [recipe.attn1(*part, self.sources(step, recipe, half, site, grid, n), grid)
+                                for half, *part in zip(halves, *(tensor.chunk(len(halves)) for tensor in (n, k, v)))]
+                    n, k, v, split = join(branches, n.shape[0] // len(halves), n.shape[1])
+                    if split:
+                        splits[site, tuple(extra["uuids"])] = split
             return n, k, v
 
         return patch
 
-    def patched(self, options, patch):
+    def attn1_replace(self, site, splits, occupant):
+        """What stands in the attn1 slot of a site: runs each branch through `occupant`, who stood there before, or ComfyUI's attention."""
+        def attend(q, k, v, extra):
+            if occupant:
+                result = occupant(q, k, v, extra)
+            else:
+                result = optimized_attention(q, k, v, extra["n_heads"], attn_precision=extra["attn_precision"], transformer_options=extra)
+            if result.shape != q.shape:
+                raise ValueError(f"{self.names}: another node replaces the self-attention of block {tuple(site)} and gave {tuple(result.shape)} "
+                                 f"for queries of {tuple(q.shape)}: it does not go with attention that is fed from several images. Disconnect it "
+                                 f"(Perturbed-Attention Guidance does this), or leave the block out.")
+            return result
+
+        def replace(q, k, v, extra):
+            split = splits.pop((site, tuple(extra["uuids"])), None)
+            if split is None:
+                return attend(q, k, v, extra)
+            lengths = q.shape[1], k.shape[1], v.shape[1]
+            if lengths != split.lengths:
+                raise ValueError(f"{self.names}: another node cuts the tokens of block {tuple(site)} after they were composed ({lengths} of "
+                                 f"{split.lengths} in q, k and v). Disconnect HyperTile, ToMe and the like from this MODEL.")
+            return split.attend(q, k, v, lambda *part: attend(*part, extra))
+
+        return replace
+
+    def patched(self, options, step, patch, splits):
         options, compiled = with_attn1_patch(options, patch)
+        sites = [site for recipe in step.recipes if recipe.branches for site in recipe.window.sites]
+        if sites:
+            slots = options["transformer_options"].setdefault("patches_replace", {}).setdefault("attn1", {})
+            slots.update({tuple(site): self.attn1_replace(site, splits, slots.get(site, slots.get(site[:2]))) for site in sites})
         if compiled and not self.compiled:
             self.compiled = True
             logging.warning("%s: torch.compile is left out of this run, since it would leave out the attention patches.", self.names)
@@ -248,10 +292,11 @@ class Session:
             comfy.samplers.cast_transformer_options(options["transformer_options"], device=device)
 
     def finish(self, output):
-        for recipe in self.recipes:
-            if recipe not in self.acted:
-                raise RuntimeError(f"{recipe.node}: it never acted: the steps that were sampled lie outside its window "
-                                   f"({recipe.window.start:g} to {recipe.window.end:g}). Widen the window, or disconnect the node.")
+        for group in self.groups:
+            if group and not self.acted.intersection(group):
+                windows = " and ".join(f"{recipe.window.start:g} to {recipe.window.end:g}" for recipe in group if recipe.window.sites)
+                raise RuntimeError(f"{group[0].node}: it never acted: the steps that were sampled lie outside its window ({windows}). "
+                                   f"Widen the window, or disconnect the node.")
         if self.run is not None:
             self.run.final = output.detach().cpu()
             for recording in self.recordings:

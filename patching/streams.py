@@ -120,6 +120,11 @@ class Run:
     def visits(self, sigma):
         return sum(key[0] == sigma and key[2] == 0 for key in self.evaluations)
 
+    def visit_that_continues(self, sigma):
+        """The visit of a sigma with which a run that starts there continues: not the one that ends the step before (Heun's
+        corrector)."""
+        return max(0, self.visits(sigma) - self.visits(self.sigmas[0]))
+
     def evaluation(self, key):
         """(evaluation, its call number) for a target's; (None, 0) where the run was not at this sigma. A call that the
         run did not make (the target has PAG, the recording had not) is answered with the first of the visit."""

@@ -160,7 +160,7 @@ def test_a_window_reads_its_streams_in_its_own_steps_only():
     a, b = two()
     read = []
     model, latent = inject([a, b], MIXED, start=0.25, end=0.75)
-    recipe, = model.attachments[KEY].recipes
+    (recipe,), = model.attachments[KEY].groups
     keep = recipe.keep
     recipe.keep = lambda number, n, grid: (read.append(number), keep(number, n, grid))[1]
     calls = []
@@ -192,7 +192,7 @@ def test_images_that_own_nothing_cost_nothing():
     a, b = two()
     c = record(seed=3)
     model, latent = inject([a, b, c], masks_of(halves(), 3))
-    recipe, = model.attachments[KEY].recipes
+    (recipe,), = model.attachments[KEY].groups
     assert [s.run for s in recipe.streams] == [run_of(a), run_of(b)]
     close(sample(model, latent)["samples"], compose([a, b], MIXED))
 
