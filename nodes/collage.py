@@ -7,6 +7,10 @@ import torch
 from comfy_api.latest import io
 
 from ..kernels import collage as kernel
+from ..patching import bias, harmonise
+from ..patching.schedule import Window
+from ..patching.sites import parse_sites
+from ..patching.tokens import token_runs
 from . import previews
 
 CATEGORY = "montage/collage"
@@ -187,4 +191,150 @@ class CollageCanvas(io.ComfyNode):
         return picture[0]
 
 
-NODES = [CollageLayer, CollageCanvas]
+class CollageBias(bias.Bias):
+    """S_pj += strength g(sigma) M_j (w_pos A_pos - w_neg A_neg)_pj on the layers' own tokens (paper, section 3.2)."""
+    node = "Collage Cross Attention"
+
+    def __init__(self, window, collage, owned, strength, growth):
+        """owned: {token position: (layer, ...)}. growth: of kernels.collage.GROWTH."""
+        super().__init__(window, collage.masks.shape[1:])
+        self.collage, self.owned, self.strength, self.growth = collage, owned, strength, kernel.GROWTH[growth]
+
+    def prepare(self, grid, tokens, copies, like):
+        w_pos, w_neg = zip(*((layer.w_pos, layer.w_neg) for layer in self.collage.layers))
+        weights = kernel.spatial_weights(self.collage.masks, w_pos, w_neg, self.owned.values(), grid)
+        columns = torch.tensor(list(self.owned)) + tokens * torch.arange(copies)[:, None]
+        return columns.to(like.device), weights.to(like)
+
+    def bias(self, prepared, q, k, heads, sigma):
+        return kernel.attention_bias(q, k, heads, *prepared, self.strength * self.growth(sigma))
+
+
+class CollageCrossAttn(io.ComfyNode):
+    NAME = CollageBias.node
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CollageCrossAttn",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description="Draws the words of each layer to where the layer is seen, and keeps them away from everywhere else (Collage Diffusion). Sample its "
+                        "MODEL with its CONDITIONING as positive.",
+            search_aliases=["collage diffusion", "regional prompt", "layout control", "attention couple"],
+            inputs=[
+                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL."),
+                io.Clip.Input("clip", tooltip="The text encoder that belongs to it."),
+                COLLAGE.Input("collage", tooltip="From Collage Canvas: its prompt is what is encoded."),
+                io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01, tooltip="Factor of every layer's w_pos and w_neg; 0 is off."),
+                io.Combo.Input("growth", options=list(kernel.GROWTH), default="log log", advanced=True, tooltip=(
+                    "How the bias depends on the noise sigma. log log: log(log(sigma + 1.01) + 1), the authors' default. log: log(sigma + 1.01), stronger at "
+                    "the first steps. constant: 1 at every step.")),
+                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Where in the schedule it begins: 0 is the first step."),
+                io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Where in the schedule it ends: 1 is after the last step."),
+                io.String.Input("sites", default="all", advanced=True, tooltip=(
+                    "The cross-attention blocks: all (paper), encoder, middle, decoder, or a list like d0-3,m0,u2-5.")),
+                io.Conditioning.Input("conditioning", optional=True, tooltip=(
+                    "The canvas's prompt, if another node has encoded it already: CLIP Text Encode SDXL, for instance.")),
+            ],
+            outputs=[
+                io.Model.Output("biased_model", display_name="MODEL", tooltip="The model that heeds the bias. It acts on this node's CONDITIONING only."),
+                io.Conditioning.Output("biased", display_name="CONDITIONING", tooltip="The canvas's prompt, for the sampler's positive."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, collage, strength, growth, start, end, sites, conditioning=None):
+        try:
+            window = Window(start, end, parse_sites(model, sites))
+        except ValueError as error:
+            raise ValueError(f"{cls.NAME}: sites: {error}") from None
+        owned = cls.tokens(clip, collage)
+        if conditioning is None:
+            conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(collage.prompt))
+        else:
+            cls.check(clip, collage, conditioning)
+        steered = {position: layers for position, layers in owned.items()
+                   if any(collage.layers[layer].w_pos or collage.layers[layer].w_neg for layer in layers)}
+        if not steered or strength == 0 or window.empty:
+            return io.NodeOutput(model, conditioning)
+        return io.NodeOutput(bias.install(model), bias.attach(conditioning, CollageBias(window, collage, steered, strength, growth)))
+
+    @classmethod
+    def tokens(cls, clip, collage):
+        """Which layers own which token of the prompt."""
+        runs = {}
+        for number, layer in enumerate(collage.layers):
+            if layer.text:
+                try:
+                    runs[number] = token_runs(clip, collage.prompt, layer.text)
+                except ValueError as error:
+                    raise ValueError(f"{cls.NAME}: layer {number} (counted from the back; node {layer.node}): {error}") from None
+        return kernel.owners(runs)
+
+    @classmethod
+    def check(cls, clip, collage, conditioning):
+        needed, = {sum(map(len, chunks)) for chunks in clip.tokenize(collage.prompt).values()}
+        for tokens, _ in conditioning:
+            if tokens.shape[1] < needed:
+                raise ValueError(f"{cls.NAME}: the conditioning has {tokens.shape[1]} tokens and the canvas's prompt {needed}. Encode the prompt that Collage Canvas "
+                                 "gives.")
+
+
+class CollageNoise(io.ComfyNode):
+    NAME = "Collage Noise"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CollageNoise",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description="Lets each place of a collage change as freely as its layer's noise says: 0 stays exactly as it is (Collage Diffusion, per-layer "
+                        "harmonisation). Sample the encoded image of Collage Canvas.",
+            search_aliases=["collage diffusion", "harmonize", "harmonise", "differential diffusion", "per-region denoise", "img2img"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Collage Cross Attention, or any."),
+                COLLAGE.Input("collage", tooltip="From Collage Canvas: its noise map is what is followed."),
+                io.Float.Input("dilation", default=4.0, min=0.0, max=64.0, step=0.5, advanced=True, tooltip=(
+                    "Latent pixels by which what is not yet free is grown while the noise is strong (paper: 4 at 512 px; 0 is off).")),
+            ],
+            outputs=[
+                io.Model.Output("harmonising_model", display_name="MODEL", tooltip="The model that follows the noise map. A noise_mask in the latent acts too."),
+                io.Float.Output("denoise", tooltip="For the sampler's denoise: the largest noise of the map."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, collage, dilation):
+        return io.NodeOutput(harmonise.with_noise_map(model, cls.NAME, collage.noise, dilation), float(collage.noise.max()))
+
+
+class CollageControl(io.ComfyNode):
+    NAME = "Collage Control"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CollageControl",
+            display_name=cls.NAME,
+            category=CATEGORY,
+            description="Makes ControlNets act on each place as strongly as the control of the layer that is seen there says (Collage Diffusion). Apply them to the "
+                        "conditioning as always.",
+            search_aliases=["collage diffusion", "controlnet mask", "regional controlnet"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Collage Cross Attention, or any."),
+                COLLAGE.Input("collage", tooltip="From Collage Canvas."),
+                io.Float.Input("background", default=0.0, min=0.0, max=10.0, step=0.01, tooltip="The same for where no layer is (paper: 0)."),
+            ],
+            outputs=[io.Model.Output("controlled_model", display_name="MODEL", tooltip="The model that weighs what ControlNets add, in both CFG halves.")],
+        )
+
+    @classmethod
+    def execute(cls, model, collage, background):
+        factors = torch.tensor([layer.control for layer in collage.layers])
+        strength = torch.einsum("n,nhw->hw", factors, collage.masks) + background * (1 - collage.masks.sum(0))
+        return io.NodeOutput(harmonise.with_control_map(model, cls.NAME, strength))
+
+
+NODES = [CollageLayer, CollageCanvas, CollageCrossAttn, CollageNoise, CollageControl]
