@@ -25,8 +25,9 @@ def with_noise_map(model, node, noise, dilation):
         options["denoise_mask_function"] = masked_by(level, dilation, options.get("denoise_mask_function"))
         if denoise_mask is None:
             denoise_mask = torch.ones_like(noise_, device=device, dtype=torch.float32)
+        finished = float(sigmas[-1]) == 0  # asked now, since UniPC writes into its sigmas
         output = executor(noise_, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
-        if sigmas[-1] > 0:  # noise is left for another sampler
+        if not finished:  # noise is left for another sampler
             return output
         return torch.where(level.to(output.device) > 0, output, latent_image.to(output))
 
