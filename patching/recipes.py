@@ -84,13 +84,15 @@ class Patch(NamedTuple):
     """What is installed in a MODEL. Immutable, so that clones can share it."""
     groups: tuple = ()  # of recipes: those of one node
     recordings: tuple = ()
+    maps: tuple = ()  # of words that the run looks for
 
 
-def install(model, *recipes, recording=None):
-    """A clone of the MODEL with a node's recipes, or a recording, on top. The MODEL that came in is not changed."""
+def install(model, *recipes, recording=None, token_map=None):
+    """A clone of the MODEL with a node's recipes, a recording or a map of words on top. The MODEL that came in is not changed."""
     sites_of(model)  # refuses what is no UNet
     old = model.attachments.get(KEY, Patch())
-    patch = Patch(old.groups + ((recipes,) if recipes else ()), old.recordings + ((recording,) if recording else ()))
+    patch = Patch(old.groups + ((recipes,) if recipes else ()), old.recordings + ((recording,) if recording else ()),
+                  old.maps + ((token_map,) if token_map else ()))
     patched = model.clone()
     patched.set_attachments(KEY, patch)
     patched.set_additional_models(KEY, _control_models(recipe for group in patch.groups for recipe in group))

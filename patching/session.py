@@ -10,6 +10,7 @@ from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
 from .branches import join
+from .crossmap import RunningMap
 from .schedule import Visits, position
 from .sites import Site, sites_of, transformer_block
 from .streams import Evaluation, Half, Run, Weights, conds_of, halves_of, recorded_conds, rows_to_replay
@@ -35,10 +36,12 @@ class Session:
         self.recipes = sorted((recipe for group in self.groups for recipe in group), key=lambda recipe: recipe.branches)
         self.sigmas, self.size = tuple(sigmas.tolist()), tuple(noise.shape[-2:])
         self.sampler = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
-        self.names = " and ".join(dict.fromkeys([r.node for r in self.recipes] + ["Feature Recorder"] * bool(self.recordings)))
+        nodes = [r.node for r in self.recipes] + ["Token Attention Map"] * bool(patch.maps) + ["Feature Recorder"] * bool(self.recordings)
+        self.names = " and ".join(dict.fromkeys(nodes))
         self.visits = Visits()
         self.sigma_visit, self.calls = None, 0  # the evaluation of the guider, and how often it called the model
         self.run = None  # being recorded
+        self.maps = [RunningMap(wanted, self.model, guider.conds) for wanted in patch.maps]
         self.acted = set()  # recipes that did
         self.conds = {}  # (run, rows) -> its conditioning, ready on the device
         self.compiled = False  # whether torch.compile had to be left out
@@ -102,6 +105,8 @@ class Session:
         if self.sigma_visit is None:  # a guider that does not go through predict_noise
             self.visit(float(timestep[0]))
         step = Step((*self.sigma_visit, self.calls), halves_of(self.guider.conds), self.acting(self.sigma_visit[0]))
+        if self.maps and self.calls == 0:  # further calls of a visit see attention that was disturbed on purpose
+            options = self.patched(options, self.measure, "attn2_patch")
         self.calls += 1
         if self.run is None:
             return self.compute(executor, model, conds, x, timestep, options, step)
@@ -111,6 +116,15 @@ class Session:
         if self.budget < 0:  # only the first can overshoot, since its size is not known before
             evaluation.features = {}
         return result
+
+    def measure(self, n, context, value, extra):
+        """The attn2_patch that follows where the model looks for words."""
+        if tuple(extra["original_shape"][-2:]) != self.size:
+            raise ValueError(f"{self.names}: the model is run on {extra['original_shape'][-2:]} of {self.size[0]}x{self.size[1]} latent pixels, and "
+                             f"a map of the whole picture is wanted. Use masks instead of areas, and disconnect what cuts the latent into tiles.")
+        for running in self.maps:
+            running.patch(n, context, value, extra)
+        return n, context, value
 
     def note(self, step, x, options):
         """Take down what went into an evaluation."""
@@ -143,7 +157,8 @@ class Session:
         if not step.recipes and take is None:
             return executor(model, conds, x, timestep, options)
         fired, splits = set(), {}
-        result = executor(model, conds, x, timestep, self.patched(options, step, self.attn1_patch(step, take, fired, splits), splits))
+        options = self.with_slots(self.patched(options, self.attn1_patch(step, take, fired, splits)), step, splits)
+        result = executor(model, conds, x, timestep, options)
         for recipe in step.recipes:
             missing = [site for site in recipe.window.sites if site not in fired]
             if missing:
@@ -202,12 +217,16 @@ class Session:
 
         return replace
 
-    def patched(self, options, step, patch, splits):
-        options, compiled = with_attn1_patch(options, patch)
+    def with_slots(self, options, step, splits):
+        """Give the options the attn1 slots of the step's branching recipes."""
         sites = [site for recipe in step.recipes if recipe.branches for site in recipe.window.sites]
         if sites:
             slots = options["transformer_options"].setdefault("patches_replace", {}).setdefault("attn1", {})
             slots.update({tuple(site): self.attn1_replace(site, splits, slots.get(site, slots.get(site[:2]))) for site in sites})
+        return options
+
+    def patched(self, options, patch, kind="attn1_patch"):
+        options, compiled = with_patch(options, patch, kind)
         if compiled and not self.compiled:
             self.compiled = True
             logging.warning("%s: torch.compile is left out of this run, since it would leave out the attention patches.", self.names)
@@ -299,17 +318,18 @@ class Session:
                                    f"Widen the window, or disconnect the node.")
         if self.run is not None:
             self.run.final = output.detach().cpu()
+            self.run.maps = {running.wanted.words: running.read().cpu() for running in self.maps if running.count}
             for recording in self.recordings:
                 recording.add(self.run)
 
 
-def with_attn1_patch(options, patch):
+def with_patch(options, patch, kind="attn1_patch"):
     """(a copy of model options with our patch before all others, whether they were compiled). Without torch.compile, which
     would run the graph it traced without the patch."""
     options = create_model_options_clone(options)
     transformer = options["transformer_options"]
     patches = transformer.setdefault("patches", {})
-    patches["attn1_patch"] = [patch, *patches.get("attn1_patch", ())]
+    patches[kind] = [patch, *patches.get(kind, ())]
     compiled = transformer.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {}).pop("torch.compile", None)
     return options, bool(compiled)
 
@@ -335,7 +355,7 @@ def taking_keys(run, guider, options):
             take(Site(*extra["block"], extra["block_index"]), halves[uuid], part, tuple(extra["activations_shape"][-2:]))
         return n, k, v
 
-    return with_attn1_patch(options, patch)[0]
+    return with_patch(options, patch)[0]
 
 
 def stream_half(recipe, run, half):

@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 
 
 class Site(NamedTuple):
@@ -53,23 +53,38 @@ def transformer_block(model, site):
     return blocks_of(model)[site.block, site.number][site.index]
 
 
+def scales_of(model):
+    """{(block, number): how many latent pixels a token is wide there}: 1, 2, 4, 8. A latent of h rows has ceil(h / scale)."""
+    unet = unet_of(model)
+    scale, found = 1, {("middle", 0): 2 ** (len(unet.channel_mult) - 1)}
+    for number, module in enumerate(unet.input_blocks):
+        scale *= 2 ** any(isinstance(layer, Downsample) for layer in module)
+        found["input", number] = scale
+    for number, module in enumerate(unet.output_blocks):
+        found["output", number] = scale
+        scale //= 2 ** any(isinstance(layer, Upsample) for layer in module)
+    return found
+
+
 def parse_sites(model, text):
     """The sites that a text names, in the order of execution.
 
     `text` is a preset ("all", "encoder", "middle", "decoder") or a comma-separated list in the grammar the field
     uses for block lists: d, m, u for the down, middle and up path; then the number among the blocks of that path
     that have attention (counted from 0), or a range of numbers; then, after a dot, the index or range of indices of
-    transformer blocks inside: "d2.2-9,m0,u0-5". A letter alone is its whole path.
+    transformer blocks inside: "d2.2-9,m0,u0-5". A letter alone is its whole path. After an @ stands the scale, or a
+    range of scales, that a block must have: "u@1-2" is the up path at the latent's resolution and at half of it.
     Raises ValueError that lists what the model has.
     """
+    scales = scales_of(model)
     keys = {letter: [key for key in blocks_of(model) if key[0] == name] for letter, name in LETTERS.items()}
     depth = {key: len(blocks) for key, blocks in blocks_of(model).items()}
     named = set()
     for word in PRESETS.get(text.strip(), text).replace(" ", "").split(","):
-        match = re.fullmatch(r"([dmu])(?:(\d+)(?:-(\d+))?(?:\.(\d+)(?:-(\d+))?)?)?", word)
+        match = re.fullmatch(r"([dmu])(?:(\d+)(?:-(\d+))?(?:\.(\d+)(?:-(\d+))?)?)?(?:@(\d+)(?:-(\d+))?)?", word)
         if not match:
             raise ValueError(f'"{word}" names no attention block. {_grammar(keys, depth)}')
-        letter, first, last, low, high = match.groups()
+        letter, first, last, low, high, finest, coarsest = match.groups()
         numbers = range(int(first), int(last or first) + 1) if first else range(len(keys[letter]))
         for number in numbers:
             if number >= len(keys[letter]):
@@ -78,9 +93,12 @@ def parse_sites(model, text):
             indices = range(int(low), int(high or low) + 1) if low else range(depth[key])
             if not indices or indices[-1] >= depth[key]:
                 raise ValueError(f'"{word}": block {letter}{number} has {depth[key]} transformer blocks. {_grammar(keys, depth)}')
-            named.update(Site(*key, index) for index in indices)
+            if finest is None or int(finest) <= scales[key] <= int(coarsest or finest):
+                named.update(Site(*key, index) for index in indices)
         if not numbers:
             raise ValueError(f'"{word}" is an empty range. {_grammar(keys, depth)}')
+    if not named:
+        raise ValueError(f'"{text}": this model has no attention at that scale, only at {sorted({scales[key] for key in depth})}. {_grammar(keys, depth)}')
     return tuple(site for site in sites_of(model) if site in named)
 
 

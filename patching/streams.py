@@ -96,6 +96,7 @@ class Run:
         self.options = {}  # call -> the model options of its evaluations
         self.keys = {}  # half -> K of the first self-attention at the lowest sigma, [B, tokens, channels]
         self.keys_grid = None  # (h, w) of those tokens
+        self.maps = {}  # words -> where the model looked for them, [B, h, w] in [0, 1] (Token Attention Map)
         self.final = None  # [B, C, h, w], what the sampler returned
 
     @property
