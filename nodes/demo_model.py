@@ -1,6 +1,7 @@
-"""The small trained model that this pack brings along, for its example workflows and tests."""
+"""The small trained model that this pack brings along, and pictures of its world, for the example workflows and tests."""
 import comfy.sd
 import folder_paths
+import torch
 from comfy_api.latest import io
 
 
@@ -33,4 +34,41 @@ class MontageDemoModel(io.ComfyNode):
         return io.NodeOutput(model, clip, vae)
 
 
-NODES = [MontageDemoModel]
+class MontageDemoCutout(io.ComfyNode):
+    NAME = "Montage Demo Cutout"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MontageDemoCutout",
+            display_name=cls.NAME,
+            category="montage",
+            description="Draws one object of the demo model's world as a cut-out with alpha, so that the example workflows of collages run without a download.",
+            search_aliases=["test picture", "sample image"],
+            inputs=[
+                io.String.Input("words", default="a red striped ball", tooltip=(
+                    "A colour (red green blue yellow purple orange white black), a texture (nothing, striped, dotted or checkered) and a shape (ball box star "
+                    "ring tree house).")),
+                io.Int.Input("look", default=0, min=0, max=0xffffffff, tooltip=(
+                    "What words do not say: brightness, light, outline, the texture's direction and size. Another number, another look.")),
+            ],
+            outputs=[io.Image.Output("cutout", display_name="IMAGE", tooltip="128x128 with alpha, for Collage Layer.")],
+        )
+
+    @classmethod
+    def execute(cls, words, look):
+        from ..demo import scenes
+
+        drawn = scenes.sample(1, torch.Generator().manual_seed(look), count=1)
+        named = words.lower().split()
+        for slot, known in ((drawn.shape, scenes.SHAPES), (drawn.colour, list(scenes.COLOURS)), (drawn.texture, scenes.TEXTURES)):
+            found = [word for word in named if word in known] or (["plain"] if known is scenes.TEXTURES else [])
+            if len(found) != 1:
+                raise ValueError(f'{cls.NAME}: "{words}" has {len(found)} of the words {", ".join(known)}. Write one colour, one shape, and one texture or '
+                                 "none: a red striped ball.")
+            slot[:, 0] = known.index(found[0])
+        drawn.centre[:, 0], drawn.radius[:, 0] = 0.5, 0.22  # as large as in the scenes of two that the model knows, and twice as fine
+        return io.NodeOutput(scenes.cutouts(drawn, 0, 256)[:, :, 64:192, 64:192].movedim(1, -1))
+
+
+NODES = [MontageDemoModel, MontageDemoCutout]
