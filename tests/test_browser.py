@@ -1,4 +1,4 @@
-"""The web half: its state under node, its editor in Chromium, and both renderers of a real ComfyUI page."""
+"""The web half: its state under node, its editors in Chromium, and both renderers of a real ComfyUI page."""
 import os
 import shutil
 import subprocess
@@ -78,13 +78,15 @@ def run_node(name, variables):
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-4000:]
 
 
-def test_stroke_state():
-    run_node("strokes.test.js", {})
+@pytest.mark.parametrize("state", ["strokes", "layers"])
+def test_state(state):
+    run_node(f"{state}.test.js", {})
 
 
 @pytest.mark.slow
-def test_editor_on_a_bare_page(browser):
-    run_node("editor.test.js", browser)
+@pytest.mark.parametrize("editor", ["editor", "layout"])
+def test_editor_on_a_bare_page(browser, editor):
+    run_node(f"{editor}.test.js", browser)
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
-// The editor in ComfyUI's own page, on a real server that really samples; MONTAGE_RENDERER says in which renderer.
+// The editors in ComfyUI's own page, on a real server that really samples; MONTAGE_RENDERER says in which renderer.
 import assert from "node:assert/strict";
 import { createHash } from "node:crypto";
 import { after, before, describe, test } from "node:test";
 import { COMFY, buildMontage, drag, launch, openComfy, queue, ready } from "./browser.js";
+import { testLayout } from "./collage.js";
 
 const modern = process.env.MONTAGE_RENDERER === "modern";
 const ACROSS_TOP = [[0.1, 0.25], [0.9, 0.25]];
@@ -311,6 +312,8 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
     assert.equal((await strokes())[0].k, 29);
     await succeed();
   });
+
+  testLayout({ page: () => page, onNode, settled, still, modern });
 
   test("nothing went wrong in the page", () => assert.deepEqual(faults, []));
 });
