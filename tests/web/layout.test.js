@@ -55,6 +55,7 @@ async function mount({ size = [300, 200], layers = {}, run = true } = {}) {
     });
     document.querySelector("#node").replaceChildren(window.editor.element);
   }, { size, layers, run });
+  await page.waitForFunction(() => [...document.styleSheets].some(({ href, cssRules }) => href?.endsWith("/editor.css") && cssRules.length)); // or it moves when that comes
   if (run) await page.waitForFunction(() => [...window.editor.pictures.values()].every(({ image, missing }) => missing || image.naturalWidth));
 }
 
