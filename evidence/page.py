@@ -9,7 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
 
 import torch  # noqa: E402
-from montage.evidence import collaborate, collage, cost, photomontage, retouch, study  # noqa: E402
+from montage.evidence import photomontage, study  # noqa: E402
+
+METHODS = (photomontage,)
 
 HEAD = """# The evidence
 
@@ -37,7 +39,7 @@ def main():
     options = study.options()
     parts = [HEAD.format(quick=" --quick" * options.quick, commit=commit(), day=date.today(), machine=machine())]
     with torch.inference_mode():
-        for module in (photomontage, collage, collaborate, retouch, cost):
+        for module in METHODS:
             for section in module.sections(options):
                 parts.append(f"## {section.title}\n\n{section.text}\n")
     (study.ROOT / "docs" / "evidence.md").write_text("\n".join(parts), encoding="utf-8")

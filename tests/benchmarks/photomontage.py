@@ -5,97 +5,43 @@
 
 Needs COMFYUI_PATH and the Python of that ComfyUI. Prints, and asserts nothing.
 """
-import argparse
-import gc
 import statistics
-import sys
-import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-
-import comfy.model_management  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from montage.kernels import graphcut  # noqa: E402
-from montage.patching.streams import streams_of  # noqa: E402
-from sampling import inject, masks_of, recorder, sample, words  # noqa: E402
-from structures import STRUCTURES, build, demo_model  # noqa: E402
-
-CUDA = torch.cuda.is_available()
+import bench  # first: it puts ComfyUI and the pack in place
+import numpy as np
+import torch
+from montage.kernels import graphcut
+from montage.patching.streams import streams_of
+from sampling import inject, masks_of, recorder, sample
 
 
-def seconds(function):
-    """(seconds, result) of a call: of the clock on a GPU; of processor time on a CPU, which other processes disturb less."""
-    if not CUDA:
-        began = time.process_time()
-        result = function()
-        return time.process_time() - began, result
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    result = function()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began, result
+def recorded(on, cache_mb, seed=1):
+    return on.sample(*recorder(on.model, on.empty, cache_mb), seed=seed)
 
 
-def peak(function):
-    """Peak GPU memory of a call in MB, or None."""
-    if not CUDA:
-        return None
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    function()
-    return torch.cuda.max_memory_allocated() / 2**20
+def composing(on, images, cache_mb):
+    """The composite of a stack of images, whose features are cached, or replayed (cache_mb 0)."""
+    stripes = torch.arange(on.size).mul(images).div(on.size, rounding_mode="floor").long().expand(on.size, on.size)
+    patched = inject([recorded(on, cache_mb, seed) for seed in range(images)], masks_of(stripes, images), model=on.model)
+    return lambda: on.sample(*patched)
 
 
-def model_of(name):
-    if name == "demo":
-        model, clip, _ = demo_model()
-        return model, clip.encode_from_tokens_scheduled(clip.tokenize("a red ball on grass")), clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    model = build(name)
-    if CUDA:
-        model.model.half()
-        model.model.manual_cast_dtype = None
-    return model, words(1, name=name), words(2, name=name)
-
-
-def measure(name, size, steps, repeats, images):
-    model, positive, negative = model_of(name)
-    empty = {"samples": torch.zeros(1, 4, size, size)}
-    settings = dict(positive=positive, negative=negative, steps=steps)
-
-    def record(cache_mb, seed=1):
-        return sample(*recorder(model, empty, cache_mb), seed=seed, **settings)
-
-    stripes = {n: masks_of(torch.arange(size).mul(n).div(size, rounding_mode="floor").long().expand(size, size), n) for n in images}
-    cached = [record(1 << 20, seed) for seed in range(max(images))]
-    replayed = [record(0, seed) for seed in range(max(images))]
-    cases = {"plain": lambda: sample(model, empty, **settings), "record": lambda: record(0), "record and cache": lambda: record(1 << 20)}
+def cases(on, images=(2, 4)):
+    """What is measured, by name."""
+    found = {"plain": on.plain, "record": lambda: recorded(on, 0), "record and cache": lambda: recorded(on, 1 << 20)}
     for n in images:
-        for kind, stack in (("cache", cached), ("replay", replayed)):
-            composing = inject(stack[:n], stripes[n], model=model)
-            cases[f"compose {n}, {kind}"] = lambda composing=composing: sample(*composing, **settings)
-    times = {case: [] for case in cases}
-    for repeat in range(repeats + 1):
-        for case, function in cases.items():
-            taken, _ = seconds(function)
-            if repeat:  # the first round warms up
-                times[case].append(taken / steps)
-    print(f"\n{name}, latent {size}x{size}, {steps} steps with CFG, {'GPU fp16' if CUDA else 'CPU fp32'}, median of {repeats} rounds")
-    plain = times["plain"]
-    for case, taken in times.items():
-        ratios = [a / b for a, b in zip(taken, plain)]
-        memory = peak(cases[case])
-        ratio = statistics.median(taken) / statistics.median(plain)
-        print(f"  {case:<20} {statistics.median(taken) * 1000:9.1f} ms a step   {ratio:5.2f} of plain"
-              f"   (round by round {min(ratios):.2f} to {max(ratios):.2f})" + (f"   peak {memory:.0f} MB" if memory else ""))
-    run = streams_of("benchmark", cached[:1])[0].run
-    kept, seen = run.evaluation_bytes, {}
-    watched = model.clone()
+        found[f"compose {n}, cache"] = composing(on, n, 1 << 20)
+        found[f"compose {n}, replay"] = composing(on, n, 0)
+    return found
+
+
+def stored(on):
+    """Bytes of one image and step: of the latent, of the cached features, and of Q, K and V of all self-attention layers."""
+    run = streams_of("benchmark", [recorded(on, 1 << 20)])[0].run
+    seen, watched = {}, on.model.clone()
     watched.set_model_attn1_patch(lambda n, k, v, extra: (seen.setdefault((extra["block"], extra["block_index"]), 3 * n.nbytes), (n, k, v))[1])
-    sample(watched, empty, **{**settings, "steps": 1})
-    print(f"  cached for an image and step: {kept / 2**20:.2f} MB; Q, K and V of all layers: {sum(seen.values()) / 2**20:.2f} MB ({kept / sum(seen.values()):.3f})")
+    sample(watched, on.empty, positive=on.positive, negative=on.negative, steps=1)
+    return on.empty["samples"].nbytes, run.evaluation_bytes, sum(seen.values())
 
 
 def measure_cut(images=4, grid=64, repeats=5):
@@ -108,14 +54,14 @@ def measure_cut(images=4, grid=64, repeats=5):
         strokes[y:y + 6, x:x + 8] = label
     times = {"components": [], "scipy": [], "gco": []}
     for _ in range(repeats):
-        taken, distances = seconds(lambda: [graphcut.image_distances(k, (grid, grid), 10) for k in keys])
+        taken, distances = bench.seconds(lambda: [graphcut.image_distances(k, (grid, grid), 10) for k in keys])
         times["components"].append(taken)
         edges = graphcut.edge_weights(distances, 100, graphcut.median_distance(distances))
         costs = graphcut.stroke_costs(strokes, images)
         energies = set()
         for solver in ("scipy", "gco"):
             try:
-                taken, labels = seconds(lambda solver=solver: graphcut.cut(costs, edges, solver))
+                taken, labels = bench.seconds(lambda solver=solver: graphcut.cut(costs, edges, solver))
             except ImportError:
                 continue
             times[solver].append(taken)
@@ -128,15 +74,13 @@ def measure_cut(images=4, grid=64, repeats=5):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["demo", "sd15"], choices=["demo", *STRUCTURES])
-    parser.add_argument("--size", type=int, default=16, help="side of the latent")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = bench.arguments(__doc__)
     parser.add_argument("--images", type=int, nargs="+", default=[2, 4])
     options = parser.parse_args()
     with torch.inference_mode():
         measure_cut()
-        for model_name in options.models:
-            measure(model_name, options.size, options.steps, options.repeats, options.images)
-            comfy.model_management.unload_all_models()
+        for on in bench.benches(options):
+            on.report(cases(on, options.images), options.repeats)
+            latent, kept, all_of_it = stored(on)
+            print(f"  stored for an image and step: latent {latent / 2**10:.1f} KB, cache {kept / 2**20:.2f} MB; "
+                  f"Q, K and V of all layers: {all_of_it / 2**20:.2f} MB ({kept / all_of_it:.3f})")
