@@ -194,7 +194,7 @@ class CompositeAttention(Recipe):
     def keep(self, number, n, grid):
         return n.clone() if self.kv == "concat" else n[:, self.rows(self.read[number], grid, n.device)]
 
-    def attn1(self, n, k, v, sources, grid):
+    def attn1(self, session, n, k, v, sources, grid):
         q, stored_base = n.clone(), None
         for image, source in zip(self.read, sources):
             rows = self.rows(image, grid, n.device)

@@ -58,9 +58,9 @@ class Recipe:
         """What to keep of stream `number` at a site. n: [1, tokens, channels], grid: (h, w)."""
         return n
 
-    def attn1(self, n, k, v, sources, grid):
+    def attn1(self, session, n, k, v, sources, grid):
         """The self-attention of one CFG half at a site: [Branch]. n, k, v: the inputs of Q, K and V, [B, tokens, channels].
-        sources: what was kept, by stream."""
+        sources: what was kept, by stream. grid: (h, w) of the tokens."""
         raise NotImplementedError
 
 

@@ -183,7 +183,7 @@ class Session:
             for recipe in step.recipes:
                 if site in recipe.window.sites:
                     self.acted.add(recipe)
-                    branches = [recipe.attn1(*part, self.sources(step, recipe, half, site, grid, n), grid)
+                    branches = [recipe.attn1(self, *part, self.sources(step, recipe, half, site, grid, n), grid)
                                 for half, *part in zip(halves, *(tensor.chunk(len(halves)) for tensor in (n, k, v)))]
                     n, k, v, split = join(branches, n.shape[0] // len(halves), n.shape[1])
                     if split:
@@ -245,14 +245,15 @@ class Session:
                     wanted.setdefault(run, set()).add(row)
         for run, rows in wanted.items():
             comfy.model_management.throw_exception_if_processing_interrupted()
-            self.replay(executor, model, conds, device, timestep, step, run, rows_to_replay(run, rows))
+            self.replay(executor, model, halves, device, timestep, step, run, rows_to_replay(run, rows))
 
-    def replay(self, executor, model, conds, device, timestep, step, run, rows):
-        """Evaluate the model on a run's own latents, conditioning and options, and keep what the recipes read."""
+    def replay(self, executor, model, halves, device, timestep, step, run, rows):
+        """Evaluate the model on a run's own latents, conditioning and options, for some halves of the target, and keep what
+        the recipes read."""
         own = self.conds_on(run, rows, model, device)
-        roles = [step.halves[group[0]["uuid"]].role if group else None for group in conds]
         readers = [(recipe, number, rows.index(stream.row)) for recipe in step.recipes
                    for number, stream in enumerate(recipe.streams) if stream.run is run and stream.row in rows]
+        roles = dict.fromkeys(stream_half(readers[0][0], run, half).role for half in halves)
 
         def take(site, half, n, grid):
             for recipe, number, row in readers:
@@ -260,7 +261,7 @@ class Session:
                     step.kept[recipe, number, half, site] = recipe.keep(number, n[row:row + 1], grid)
 
         evaluation, call = run.evaluation(step.key)
-        self.compute(executor, model, [own.get(role) for role in roles], evaluation.x[rows].to(device), timestep[:1].expand(len(rows)),
+        self.compute(executor, model, [own[role] for role in roles], evaluation.x[rows].to(device), timestep[:1].expand(len(rows)),
                      run.options[call], Step(step.key, run.halves), take)
 
     def sources(self, step, recipe, half, site, grid, like):
@@ -359,9 +360,10 @@ def taking_keys(run, guider, options):
 
 
 def stream_half(recipe, run, half):
-    """The half of a stream that belongs to a half of the target: same role, same number where there are several."""
+    """The half of a stream that serves a half of the target: same role, same number where there are several; the first of
+    its roles that have the same conditioning."""
     group = run.conds.get(half.role)
     if not group:
         raise ValueError(f"{recipe.node}: this run has a {half.role} conditioning and the recorded one has only "
                          f"{', '.join(role for role in run.conds if run.conds[role])}. Sample both with the same kind of guider.")
-    return half if half.number < len(group) else Half(half.role, 0)
+    return Half(run.served[half.role], half.number if half.number < len(group) else 0)

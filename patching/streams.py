@@ -4,11 +4,16 @@ A run remembers, for every evaluation of its model, the latent that went in. Wit
 options the evaluation can be done again, exactly (replay). Within a budget it also keeps what the self-attention of
 every site saw, n = norm1(x), which is a third of Q, K and V and projects to the same (the cache).
 """
+import copy
+import functools
 import hashlib
 import logging
 import weakref
 from typing import Any, NamedTuple
 
+import comfy.conds
+import comfy.sampler_helpers
+import comfy.samplers
 import torch
 
 LATENT_KEY = "montage"  # where a LATENT dict carries its Recording
@@ -112,6 +117,13 @@ class Run:
     def halves(self):
         """Which half a conditioning is, by the uuid that ComfyUI gave it for this run."""
         return halves_of(self.conds)
+
+    @functools.cached_property
+    def served(self):
+        """{role: the first role that has the same conditioning}: one evaluation of it serves both, as in an inversion with one
+        prompt. Of a finished run."""
+        return {role: next(first for first, earlier in self.conds.items() if first == role or same_conditioning(earlier, group))
+                for role, group in self.conds.items()}
 
     @property
     def evaluation_bytes(self):
@@ -217,6 +229,29 @@ def check_together(node, streams, model=None):
         if weights and not run.weights.same_as(weights):
             raise ValueError(f"{node}: image {number} was recorded with {run.weights}, but the MODEL here is {weights}. "
                              f"Use the same checkpoint, LoRAs and sampling settings.")
+
+
+def with_prompt(stream, model, **conds):
+    """The same trajectory, with prompts of its own instead of those it was recorded with. conds: role=CONDITIONING."""
+    run = copy.copy(stream.run)
+    run.__dict__.pop("served", None)
+    prompts = {role: comfy.sampler_helpers.convert_cond(conditioning) for role, conditioning in conds.items()}
+    run.conds = {**run.conds, **recorded_conds(comfy.samplers.process_conds(model.model, run.noise, prompts, run.noise.device, run.latent_image))}
+    run.evaluations = {key: Evaluation(evaluation.x) for key, evaluation in run.evaluations.items()}  # its features are of the other prompts
+    return Stream(run, stream.row)
+
+
+def same_conditioning(a, b):
+    """Whether two values of processed conditionings are the same, but for the uuids that tell them apart."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_conditioning(a[key], b[key]) for key in a.keys() - {"uuid"})
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_conditioning, a, b))
+    if isinstance(a, comfy.conds.CONDRegular):
+        return type(a) is type(b) and same_conditioning(a.cond, b.cond)
+    return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
 
 
 def recorded_conds(conds):

@@ -57,7 +57,7 @@ class Halved(Recipe):
     node = "Halved"
     branches = True
 
-    def attn1(self, n, k, v, sources, grid):
+    def attn1(self, session, n, k, v, sources, grid):
         middle = n.shape[1] // 2
         rows = torch.arange(middle, device=n.device), torch.arange(middle, n.shape[1], device=n.device)
         return [Branch(n[:, r], k, v, r) for r in rows if len(r)]
@@ -66,8 +66,8 @@ class Halved(Recipe):
 class Doubled(Halved):
     node = "Doubled"
 
-    def attn1(self, n, k, v, sources, grid):
-        return [branch._replace(weight=torch.full((1, branch.q.shape[1], 1), 2.0)) for branch in super().attn1(n, k, v, sources, grid)]
+    def attn1(self, session, n, k, v, sources, grid):
+        return [branch._replace(weight=torch.full((1, branch.q.shape[1], 1), 2.0)) for branch in super().attn1(session, n, k, v, sources, grid)]
 
 
 def window(model=None, start=0.0, end=1.0, part=slice(None)):
@@ -130,8 +130,8 @@ def test_what_cuts_the_tokens_or_gives_another_shape_is_named():
 class Uneven(Halved):
     node = "Doubled"
 
-    def attn1(self, n, k, v, sources, grid):
-        return [branch._replace(k=k[:, :1], v=v[:, :1]) for branch in super().attn1(n, k, v, sources, grid)]
+    def attn1(self, session, n, k, v, sources, grid):
+        return [branch._replace(k=k[:, :1], v=v[:, :1]) for branch in super().attn1(session, n, k, v, sources, grid)]
 
 
 def test_an_attention_is_split_by_one_recipe_only():

@@ -4,7 +4,8 @@ import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler
 from montage.kernels import inversion
 from montage.nodes.record import InvertImage
-from sampling import SIZE, STEPS, compose, cut, empty, halves, masks_of, record, sample, sample_advanced, words
+from montage.patching.streams import streams_of, with_prompt
+from sampling import NEGATIVE, SIZE, STEPS, compose, cut, empty, halves, masks_of, record, sample, sample_advanced, words
 from structures import random_model
 from test_composite import STROKES, close, pictures, same
 from test_recording import run_of
@@ -100,6 +101,43 @@ def test_an_inverted_picture_in_a_stack():
     started = compose([latent, other], masks_of(torch.zeros(SIZE), 2), kv="model", positive=words(1))
     _, noise = invert(image_latent(), conditioning=words(1)).args
     close(started, sample_advanced(random_model("sd15-small"), noise, noise="disable", positive=words(1))["samples"], 1e-2)
+
+
+def evaluations_of(model, act):
+    """How many images the UNet evaluates while act() runs."""
+    seen = []
+    hook = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    act()
+    hook.remove()
+    return sum(seen)
+
+
+def test_one_evaluation_serves_both_halves_of_a_stream_with_one_prompt():
+    latent, _ = invert(image_latent(), conditioning=words(1)).args
+    other, _ = invert(image_latent(4), conditioning=words(1)).args
+    model, mixed = random_model("sd15-small"), masks_of(halves())
+    plain = evaluations_of(model, lambda: sample(model, empty()))
+    assert evaluations_of(model, lambda: compose([latent, other], mixed)) == plain + 2 * STEPS
+    assert run_of(latent).served == {"positive": "positive", "negative": "positive"}
+    # As if both halves had been evaluated:
+    once = compose([latent, other], mixed)
+    for run in (run_of(latent), run_of(other)):
+        run.served = {role: role for role in run.conds}
+    assert evaluations_of(model, lambda: close(compose([latent, other], mixed), once)) == plain + 4 * STEPS
+    recorded = run_of(record())
+    assert recorded.served == {"positive": "positive", "negative": "negative"}
+
+
+def test_a_stream_may_have_a_prompt_of_its_own():
+    """Its trajectory stays, its attention is that of the other prompt."""
+    recorded, = streams_of("test", [record(positive=words(1), cache_mb=64)])
+    prompted = with_prompt(recorded, random_model("sd15-small"), positive=words(2))
+    assert prompted.run.served == recorded.run.served and prompted.run.evaluations.keys() == recorded.run.evaluations.keys()
+    assert not any(evaluation.features for evaluation in prompted.run.evaluations.values())
+    assert same(prompted.run.conds["positive"][0]["model_conds"]["c_crossattn"].cond, words(2)[0][0])
+    assert same(recorded.run.conds["positive"][0]["model_conds"]["c_crossattn"].cond, words(1)[0][0])
+    equal = with_prompt(recorded, random_model("sd15-small"), positive=NEGATIVE, negative=NEGATIVE)
+    assert equal.run.served == {"positive": "positive", "negative": "positive"}
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 2.0, 0.0], [2.0, 1.0], [0.0], []])
