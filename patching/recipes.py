@@ -13,6 +13,7 @@ needs several attentions at a site also gets the attn1 slot there, which hands e
 """
 from typing import NamedTuple
 
+import torch
 from comfy.patcher_extension import WrappersMP
 
 from .branches import Branch
@@ -68,9 +69,16 @@ def begin_on(stream, recipe, session, noise, latent_image):
     """The noise and latent image that put a run on a stream's trajectory at its first sigma, whatever the sampler's seed.
 
     At the schedule's start they are the stream's own; inside it, the noise that leads to its latent, x = latent + sigma * noise.
+    Where the sampler adds no noise to another latent, it goes on with what an earlier sampler began, and nothing is changed.
+    Raises ValueError for any other latent than the one that the stream began with.
     """
     run, row = stream
     latent = run.latent_image[row:row + 1]
+    if not torch.equal(latent_image.cpu(), latent.expand_as(latent_image)):
+        if noise.any():
+            raise ValueError(f"{recipe.node}: the sampler was given another latent than its images began with. Connect the LATENT that the node "
+                             f"gives; for a detailer or a second pass over a picture, use the MODEL before this node.")
+        return noise, latent_image
     sigma = session.sigmas[0]
     if sigma == run.sigmas[0]:
         own = run.noise[row:row + 1]

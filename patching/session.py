@@ -36,7 +36,7 @@ class Session:
         self.recipes = sorted((recipe for group in self.groups for recipe in group), key=lambda recipe: recipe.branches)
         self.sigmas, self.size = tuple(sigmas.tolist()), tuple(noise.shape[-2:])
         self.sampler = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
-        nodes = [r.node for r in self.recipes] + ["Token Attention Map"] * bool(patch.maps) + ["Feature Recorder"] * bool(self.recordings)
+        nodes = [r.node for r in self.recipes] + ["Token Attention Map"] * bool(patch.maps) + ["Feature Recorder"] * (len(patch.recordings) > len(patch.maps))
         self.names = " and ".join(dict.fromkeys(nodes))
         self.visits = Visits()
         self.sigma_visit, self.calls = None, 0  # the evaluation of the guider, and how often it called the model
@@ -48,6 +48,9 @@ class Session:
         if self.names and self.model.model_options.get("context_handler") is not None:
             raise ValueError(f"{self.names}: context windows cut the latent into pieces that do not match what was recorded. "
                              f"Disconnect the context window node from this MODEL.")
+        if self.names and self.model.get_additional_models_with_key("multigpu"):
+            raise ValueError(f"{self.names}: the work on this MODEL is split over several devices, which run on copies of it that cannot be recorded "
+                             f"or composed together. Set MultiGPU CFG Split to one device, or disconnect it.")
         for recipe in self.recipes:
             for run, _ in recipe.streams:
                 self.check_run(recipe, run)

@@ -6,9 +6,10 @@ from montage.patching.branches import Branch, join
 from montage.patching.recipes import Recipe, install
 from montage.patching.schedule import Window
 from montage.patching.sites import sites_of
+from neighbours import pag, replaced_attention, scaled_queries
 from sampling import SIZE, STEPS, empty, inject, sample
 from structures import random_model
-from test_composite import MIXED, close, pag, replaced_attention, scaled_queries, two
+from test_composite import MIXED, close, two
 from test_recording import low_memory, same
 
 

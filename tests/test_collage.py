@@ -13,7 +13,7 @@ from nodes import ConditioningSetArea, ConditioningSetMask
 from sampling import empty, inject, masks_of, recorder, sample, sample_advanced, words
 from structures import random_model, text_encoder
 from test_collage_canvas import BLUE, RED, canvas, layer, plain
-from test_composite import NEIGHBOURS, close
+from test_composite import close
 from test_recording import low_memory, same
 
 PROMPT = "a photo of a red cat beside a blue dog, on grass"
@@ -285,22 +285,7 @@ def test_recorded_runs_replay_with_their_bias(clip):
     close(*found)
 
 
-# ---------------------------------------------------------------- neighbours
-
-@pytest.mark.slow
-@pytest.mark.parametrize("neighbour", NEIGHBOURS)
-def test_neighbours_in_either_order(clip, neighbour):
-    model, latent, collage = random_model("sd15-small"), empty(size=(16, 16)), two_layers(width=128, height=128)
-    before, positive = biased(clip, collage, neighbour(model))
-
-    def go(model):
-        return sample(model, latent, positive=positive, steps=2)["samples"]
-
-    found = go(before)
-    close(found, go(neighbour(biased(clip, collage, model)[0])))
-    assert (found - go(neighbour(model))).abs().max() > 0.01
-    assert (found - go(biased(clip, collage, model)[0])).abs().max() > 0.01
-
+# ---------------------------------------------------------------- neighbours (test_neighbours.py has the others)
 
 def test_an_adapter_adds_the_same_to_biased_and_plain_attention(clip):
     """One step, all blocks but one without the adapter: out = biased + (adapter - plain)."""
@@ -333,7 +318,7 @@ def test_an_adapter_adds_the_same_to_biased_and_plain_attention(clip):
 
 
 def test_a_compiled_model_keeps_the_bias(clip, caplog):
-    """torch.compile runs a graph without the patches: it is left out, with one warning (test_composite.py runs it for real)."""
+    """torch.compile runs a graph without the patches: it is left out, with one warning (test_neighbours.py runs it for real)."""
     compiled = random_model("sd15-small").clone()
     compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "torch.compile", lambda *args, **kwargs: pytest.fail("the compiled graph ran"))
     assert same(run(clip, model=compiled), run(clip))

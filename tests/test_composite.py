@@ -1,5 +1,4 @@
 """The composite: traps 2 to 15 of Generative Photomontage, and life beside other patches."""
-import logging
 
 import comfy.ldm.modules.attention
 import pytest
@@ -9,6 +8,7 @@ from montage.kernels import labels
 from montage.patching.recipes import KEY
 from montage.patching.sites import sites_of
 from montage.patching.streams import Half
+from neighbours import scaled_queries
 from sampling import SIZE, compose, cut, empty, halves, inject, masks_of, record, recorder, sample, sample_advanced, stack, words
 from structures import demo_model, random_model
 from test_recording import SAMPLERS, low_memory, run_of, same
@@ -360,98 +360,7 @@ def test_wrong_inputs_say_what_is_wrong(masks, base, sites, part):
         inject(two(), masks, base, sites=sites)
 
 
-# ---------------------------------------------------------------- neighbours
-
-class AddedCallbacks:
-    """A stand-in for the protocol of IPAdapter's family: one object in an attn2 slot, with `add`."""
-
-    def __init__(self, callback):
-        self.callbacks = [callback]
-
-    def add(self, callback):
-        self.callbacks.append(callback)
-
-    def __call__(self, q, k, v, extra):
-        out = optimized_attention(q, k, v, extra["n_heads"])
-        return sum((callback(out) for callback in self.callbacks), out)
-
-
-def adapter(model):
-    """As such packs do it: join what lies in the slot, or take it."""
-    model = model.clone()
-    slots = model.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
-    for site in sites_of(model):
-        if site[:2] in slots:
-            slots[site[:2]].add(lambda out: 0.3 * out)
-        else:
-            model.set_model_attn2_replace(AddedCallbacks(lambda out: 0.3 * out), site.block, site.number)
-    return model
-
-
-def pag(model):
-    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-    return PerturbedAttentionGuidance.execute(model, 3.0).args[0]
-
-
-def sag(model):
-    from comfy_extras.nodes_sag import SelfAttentionGuidance
-    return SelfAttentionGuidance.execute(model, 0.5, 2.0).args[0]
-
-
-def freeu(model):
-    from comfy_extras.nodes_freelunch import FreeU_V2
-    return FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2).args[0]
-
-
-def scaled_queries(model):
-    model = model.clone()
-    model.set_model_attn1_patch(lambda n, k, v, extra: (n * 1.3, k, v))
-    return model
-
-
-def replaced_attention(model):
-    """Another pack in the attn1 slot, at one site."""
-    model = model.clone()
-    model.set_model_attn1_replace(lambda q, k, v, extra: optimized_attention(q, k, 1.2 * v, extra["n_heads"]), "output", 5)
-    return model
-
-
-NEIGHBOURS = [adapter, pag, sag, freeu, scaled_queries, replaced_attention]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("neighbour", NEIGHBOURS)
-def test_neighbours_in_either_order(neighbour):
-    model, latent = random_model("sd15-small"), empty(size=(16, 16))  # SAG and FreeU want more than one token in the middle
-
-    def recorded(model, **settings):
-        return [record(seed=seed, model=model, latent=latent, **settings) for seed in (1, 2)]
-
-    mixed = masks_of(halves((16, 16)))
-    a, b = recorded(neighbour(model), cache_mb=64)
-    assert (a["samples"] - sample(model, latent)["samples"]).abs().max() > 0.01  # the neighbour does something
-    assert same(compose([a, b], ALL_BASE, model=neighbour(model)), a["samples"])
-    before = compose([a, b], mixed, model=neighbour(model))
-    composing, start = inject([a, b], mixed, model=model)
-    close(before, sample(neighbour(composing), start)["samples"])
-    assert (before - compose([a, b], mixed, model=model)).abs().max() > 0.01
-    close(compose(recorded(neighbour(model)), mixed, model=neighbour(model)), before)
-
-
-@pytest.mark.slow
-def test_hypertile_and_tome_act_on_the_composite():
-    """They shorten the queries after ours. ToMe picks tokens at random, so only cached images repeat exactly."""
-    from comfy_extras.nodes_hypertile import HyperTile
-    from comfy_extras.nodes_tomesd import TomePatchModel
-
-    model, latent = random_model("sd15-small"), empty(size=(32, 32))
-    for result in (HyperTile.execute(model, 128, 2, 0, False), TomePatchModel.execute(model, 0.3)):
-        patched = getattr(result, "args", result)[0]
-        a, b = (record(seed=seed, model=patched, latent=latent, cache_mb=64, steps=2) for seed in (1, 2))
-        assert (a["samples"] - sample(model, latent, steps=2)["samples"]).abs().max() > 0.01
-        assert same(compose([a, b], ALL_BASE, model=patched, steps=2), a["samples"])
-        assert (compose([a, b], masks_of(halves((32, 32))), model=patched, steps=2) - a["samples"]).abs().max() > 0.01
-
+# ---------------------------------------------------------------- neighbours (test_neighbours.py has the others)
 
 def test_the_recorder_stands_before_or_after_a_neighbour():
     recording, latent = recorder(cache_mb=64)
@@ -472,30 +381,6 @@ def test_two_composites_on_one_model():
     assert (composed - sample(alone, latent)["samples"]).abs().max() > 0.01
     assert (composed - sample(other, latent)["samples"]).abs().max() > 0.01
     close(sample(inject([a, b], MIXED, start=0.5, model=inject([a, b], MIXED, end=0.5)[0])[0], latent)["samples"], compose([a, b], MIXED))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("first", ["plain", "patched"])
-def test_a_compiled_model_does_not_drop_a_recipe(first, caplog):
-    """A model compiled unpatched ignores patches that come later; one compiled patched breaks without them."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-
-    compiled = random_model("sd15-small").clone()
-    set_torch_compile_wrapper(model=compiled, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
-    a, b = two(cache_mb=64)
-    expected = compose([a, b], MIXED)
-    plain = a["samples"]
-    if first == "plain":
-        close(sample(compiled, empty())["samples"], plain, 1e-2)
-    caplog.clear()
-    close(compose([a, b], MIXED, model=compiled), expected, 1e-2)
-    assert len([r for r in caplog.records if "torch.compile is left out" in r.message and r.levelno == logging.WARNING]) == 1
-    close(sample(compiled, empty())["samples"], plain, 1e-2)
-    composing, latent = inject([a, b], MIXED)
-    composing.wrappers.update(compiled.wrappers | composing.wrappers)
-    set_torch_compile_wrapper(model=composing, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
-    close(sample(composing, latent)["samples"], expected, 1e-2)
 
 
 def test_a_block_that_another_pack_runs_in_its_own_way_is_named(monkeypatch):
