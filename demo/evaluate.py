@@ -98,16 +98,20 @@ class Evaluation:
                 pictures.append(sampling.draw(patched, captions[rows] * 2, seeds, steps=self.args.steps)[rows.stop - i:])
             seconds[parts] = torch.cat(pictures)
         save_grid(torch.cat([x[:8] for x in (first, *seconds.values())]).movedim(-1, 1), self.args.pictures / "swap.jpg", 8)
-        return {name: self.apart(drawn, first, pictures) for name, pictures in seconds.items()}
+        errors = {name: self.apart(drawn, first, pictures) for name, pictures in seconds.items()}
+        # Pair by pair, because pairs differ more from each other than what is fed changes them.
+        changes = {f"{name} - none": [{variable: e[variable] - e0[variable] for variable in e if variable in e0}
+                                      for e, e0 in zip(errors[name], errors["none"])] for name in ("kv", "qkv")}
+        return {name: _means(rows) for name, rows in (errors | changes).items()}
 
-    def apart(self, drawn, first: Tensor, second: Tensor) -> dict:
+    def apart(self, drawn, first: Tensor, second: Tensor) -> list[dict[str, float]]:
+        """Style errors of the second picture's object against the first's, nothing where one has no object."""
         errors = []
         for i in range(len(first)):
             seen = [metrics.look(self.reader, pictures[i]) for pictures in (first, second)]
             a, b = (metrics.judge(s, 0, metrics.wanted(drawn, i)).objects[0] for s in seen)
-            if a and b:
-                errors.append(metrics.style_errors(b, a) | {"tint": reader.style_error("tint", seen[0][1], seen[1][1])})
-        return _means(errors)
+            errors.append(metrics.style_errors(b, a) | {"tint": reader.style_error("tint", seen[0][1], seen[1][1])} if a and b else {})
+        return errors
 
     def agreement(self) -> dict:
         """Two striped objects in a picture: how far apart are their styles, when self-attention works, when
@@ -215,10 +219,11 @@ def _shares(verdicts: list[metrics.Verdict]) -> dict:
 
 
 def _means(errors: list[dict[str, float]]) -> dict:
-    """Mean and standard error of every variable, and over all of SHOWN together."""
+    """Mean of every variable, and over all of SHOWN together, each with half the width of its 95 % confidence interval."""
+    errors = [e for e in errors if e]
     columns = {name: torch.tensor([e[name] for e in errors if name in e]) for name in scenes.STYLE}
     columns["all"] = torch.tensor([_mean([e[name] for name in SHOWN if name in e]) for e in errors])
-    return {"pairs": len(errors)} | {name: [column.mean().item(), column.std().item() / len(column) ** 0.5]
+    return {"pairs": len(errors)} | {name: [column.mean().item(), 1.96 * column.std().item() / len(column) ** 0.5]
                                      for name, column in columns.items() if len(column) > 1}
 
 

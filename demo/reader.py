@@ -39,7 +39,9 @@ class Reader(nn.Module):
                                   layer(2 * width, 3 * width, 2), layer(3 * width, 3 * width))
         self.coarse = nn.Sequential(layer(3 * width, 4 * width, 2), layer(4 * width, 4 * width), layer(4 * width, 4 * width))
         self.merge = nn.Sequential(nn.Conv2d(7 * width, 4 * width, 1), layer(4 * width, 4 * width))
-        self.head = nn.Conv2d(4 * width, sum(_OUTPUTS.values()), 1)
+        # Normalised layers lose how much of a colour there is: hue and brightness come from the pixels directly.
+        self.paint = nn.Sequential(nn.Conv2d(9, 2 * width, 3, padding=1), nn.SiLU(), nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU())
+        self.head = nn.Sequential(nn.Conv2d(6 * width, 4 * width, 1), nn.SiLU(), nn.Conv2d(4 * width, sum(_OUTPUTS.values()), 1))
         self.whole = nn.Linear(4 * width, len(BACKGROUNDS) + 1)
 
     def forward(self, image: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -47,7 +49,9 @@ class Reader(nn.Module):
         fine = self.fine(image - 0.5)
         coarse = self.coarse(fine)
         up = F.interpolate(coarse, size=fine.shape[2:], mode="bilinear")
-        maps = self.head(self.merge(torch.cat([fine, up], 1)))
+        mean, most, least = F.avg_pool2d(image, 8), F.max_pool2d(image, 8), -F.max_pool2d(-image, 8)
+        paint = self.paint(torch.cat([mean, most, least], 1) - 0.5)
+        maps = self.head(torch.cat([self.merge(torch.cat([fine, up], 1)), paint], 1))
         whole = self.whole(coarse.mean((2, 3)))
         return dict(zip(_OUTPUTS, maps.split(list(_OUTPUTS.values()), 1))), whole[:, :-1], whole[:, -1]
 
@@ -114,20 +118,23 @@ def loss(reader: Reader, image: Tensor, scenes: Scenes) -> Tensor:
     nearest, owner = apart2.min(1)
     row, at_y, at_x = (nearest < 1.5 ** 2).nonzero().unbind(1)
     slot = owner[row, at_y, at_x]
-    for name in ("shape", "colour", "texture"):
-        total = total + F.cross_entropy(maps[name][row, :, at_y, at_x], getattr(scenes, name)[row, slot])
-    target, style = encode_style(scenes.style)[row], maps["style"][row, :, at_y, at_x]
+    total = total + F.cross_entropy(maps["shape"][row, :, at_y, at_x], scenes.shape[row, slot])
+    # The look of a fancy object has no words and no style to learn from.
+    named = scenes.colour[row, slot] < len(COLOURS)
+    row, slot, at_y, at_x = row[named], slot[named], at_y[named], at_x[named]
     texture, colour = scenes.texture[row, slot], scenes.colour[row, slot]
-    seen = torch.stack([_shown(name, texture, colour) for name in STYLE
-                        for _ in range(2 if name in _CIRCULAR else 1)], -1)
-    total = total + 8 * (seen * (style - target) ** 2).mean()
+    total = total + F.cross_entropy(maps["colour"][row, :, at_y, at_x], colour) + F.cross_entropy(maps["texture"][row, :, at_y, at_x], texture)
+    target, style = encode_style(scenes.style)[row], maps["style"][row, :, at_y, at_x]
+    total = total + 8 * (shown(texture, colour) * (style - target) ** 2).mean()
     tint_target = scenes.style[:, STYLE_NAMES.index("tint")]
     return total + F.cross_entropy(background, scenes.background) + F.mse_loss(tint, tint_target)
 
 
-def _shown(name: str, texture: Tensor, colour: Tensor) -> Tensor:
-    table = torch.tensor([[shows(name, t, c) for c in range(len(COLOURS))] for t in range(len(TEXTURES))])
-    return table.to(texture.device)[texture, colour].float()
+def shown(texture: Tensor, colour: Tensor) -> Tensor:
+    """(n, 9) in encode_style's order: 1 where an object of this texture and colour shows the style variable."""
+    table = torch.tensor([[[shows(name, t, c) for name in STYLE for _ in range(2 if name in _CIRCULAR else 1)]
+                           for c in range(len(COLOURS))] for t in range(len(TEXTURES))], device=texture.device)
+    return table[texture, colour].float()
 
 
 @torch.no_grad()

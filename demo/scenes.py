@@ -21,19 +21,22 @@ BACKGROUNDS = {"sky": "in the sky", "grass": "on grass", "sand": "on sand", "nig
                "brick": "by a brick wall", "snow": "on snow"}
 MOST_OBJECTS = 3
 
-# The personalised subject: a colour and a texture without words (indices after those that have one).
+# Looks without words of their own (indices after those that have one): the personalised subject's, and a family
+# of others that captions only ever call "fancy", so that a denoiser can draw more than it can be told.
 SUBJECT_COLOUR, SUBJECT_TEXTURE = len(COLOURS), len(TEXTURES)
-_PALETTE = [*COLOURS.values(), (20, 150, 150)]
+FANCY_TEXTURES = 3  # swirls, rings, petals; the subject's swirl among them, but never in the subject's colours
+_FANCY = (255 * torch.rand(24, 2, 3, generator=torch.Generator().manual_seed(1))).int().tolist()
+_PALETTE = [*COLOURS.values(), (20, 150, 150), *(first for first, _ in _FANCY)]
 # Textures are drawn in a second colour: near white unless that would not show.
 _SECOND = {"white": (115, 115, 128), "yellow": (140, 90, 26)}
-_SECOND_PALETTE = [*(_SECOND.get(name, (247, 247, 247)) for name in COLOURS), (240, 110, 170)]
+_SECOND_PALETTE = [*(_SECOND.get(name, (247, 247, 247)) for name in COLOURS), (240, 110, 170), *(second for _, second in _FANCY)]
 
 # Lengths are fractions of the image's side, angles are turns.
 STYLE = {
-    "hue": (-0.022, 0.022),        # shift of every object's hue
+    "hue": (-0.033, 0.033),        # shift of every object's hue
     "brightness": (-1.0, 1.0),     # every object's colour mixed towards black (-1) or white (+1)
     "angle": (0.0, 0.5),           # direction of the stripes, dots and checks: a line has half a turn
-    "period": (11 / 128, 20 / 128),
+    "period": (12 / 128, 24 / 128),
     "tint": (-1.0, 1.0),           # of the background, cold to warm
     "light": (0.0, 1.0),           # where every object's shading comes from
     "outline": (0.5 / 128, 4.5 / 128),
@@ -65,8 +68,9 @@ class Scenes(NamedTuple):
         return self._replace(style=style)
 
 
-def sample(n: int, generator: torch.Generator, count: int | None = None) -> Scenes:
-    """n random scenes on the CPU; count fixes the number of objects (else 1, 2 or 3: 40, 45 or 15 %)."""
+def sample(n: int, generator: torch.Generator, count: int | None = None, fancy: float = 0.0) -> Scenes:
+    """n random scenes on the CPU; count fixes the number of objects (else 1, 2 or 3: 40, 45 or 15 %), fancy is the
+    share of objects in a look without a word."""
     def uniform(*size):
         return torch.rand(*size, generator=generator)
 
@@ -81,8 +85,12 @@ def sample(n: int, generator: torch.Generator, count: int | None = None) -> Scen
     def pick(n_words):
         return torch.randint(n_words, (n, MOST_OBJECTS), generator=generator)
 
-    texture = torch.where(uniform(n, MOST_OBJECTS) < 0.4, 0, 1 + pick(len(TEXTURES) - 1))
+    texture = torch.where(uniform(n, MOST_OBJECTS) < 0.3, 0, 1 + pick(len(TEXTURES) - 1))
     colour = uniform(n, len(COLOURS)).argsort(1)[:, :MOST_OBJECTS]
+    if fancy:
+        chosen = uniform(n, MOST_OBJECTS) < fancy
+        texture = torch.where(chosen, SUBJECT_TEXTURE + pick(FANCY_TEXTURES), texture)
+        colour = torch.where(chosen, SUBJECT_COLOUR + 1 + pick(len(_FANCY)), colour)
     low, high = torch.tensor(list(STYLE.values())).T
     return Scenes(
         background=torch.randint(len(BACKGROUNDS), (n,), generator=generator),
@@ -124,8 +132,10 @@ def subject(n: int, generator: torch.Generator) -> Scenes:
 
 def phrase(scenes: Scenes, row: int, slot: int, name: str | None = None) -> str:
     """'a red striped ball'; a name stands for colour and texture: 'a <name> ball'."""
-    texture = scenes.texture[row, slot].item()
-    words = [name] if name else [list(COLOURS)[scenes.colour[row, slot]], *TEXTURES[1:][texture - 1:texture]]
+    texture, colour = scenes.texture[row, slot].item(), scenes.colour[row, slot].item()
+    if not name and colour >= len(COLOURS):
+        name = "fancy"
+    words = [name] if name else [list(COLOURS)[colour], *TEXTURES[1:][texture - 1:texture]]
     return " ".join(["an" if words[0][0] in "aeiou" else "a", *words, SHAPES[scenes.shape[row, slot]]])
 
 
@@ -279,9 +289,12 @@ def _surface(scenes: Scenes, slot: int, x: Tensor, y: Tensor, style: dict[str, T
     striped = across % 1 < 0.42
     dotted = ((along + 0.5) % 1 - 0.5) ** 2 + ((across + 0.5) % 1 - 0.5) ** 2 < 0.29 ** 2
     checkered = ((along / 0.7).floor() + (across / 0.7).floor()) % 2 == 0
-    swirled = torch.sin(3 * torch.atan2(y, x) + 3 * torch.hypot(x, y) / period) > 0
+    turned, distance = torch.atan2(y, x), torch.hypot(x, y) / period
+    swirled = torch.sin(3 * turned + 3 * distance) > 0
+    ringed = distance % 1 < 0.5
+    petalled = torch.sin(5 * turned) > 0
     marked = torch.zeros_like(striped)
-    for index, mark in enumerate((striped, dotted, checkered, swirled), start=1):
+    for index, mark in enumerate((striped, dotted, checkered, swirled, ringed, petalled), start=1):
         marked = torch.where(texture == index, mark, marked)
     return torch.where(marked[:, None], second, base)
 

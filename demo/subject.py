@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from . import diffusion, scenes
-from .fit import Budget, save_safely
+from .fit import Budget
 from .vocabulary import UNKNOWN, tokenise
 
 PHOTOS, PHOTO_SEED = 8, 77
@@ -75,8 +75,7 @@ def _embedding(trainer, drawn, latents, budget) -> dict:
         return trainer.denoising_loss(latents[rows], context, generator)
 
     figures = trainer.fit("embedding", {"word": word}, loss_of, budget, lr=2e-2, warmup=10)
-    save_safely({"clip_l": word}, trainer.weights / "demo-subject-embedding.safetensors",
-                trainer.metadata(figures=figures))
+    trainer.save({"clip_l": word}, "demo-subject-embedding", figures=figures)
     return figures
 
 
@@ -99,5 +98,5 @@ def _lora(trainer, drawn, latents, budget) -> dict:
     lora.remove()
     state = {f"diffusion_model.{key}": value.half() for key, value in lora.factors.items()}
     state |= {key.replace("lora_up.weight", "alpha"): torch.tensor(float(RANK)) for key in list(state) if "lora_up" in key}
-    save_safely(state, trainer.weights / "demo-subject-lora.safetensors", trainer.metadata(figures=figures))
+    trainer.save(state, "demo-subject-lora", figures=figures)
     return figures

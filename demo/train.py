@@ -6,6 +6,7 @@ the same command goes on from the last one. The weights are written to demo/weig
 """
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ if not __package__:  # started as a script: find the rest as the package that th
     __package__ = "demo"
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import autoencoder, diffusion, reader, scenes, subject
-from .fit import Budget, fit, restore, save_safely
+from . import alignment, autoencoder, diffusion, reader, scenes, subject
+from .fit import Budget, fit, ranks, restore, save_safely
 from .vocabulary import TOKEN_IDS, tokenise
 
 HERE = Path(__file__).resolve().parent
@@ -28,6 +30,8 @@ HERE = Path(__file__).resolve().parent
 PARTS = {"autoencoder": 0.14, "diffusion": 0.60, "controlnet": 0.12, "subject": 0.04, "reader": 0.10}
 SHARD = 1024  # scenes in one file of cached latents
 GUIDANCE = 3.0
+FANCY = 0.12     # share of objects without words for their look
+ALIGNMENT = 0.1  # weight of the lesson on the side
 
 
 class Trainer:
@@ -37,16 +41,19 @@ class Trainer:
         self.runs, self.weights = Path(args.runs), Path(args.weights)
         self.figures_file = self.runs / "figures.json"
         self.figures = json.loads(self.figures_file.read_text()) if self.figures_file.exists() else {}
+        self.rank, self.world = ranks()
         torch.manual_seed(args.seed)
         on_gpu = self.device.type == "cuda"
         self.auto = self._place(autoencoder.Autoencoder(**(autoencoder.FULL if on_gpu else autoencoder.SLIM)))
         self.unet = self._place(diffusion.UNet())
         self.text = self._place(diffusion.TextEncoder(len(TOKEN_IDS) + 1))
         self.controlnet = self._place(diffusion.ControlNet())
+        self.heads = self._place(alignment.Heads())
         self.judge = self._place(reader.Reader())
         unet = {f"unet.{key}": value for key, value in self.unet.named_parameters()}
         text = {f"text.{key}": value for key, value in self.text.named_parameters() if value.requires_grad}
-        self.parameters = {"autoencoder": dict(self.auto.named_parameters()), "diffusion": unet | text,
+        heads = {f"heads.{key}": value for key, value in self.heads.named_parameters()}
+        self.parameters = {"autoencoder": dict(self.auto.named_parameters()), "diffusion": unet | text | heads,
                            "controlnet": dict(self.controlnet.named_parameters()),
                            "reader": dict(self.judge.named_parameters())}
         self.started: set[str] = set()  # parts that go on from earlier weights
@@ -66,7 +73,8 @@ class Trainer:
             if part in self.args.only:
                 budget = Budget(60 * self.args.minutes * share, self.args.steps)
                 self.figures[part] = getattr(self, f"train_{part}")(budget) | {"command": self.args.command}
-                self.figures_file.write_text(json.dumps(self.figures, indent=1))
+                if not self.rank:
+                    self.figures_file.write_text(json.dumps(self.figures, indent=1))
             elif part in self.parameters and (self.runs / f"{part}.safetensors").exists():
                 restore(self.runs / f"{part}.safetensors", self.parameters[part])
 
@@ -103,15 +111,24 @@ class Trainer:
 
     def train_diffusion(self, budget: Budget) -> dict:
         latents, tokens = self.latents()
+        drawn, owner = self.known_scenes()
         empty = tokenise([""]).to(self.device)
         batch = self.args.batch
+        seen = {}
+        # What leaves the 8x8 level for the finest one is what the lesson on the side is about.
+        listener = self.unet.output_blocks[8][-1].register_forward_hook(lambda *call: seen.update(features=call[-1]))
 
         def loss_of(generator):
             rows = torch.randint(len(latents), (batch,), generator=generator, device=self.device)
             ids = self._captions(tokens, rows, empty, 0.1, generator)
-            return self.denoising_loss(latents[rows].float(), lambda: self.text(ids), generator)
+            loss = self.denoising_loss(latents[rows].float(), lambda: self.text(ids), generator)
+            with self.autocast():
+                maps = self.heads(seen["features"])
+            return loss + ALIGNMENT * alignment.loss(maps, drawn.take(rows), owner[rows])
 
-        return self.fit("diffusion", self.parameters["diffusion"], loss_of, budget, self.args.lr, show=self.show) | {"scenes": len(latents)}
+        figures = self.fit("diffusion", self.parameters["diffusion"], loss_of, budget, self.args.lr, show=self.show)
+        listener.remove()
+        return figures | {"scenes": len(latents)}
 
     def train_controlnet(self, budget: Budget) -> dict:
         latents, tokens = self.latents()
@@ -160,21 +177,28 @@ class Trainer:
 
     def shard(self, number: int) -> scenes.Scenes:
         """The scenes of one file of latents: they depend on seed and number alone."""
-        return scenes.sample(SHARD, torch.Generator().manual_seed(1_000_000 * (self.args.seed + 1) + number))
+        return scenes.sample(SHARD, torch.Generator().manual_seed(1_000_000 * (self.args.seed + 1) + number), fancy=FANCY)
 
-    def _parts(self, drawn: scenes.Scenes, size: int = 256):
+    def known_scenes(self) -> tuple[scenes.Scenes, Tensor]:
+        """What the cached latents show, and which object covers each of their places."""
+        drawn = [self.shard(number) for number in range(self.args.shards)]
+        owner = torch.cat([alignment.owners(part.to(self.device), self.args.size // 8) for shard in drawn for part in self._parts(shard)])
+        return scenes.Scenes(*map(torch.cat, zip(*drawn))).to(self.device), owner
+
+    def _parts(self, drawn: scenes.Scenes, size: int = 64):
         return (drawn.take(slice(i, i + size)) for i in range(0, len(drawn.radius), size))
 
     def _render(self, drawn: scenes.Scenes, seed: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.cat([scenes.render(part.to(self.device), self.args.size, generator) for part in self._parts(drawn)])
+        return torch.cat([scenes.render(part.to(self.device), self.args.size, generator) for part in self._parts(drawn)]).contiguous(
+            memory_format=torch.channels_last)
 
     def pictures(self, n: int) -> tuple[scenes.Scenes, Tensor]:
         """n scenes, other than those of `shard`, and their pictures (n, 3, s, s) uint8."""
-        drawn = scenes.sample(n, torch.Generator().manual_seed(self.args.seed + 7))
+        drawn = scenes.sample(n, torch.Generator().manual_seed(self.args.seed + 7), fancy=FANCY)
         pictures = torch.empty(n, 3, self.args.size, self.args.size, dtype=torch.uint8, device=self.device)
         for i, part in enumerate(self._parts(drawn)):
-            pictures[256 * i:256 * i + 256] = (self._render(part, self.args.seed + 7 + i) * 255 + 0.5).byte()
+            pictures[64 * i:64 * i + 64] = (self._render(part, self.args.seed + 7 + i) * 255 + 0.5).byte()
         return drawn, pictures
 
     def _crops(self, pictures: Tensor, n: int, size: int, generator) -> Tensor:
@@ -192,18 +216,19 @@ class Trainer:
 
     def latents(self) -> tuple[Tensor, Tensor]:
         """Cached latents (n, 4, h, w) half precision and captions (n, 2, 77) in both orders, as token rows."""
-        shards = []
-        for number in range(self.args.shards):
-            path = self.runs / f"latents-{self.args.size}-{number:04d}.safetensors"
-            if not path.exists():
+        paths = [self.runs / f"latents-{self.args.size}-{number:04d}.safetensors" for number in range(self.args.shards)]
+        for number, path in enumerate(paths):
+            if number % self.world == self.rank and not path.exists():
                 drawn = self.shard(number)
                 with torch.no_grad(), self.autocast():
-                    latents = torch.cat([self.auto.encode(x) for x in self._render(drawn, number).split(128)])
+                    latents = torch.cat([self.auto.encode(x) for x in self._render(drawn, number).split(64)])
                 words = [tokenise([scenes.caption(drawn, row, backwards) for row in range(SHARD)])
                          for backwards in (False, True)]
                 save_safely({"latents": latents.half(), "tokens": torch.stack(words, 1).short()}, path)
                 print(f"latents {number + 1} of {self.args.shards}", flush=True)
-            shards.append(load_file(path, device=str(self.device)))
+        if self.world > 1:
+            dist.barrier()
+        shards = [load_file(path, device=str(self.device)) for path in paths]
         return torch.cat([s["latents"] for s in shards]), torch.cat([s["tokens"] for s in shards])
 
     # -------------------------------------------------------------------------------------- diffusion
@@ -263,7 +288,12 @@ class Trainer:
         def under(prefix):
             return {k[len(prefix):]: v.float() for k, v in state.items() if k.startswith(prefix)}
         self.unet.load_state_dict(under("model.diffusion_model."))
-        self.text.load_state_dict(under("cond_stage_model.transformer."))
+        text = under("cond_stage_model.transformer.")
+        # By their numbers: earlier weights may know fewer words.
+        rows = text.pop(table := "text_model.embeddings.token_embedding.weight")
+        known = dict(zip(state["cond_stage_model.token_ids"].tolist(), rows))
+        text[table] = torch.stack([known.get(token, rows[-1]) for token in TOKEN_IDS] + [rows[-1]])
+        self.text.load_state_dict(text)
         autoencoder.load_taesd(self.auto, under("first_stage_model."))
 
     def metadata(self, **more) -> dict[str, str]:
@@ -284,11 +314,16 @@ class Trainer:
         state["first_stage_model.vae_shift"] = torch.tensor(0.0)
         state["cond_stage_model.token_ids"] = torch.tensor(TOKEN_IDS, dtype=torch.int32)
         state["v_pred"] = torch.tensor([])
-        save_safely(state, self.weights / "demo-model.safetensors", self.metadata())
+        self.save(state, "demo-model")
         for part, module in (("controlnet", self.controlnet), ("reader", self.judge)):
             if part in self.figures:
                 halves = {key: value.half() for key, value in module.state_dict().items()}
-                save_safely(halves, self.weights / f"demo-{part}.safetensors", self.metadata())
+                self.save(halves, f"demo-{part}")
+
+    def save(self, tensors: dict[str, Tensor], name: str, **metadata) -> None:
+        """Writes one file of weights; of several processes the first does."""
+        if not self.rank:
+            save_safely(tensors, self.weights / f"{name}.safetensors", self.metadata(**metadata))
 
 
 def save_grid(pictures: Tensor, path: Path, columns: int, quality: int = 85) -> None:
@@ -332,6 +367,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> Trainer:
     args = arguments(argv)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    if "WORLD_SIZE" in os.environ:  # torchrun --nproc-per-node N demo/train.py
+        dist.init_process_group("gloo")
     trainer = Trainer(args)
     trainer.train()
     trainer.write()

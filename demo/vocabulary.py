@@ -5,7 +5,7 @@ from torch import Tensor
 START, END, TOKENS = 49406, 49407, 77
 CLIP_IDS = {
     "a": [320], "an": [550], "and": [537], "at": [536], "ball": [1069], "black": [1449], "blue": [1746],
-    "box": [2063], "brick": [9518], "by": [638], "checkered": [1113, 26690], "dotted": [47950], "grass": [5922],
+    "box": [2063], "brick": [9518], "by": [638], "checkered": [1113, 26690], "dotted": [47950], "fancy": [6733], "grass": [5922],
     "green": [1901], "house": [1212], "in": [530], "night": [930], "on": [525], "orange": [4287],
     "purple": [5496], "red": [736], "ring": [2540], "sand": [5094], "sky": [2390], "snow": [2583], "star": [1565],
     "striped": [22192], "the": [518], "tree": [2677], "wall": [2569], "white": [1579], "yellow": [4481],

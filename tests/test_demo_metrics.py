@@ -182,7 +182,7 @@ def test_style_error_of_angles_wraps_round():
     assert reader.style_error("brightness", -1.0, 1.0) == 1.0
 
 
-# The reader of these weights, little trained, does not yet tell hues and outlines apart: they are not here.
+# Hue and outline are not here: the reader of these weights reads both coarsely.
 @pytest.mark.parametrize("name, a, b", [("brightness", -0.8, 0.8), ("angle", 0.06, 0.31), ("period", 0.09, 0.15), ("light", 0.1, 0.6)])
 def test_style_errors_see_one_changed_variable(judge, name, a, b):
     """A striped blue ball twice: the variable that changed is seen to change more than when nothing did."""
@@ -193,7 +193,7 @@ def test_style_errors_see_one_changed_variable(judge, name, a, b):
         return metrics.look(judge, picture)[2][0]
     changed, same = metrics.style_errors(found(a, 5), found(b, 5)), metrics.style_errors(found(a, 5), found(a, 5))
     assert set(changed) == set(scenes.STYLE) - {"tint"}
-    assert changed[name] > 0.2  # the truth is 0.8 to 1: a reader trained this little plays changes down
+    assert changed[name] > 0.5  # the truth is 0.8 to 1: a reader trained this little plays changes down
     assert set(same.values()) == {0.0}
 
 

@@ -62,6 +62,17 @@ def test_each_style_variable_changes_what_it_is_for(name, inside, outside):
     assert changed[~(scenes.masks(drawn)[0] > 0).any(0)].any() == outside
 
 
+def test_fancy_objects_have_a_look_of_their_own_and_no_words_for_it():
+    drawn = sample(2000, fancy=0.25)
+    fancy = drawn.colour >= len(scenes.COLOURS)
+    assert abs(fancy.sum() / (drawn.shape >= 0).sum() - 0.25) < 0.03
+    assert torch.equal(fancy, drawn.texture >= len(scenes.TEXTURES))
+    assert not (drawn.colour == scenes.SUBJECT_COLOUR).any(), "the subject is not among them"
+    row, slot = fancy.nonzero()[0].tolist()
+    assert scenes.phrase(drawn, row, slot) == f"a fancy {scenes.SHAPES[drawn.shape[row, slot]]}"
+    assert not (sample(2000).colour >= len(scenes.COLOURS)).any()
+
+
 def test_a_bigger_picture_is_the_same_picture():
     drawn = sample(16, seed=2)
     drawn = drawn._replace(background=torch.full_like(drawn.background, list(scenes.BACKGROUNDS).index("snow")))

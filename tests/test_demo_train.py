@@ -1,7 +1,11 @@
 """The one command that trains it all: it runs, it writes what ComfyUI loads, and a kill costs nothing."""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from montage.demo import autoencoder, diffusion, fit, scenes, subject, train
+from montage.demo import alignment, autoencoder, diffusion, fit, reader, scenes, subject, train
 from safetensors.torch import load_file
 
 PARTS = ["autoencoder", "diffusion", "controlnet", "subject", "reader"]
@@ -70,6 +74,59 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
         assert torch.equal(value, again.parameters[part][key]), key
     fresh = train.Trainer(whole.args).parameters[part]
     assert any(not torch.equal(value, fresh[key]) for key, value in whole.parameters[part].items())
+
+
+@pytest.mark.slow
+def test_processes_meet_and_stop_together(tmp_path):
+    """Two processes see different batches, go on from the mean of their weights, and stop at the same step."""
+    script = tmp_path / "both.py"
+    script.write_text("""
+import sys, torch, torch.distributed as dist
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from demo.fit import Budget, fit
+dist.init_process_group("gloo")
+weight, seen = torch.nn.Parameter(torch.zeros(2)), []
+def loss_of(generator):
+    seen.append(weight.detach().clone())
+    return (weight * (torch.rand(2, generator=generator) - 0.5)).sum()
+steps = fit("both", Path(sys.argv[1]), {"w": weight}, loss_of, Budget(0.5), 1e-3, warmup=1)["steps"]
+torch.save({"steps": steps, "seen": seen}, Path(sys.argv[1]) / f"rank{dist.get_rank()}.pt")
+""")
+    root = str(Path(fit.__file__).resolve().parents[1])
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path), root],
+                   check=True, timeout=120)
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert one["steps"] == two["steps"] >= fit.MEET_EVERY
+    before, after = fit.MEET_EVERY - 1, fit.MEET_EVERY
+    assert not torch.equal(one["seen"][before], two["seen"][before])
+    assert torch.equal(one["seen"][after], two["seen"][after]) and (one["seen"][after] != 0).all()
+
+
+def test_the_lesson_on_the_side_knows_what_the_picture_shows():
+    drawn = scenes.sample(32, torch.Generator().manual_seed(0), fancy=0.2)
+    owner = alignment.owners(drawn, 16)
+    centres = (drawn.centre * 16).long().clamp(max=15)
+    for row, slot in (drawn.shape == scenes.SHAPES.index("ball")).nonzero().tolist():
+        x, y = centres[row, slot]
+        assert owner[row, y, x] == slot
+    corner = owner[:, 0, 0] == 3
+    assert corner.float().mean() > 0.9, "objects keep off the edges"
+
+    def maps(of):
+        """A head that answers for the scenes `of` with certainty."""
+        slot, covered = owner.long().clamp(max=2), owner < 3
+        def at(field):
+            return field.gather(1, slot.flatten(1)).view_as(slot).clamp(min=0)
+        what = torch.where(covered, at(of.shape), len(scenes.SHAPES) + of.background[:, None, None])
+        answers = {"what": what, "colour": at(of.colour).clamp(max=7), "texture": at(of.texture)}
+        logits = {name: 20 * torch.nn.functional.one_hot(answer, alignment._OUTPUTS[name]).float() for name, answer in answers.items()}
+        return logits | {"style": reader.encode_style(of.style)[:, None, None].expand(-1, 16, 16, -1)}
+
+    assert alignment.loss(maps(drawn), drawn, owner) < 1e-6
+    assert alignment.loss(maps(drawn.with_style(tint=1.0)), drawn, owner) > 0.05
+    assert alignment.loss(maps(drawn.with_style(light=0.0)), drawn, owner) > 0.1
+    assert alignment.loss(maps(drawn._replace(texture=(drawn.texture + 1) % 4)), drawn, owner) > 1
 
 
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
