@@ -89,8 +89,7 @@ def read_weights(key: str, name: str) -> dict[str, torch.Tensor]:
 
 
 def find_vocabulary(rows: int) -> dict[str, int]:
-    """BERT's vocabulary for a text encoder of so many rows, from models/bert-base-uncased or from what other
-    programs left in the Hugging Face cache."""
+    """BERT's vocabulary for a text encoder of so many rows, from models/bert-base-uncased."""
     faults = []
     for path in _vocabulary_files():
         try:
@@ -106,12 +105,8 @@ def find_vocabulary(rows: int) -> dict[str, int]:
 
 
 def _vocabulary_files():
-    from huggingface_hub import try_to_load_from_cache  # looks at the disk only
-
-    names = "vocab.txt", "tokenizer.json"
-    candidates = [os.path.join(folder, name) for folder in folder_paths.get_folder_paths(BERT) for name in names]
-    candidates += [try_to_load_from_cache(f"{owner}bert-base-uncased", name) for owner in ("google-bert/", "") for name in names]
-    return [path for path in candidates if isinstance(path, str) and os.path.isfile(path)]
+    candidates = [os.path.join(folder, name) for folder in folder_paths.get_folder_paths(BERT) for name in ("vocab.txt", "tokenizer.json")]
+    return [path for path in candidates if os.path.isfile(path)]
 
 
 def _first_line(error: Exception) -> str:

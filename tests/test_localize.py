@@ -293,12 +293,11 @@ def test_importing_the_nodes_imports_no_model_package():
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
-    """An empty models folder that ComfyUI looks into, and no Hugging Face cache."""
+    """An empty models folder that ComfyUI looks into."""
     for key, names in files.FOLDERS.items():
         (tmp_path / key).mkdir()
         monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(tmp_path / name) for name in names], set()))
     folder_paths.filename_list_cache.clear()
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     return tmp_path
 
 
