@@ -96,11 +96,11 @@ class MontageDemoSubject(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, photo):
-        from ..demo import family, subject
+        from ..demo import family, scenes
 
         lora = comfy.utils.load_torch_file(str(family.WEIGHTS.with_name("demo-subject-lora.safetensors")), safe_load=True)
         personal, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
-        return io.NodeOutput(personal, subject.photos()[1][photo:photo + 1].movedim(1, -1))
+        return io.NodeOutput(personal, scenes.photos()[1][photo:photo + 1].movedim(1, -1))
 
 
 NODES = [MontageDemoModel, MontageDemoCutout, MontageDemoSubject]
