@@ -170,3 +170,13 @@ def free(noise, t, dilation):
     if radius:
         locked = F.max_pool2d(locked.float(), 2 * radius + 1, stride=1, padding=radius) > 0
     return (~locked & (noise > 0)).float()
+
+
+# ---------------------------------------------------------------- textual inversion
+
+def masked_mean(errors, mask):
+    """Mean over a mask: what is outside counts for nothing, and a small layer as much as a large one.
+
+    errors: [B, C, h, w]. mask: [B, 1, h, w] in [0, 1], not 0 everywhere. Returns [B].
+    """
+    return (errors * mask).sum((1, 2, 3)) / (mask.sum((1, 2, 3)) * errors.shape[1])

@@ -39,6 +39,15 @@ class Collage(NamedTuple):
     masks: torch.Tensor  # visible masks [N, H, W]
     noise: torch.Tensor  # noise map [H, W]
     prompt: str
+    background: torch.Tensor  # [3, H, W]
+
+    def place(self, number):
+        """A layer where it lies on the canvas, [4, H, W], premultiplied."""
+        return placed(self.layers[number], self.masks.shape[1:])
+
+
+def placed(layer, size):
+    return kernel.place(layer.picture, size, layer.x, layer.y, layer.scale, layer.rotation)
 
 
 class CollageLayer(io.ComfyNode):
@@ -154,9 +163,8 @@ class CollageCanvas(io.ComfyNode):
     @classmethod
     def execute(cls, collage, width, height, prompt, background, background_noise, blur, background_image=None):
         layers = tuple(sorted(collage, key=lambda layer: layer.depth))
-        placed = torch.stack([kernel.place(layer.picture, (height, width), layer.x, layer.y, layer.scale, layer.rotation) for layer in layers])
         behind = cls.background(background, background_image, width, height)
-        composite, masks = kernel.over(placed, behind)
+        composite, masks = kernel.over(torch.stack([placed(layer, (height, width)) for layer in layers]), behind)
         noise = kernel.noise_map(masks, [layer.noise for layer in layers], background_noise, blur)
         prompt = prompt.strip() or ", ".join(layer.text for layer in layers if layer.text)
         image = composite.movedim(0, -1)
@@ -166,7 +174,7 @@ class CollageCanvas(io.ComfyNode):
             "background": background.strip() if background_image is None else previews.photograph(behind.movedim(0, -1)),
             "layers": [cls.shown(layer) for layer in layers],
         }
-        return io.NodeOutput(Collage(layers, masks, noise, prompt), image[None], masks, noise[None], prompt, ui={"montage_canvas": [shown]})
+        return io.NodeOutput(Collage(layers, masks, noise, prompt, behind), image[None], masks, noise[None], prompt, ui={"montage_canvas": [shown]})
 
     @staticmethod
     def shown(layer):
@@ -210,6 +218,18 @@ class CollageBias(bias.Bias):
         return kernel.attention_bias(q, k, heads, *prepared, self.strength * self.growth(sigma))
 
 
+def owned_tokens(node, clip, collage):
+    """Which layers own which token of the prompt, {position: (layer, ...)}. node: display name for the error that names a layer whose words are not there."""
+    runs = {}
+    for number, layer in enumerate(collage.layers):
+        if layer.text:
+            try:
+                runs[number] = token_runs(clip, collage.prompt, layer.text)
+            except ValueError as error:
+                raise ValueError(f"{node}: layer {number} (counted from the back; node {layer.node}): {error}") from None
+    return kernel.owners(runs)
+
+
 class CollageCrossAttn(io.ComfyNode):
     NAME = CollageBias.node
 
@@ -249,7 +269,7 @@ class CollageCrossAttn(io.ComfyNode):
             window = Window(start, end, parse_sites(model, sites))
         except ValueError as error:
             raise ValueError(f"{cls.NAME}: sites: {error}") from None
-        owned = cls.tokens(clip, collage)
+        owned = owned_tokens(cls.NAME, clip, collage)
         if conditioning is None:
             conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(collage.prompt))
         else:
@@ -259,18 +279,6 @@ class CollageCrossAttn(io.ComfyNode):
         if not steered or strength == 0 or window.empty:
             return io.NodeOutput(model, conditioning)
         return io.NodeOutput(bias.install(model), bias.attach(conditioning, CollageBias(window, collage, steered, strength, growth)))
-
-    @classmethod
-    def tokens(cls, clip, collage):
-        """Which layers own which token of the prompt."""
-        runs = {}
-        for number, layer in enumerate(collage.layers):
-            if layer.text:
-                try:
-                    runs[number] = token_runs(clip, collage.prompt, layer.text)
-                except ValueError as error:
-                    raise ValueError(f"{cls.NAME}: layer {number} (counted from the back; node {layer.node}): {error}") from None
-        return kernel.owners(runs)
 
     @classmethod
     def check(cls, clip, collage, conditioning):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from montage.kernels import collage as kernel
-from montage.nodes.collage import CollageCrossAttn
+from montage.nodes.collage import CollageCrossAttn, owned_tokens
 from montage.patching.sites import sites_of
 from nodes import ConditioningSetArea, ConditioningSetMask
 from sampling import empty, inject, masks_of, recorder, sample, sample_advanced, words
@@ -143,7 +143,7 @@ def test_the_bias_is_the_papers(clip, size):
     collage = two_layers(width=size[1] * 8, height=size[0] * 8)
     model, latent = random_model("sd15-small"), empty(2, size)
     positions = [(4, 5, 6), (8, 9, 10)]
-    assert CollageCrossAttn.tokens(clip, collage) == {**dict.fromkeys(positions[0], (0,)), **dict.fromkeys(positions[1], (1,))}
+    assert owned_tokens("", clip, collage) == {**dict.fromkeys(positions[0], (0,)), **dict.fromkeys(positions[1], (1,))}
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
     expected = sample(explicit(model, collage, positions, conditioning, 0.6, 0.8), latent, positive=conditioning)["samples"]
     found = run(clip, latent, collage=collage)
@@ -241,7 +241,7 @@ def test_prompts_of_unequal_length(clip, monkeypatch):
 
 def test_long_prompts_and_weights(clip):
     collage = two_layers(prompt="word, " * 40 + "(a red cat:1.3) and a blue dog")
-    assert min(CollageCrossAttn.tokens(clip, collage)) > 77
+    assert min(owned_tokens("", clip, collage)) > 77
     assert (run(clip, collage=collage) - unbiased(clip, prompt=collage.prompt)).abs().max() > 0.01
 
 
@@ -336,7 +336,7 @@ def test_layers_whose_words_are_not_in_the_prompt_are_named(clip):
 def test_repeated_words_keep_every_layers_own_mask(clip):
     """Trap 28: and no hang."""
     collage = two_layers(texts=("a red cat", "a red cat"), prompt="a red cat and a red cat")
-    assert CollageCrossAttn.tokens(clip, collage) == {**dict.fromkeys((1, 2, 3), (0,)), **dict.fromkeys((5, 6, 7), (1,))}
+    assert owned_tokens("", clip, collage) == {**dict.fromkeys((1, 2, 3), (0,)), **dict.fromkeys((5, 6, 7), (1,))}
     assert torch.isfinite(run(clip, collage=collage)).all()
 
 

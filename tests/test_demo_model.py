@@ -110,3 +110,17 @@ def test_another_prompt_would_not_be_satisfied(pictures):
     drawn, drawings = pictures
     assert right(drawn, drawings.roll(1, 0), "background") <= 6
     assert right(drawn, drawings.roll(1, 0), "colour") <= 6
+
+
+def test_a_cutout_shows_its_words():
+    from montage.nodes.demo_model import MontageDemoCutout
+
+    picture = MontageDemoCutout.execute("a Blue striped ball", 3).args[0]
+    assert picture.shape == (1, 128, 128, 4) and picture[0, :4, :, 3].max() == 0 and picture[0, 64, 64, 3] == 1
+    red, _, blue = picture[0, picture[0, ..., 3] > 0.5, :3].mean(0)
+    assert blue > red + 0.1
+    again, other = (MontageDemoCutout.execute("blue ball striped", look).args[0] for look in (3, 4))
+    assert torch.equal(picture, again) and not torch.equal(picture, other)
+    for words in ("a ball", "a red blue ball", "a red ball box", "a red striped dotted ball", "a red cat"):
+        with pytest.raises(ValueError, match=f'Montage Demo Cutout: "{words}" has [02] of the words'):
+            MontageDemoCutout.execute(words, 0)

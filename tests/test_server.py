@@ -23,7 +23,7 @@ def workflow(name):
 
 def quick(prompt, steps=3):
     for node in prompt.values():
-        if node["class_type"] in ("KSampler", "BasicScheduler"):
+        if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = steps
     return prompt
 
@@ -106,17 +106,6 @@ def test_the_photomontage_runs_and_is_the_same_again(server):
     assert equal(picture(server, server.run(workflow(PHOTOMONTAGE), "again")), first)
 
 
-@pytest.mark.parametrize("name, node, count", [
-    ("Montage - a personal subject in a new layout (demo model)", "53", 1),
-    ("Montage - a personal subject in four layouts (demo model)", "53", 4),
-    ("Montage - a personal subject in your picture (demo model)", "35", 1),
-])
-def test_the_personal_subjects_run(server, name, node, count):
-    images = server.run(quick(workflow(name)), name)[node]["images"]
-    shown = [Image.open(server.base / "output" / image["subfolder"] / image["filename"]) for image in images]
-    assert len(shown) == count and all(image.size == (128, 128) and len(image.convert("RGB").getcolors(1 << 24)) > 1000 for image in shown)
-
-
 def test_another_seed_and_back_pairs_every_latent_with_its_own_history(server):
     def run(seed):
         prompt = quick(workflow(PHOTOMONTAGE))
@@ -189,7 +178,51 @@ def test_errors_reach_the_api_in_one_sentence(server, change, part):
     assert part in str(failure.value)
 
 
-# ---------------------------------------------------------------- the SD1.5 workflow on a model of full size
+# ---------------------------------------------------------------- collages
+
+def pictures(server, outputs):
+    """{name of a SaveImage's picture, without its number: its files}."""
+    found = {}
+    for shown in outputs.values():
+        for image in shown.get("images", ()):
+            if image["type"] == "output":
+                found.setdefault(image["filename"].rsplit("_", 2)[0], []).append(Image.open(server.base / "output" / image["subfolder"] / image["filename"]).convert("RGB"))
+    return found
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("Montage - a first collage (demo model)", ["first-collage-1-layers", "first-collage-2-image-to-image", "first-collage-3-collage"]),
+    ("Montage - a collage with a noise for each layer (demo model)", ["noise-1-layers", "noise-2-the-same-for-all", "noise-3-of-each-layer"]),
+    ("Montage - a collage with a learned look (demo model)", ["look-1-layers", "look-2-words", "look-3-learned", "look-4-loss"]),
+])
+def test_a_collage_runs(server, name, expected):
+    prompt = quick(workflow(name))
+    for node in prompt.values():
+        if node["class_type"] == "LearnLayerToken":
+            node["inputs"].update(steps=2, preview_every=0)
+    found = pictures(server, server.run(prompt, name))
+    assert sorted(found) == expected
+    *_, without, collage = (found[picture][0] for picture in expected if "loss" not in picture)
+    assert collage.size == (128, 128) and len(collage.getcolors(1 << 24)) > 1000 and not equal(without, collage)
+
+
+def test_one_object_is_made_again_while_all_others_stay(server):
+    prompt = quick(workflow("Montage - one object of a collage again and again (demo model)"))
+    for node in prompt.values():
+        if node["class_type"] in ("RepeatLatentBatch", "RepeatImageBatch"):
+            node["inputs"]["amount"] = 2
+    found = pictures(server, server.run(prompt, "again"))
+    before = found["again-2-first"][0]
+    for step, box in ((4, (64, 0, 128, 64)), (6, (46, 56, 120, 128))):  # where the new object lies, with the blur around it
+        first, second = found[next(name for name in found if name.startswith(f"again-{step - 1}-ten"))]
+        picked, = found[f"again-{step}-picked"]
+        assert equal(picked, first) and not equal(first, second)
+        changed = ImageChops.difference(before, picked).getbbox()
+        assert changed and changed[0] >= box[0] and changed[1] >= box[1] and changed[2] <= box[2] and changed[3] <= box[3]
+        before = picked
+
+
+# ---------------------------------------------------------------- the SD1.5 workflows on a model of full size
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
@@ -201,7 +234,7 @@ def full_size(tmp_path_factory):
     from structures import build, control_net, fill
 
     base = tmp_path_factory.mktemp("full-size")
-    for folder in ("models/checkpoints", "models/controlnet", "models/loras", "input"):
+    for folder in ("models/checkpoints", "models/controlnet", "input"):
         (base / folder).mkdir(parents=True)
 
     def half(module, prefix):
@@ -216,9 +249,6 @@ def full_size(tmp_path_factory):
         control = half(control_net("sd15").control_model, "control_model.")
         comfy.utils.save_torch_file(weights, str(base / "models/checkpoints/v1-5-pruned-emaonly-fp16.safetensors"))
         comfy.utils.save_torch_file(control, str(base / "models/controlnet/control_v11p_sd15_canny_fp16.safetensors"))
-    lora = {f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_{part}.weight": torch.full(shape, 0.01)
-             for part, shape in (("up", (1280, 1)), ("down", (1, 1280)))}
-    comfy.utils.save_torch_file(lora, str(base / "models/loras/my-subject.safetensors"))
     Image.effect_noise((64, 64), 80).convert("RGB").save(base / "input/example.png")
     env = dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
     with dev.running_server(env, base, "--cpu", "--disable-api-nodes") as running:
@@ -239,12 +269,25 @@ def test_the_sd15_workflow_runs_on_a_model_of_full_size(full_size):
     assert len(picture(full_size, outputs, "19").getcolors(1 << 24)) > 10
 
 
-def test_the_sd15_workflow_of_a_personal_subject_runs_on_a_model_of_full_size(full_size):
-    prompt = quick(workflow("Montage - a personal subject with SD1.5"))
+def test_the_sd15_collage_runs_on_a_model_of_full_size(full_size):
+    prompt = quick(workflow("Montage - collage with SD1.5 and ControlNet"), steps=1)
     for node in prompt.values():
-        if node["class_type"] in ("EmptyLatentImage", "ImageScale"):
+        if node["class_type"] == "CollageCanvas":
             node["inputs"].update(width=64, height=64)
     outputs = full_size.run(prompt, "SD1.5")
-    assert len(outputs["41"]["images"]) == 6
-    assert picture(full_size, outputs, "53").size == (64, 64)
-    assert len(picture(full_size, outputs, "53").getcolors(1 << 24)) > 10
+    assert picture(full_size, outputs, "23").size == picture(full_size, outputs, "30").size == (64, 64)
+    assert len(picture(full_size, outputs, "30").getcolors(1 << 24)) > 10
+
+
+def test_a_look_is_learned_on_a_model_of_full_size(full_size):
+    """SD1.5 in half precision, at its own size of text and embedding."""
+    prompt = workflow("Montage - a collage with a learned look (demo model)")
+    prompt["1"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"}}
+    prompt["20"]["inputs"].update(width=64, height=64)
+    prompt["25"]["inputs"].update(steps=1, preview_every=0, name="full-size")
+    keep = {"1", "10", "11", "20", "25", "26"}
+    full_size.run({number: node for number, node in prompt.items() if number in keep}, "learn")
+    import comfy.utils
+
+    found = comfy.utils.load_torch_file(str(full_size.base / "models/embeddings/full-size.safetensors"))
+    assert found["clip_l"].shape == (1, 768)

@@ -1,0 +1,216 @@
+"""Collage Diffusion (arXiv 2303.00262): are the objects where their layers are, do they look like them, and does noise trade the two?"""
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
+
+import torch  # noqa: E402
+from montage.demo import metrics, reader, scenes  # noqa: E402
+from montage.evidence import study  # noqa: E402
+from montage.nodes.collage import CollageCrossAttn, CollageNoise  # noqa: E402
+from montage.nodes.learn import LearnLayerToken  # noqa: E402
+from montage.patching import textual  # noqa: E402
+from sampling import sample  # noqa: E402
+from structures import demo_model  # noqa: E402
+from test_collage_canvas import canvas, layer  # noqa: E402
+
+SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 12, 3.0, 60, 920_000
+LEARNED, LEARNING_STEPS, LEARNING_RATE, VECTORS = 20, 80, 0.01, 2  # samples of the study of tokens, and how each is learned
+FREE = 0.9  # noise of what may change freely: an object's place is then given by words and bias more than by the picture
+PLAIN, BIASED, DRAWN, KEPT_AWAY = "image-to-image (GH)", "+ cross-attention (GH+CA)", "CA, w_pos alone", "CA, w_neg alone"
+LEVELS = (0.0, 0.3, 0.6, 0.9)
+WORDS, TOKEN, OTHERS = "words alone (GH+CA)", "+ learned token (GH+CA+TI)", "+ another layer's token"
+
+
+class Example:
+    """A collage of a scene's own objects, each a layer where it stands in the scene."""
+
+    def __init__(self, number, count):
+        self.model, self.clip, self.vae = demo_model()
+        generator = torch.Generator().manual_seed(FIRST + number)
+        self.scene, self.count, self.seed = scenes.sample(1, generator, count=count), count, FIRST + number
+
+    def collage(self, noises=None, w_pos=0.4, w_neg=0.7):
+        """(Collage, the composite). noises: of each layer."""
+        last = ()
+        for slot in range(self.count):
+            picture = scenes.cutouts(self.scene, slot, SIZE).movedim(1, -1)
+            last = layer(picture, scenes.phrase(self.scene, 0, slot), trim=False, w_pos=w_pos, w_neg=w_neg, noise=(noises or [FREE] * self.count)[slot],
+                         behind=last, node=str(slot))
+        return canvas(last, SIZE, SIZE, scenes.caption(self.scene, 0), background_noise=FREE, blur=3.0)[:2]
+
+    def encoded(self, image):
+        return {"samples": self.vae.encode(image)}
+
+    def sampled(self, collage, image, bias=True, clip=None):
+        """(latent, picture) of the collage."""
+        clip = clip or self.clip
+        negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+        model, positive = CollageCrossAttn.execute(self.model, clip, collage, float(bias), "log log", 0.0, 1.0, "all").args
+        model, denoise = CollageNoise.execute(model, collage, 1.0).args
+        latent = sample(model, self.encoded(image), self.seed, positive, negative, "euler_ancestral", "normal", STEPS, CFG, denoise)["samples"]
+        return latent, self.vae.decode(latent)[0].clamp(0, 1)
+
+
+def places(number):
+    """The objects of three layers, with and without the bias and its two halves."""
+    example = Example(number, 3)
+    return {name: found(example, picture) for name, picture in placements(example).items()}
+
+
+def placements(example):
+    pictures = {}
+    for name, weights in ((PLAIN, {}), (BIASED, {}), (DRAWN, {"w_neg": 0.0}), (KEPT_AWAY, {"w_pos": 0.0})):
+        collage, image = example.collage(**weights)
+        pictures[name] = example.sampled(collage, image, bias=name != PLAIN)[1]
+    return pictures
+
+
+def found(example, picture):
+    """Shares of the layers whose object the reader finds where the layer is: in its colour, and in its shape too."""
+    seen = metrics.judge(metrics.look(judge(), picture), example.scene.background[0].item(), metrics.wanted(example.scene, 0))
+    masks = scenes.masks(example.scene, SIZE)[0]
+    there = [metrics.placed(one, mask) for one, mask in zip(seen.objects, masks)]
+    coloured = [a and b for a, b in zip(there, seen.colour)]
+    return {"placed": sum(coloured) / len(there), "shaped": sum(a and b for a, b in zip(coloured, seen.shape)) / len(there)}
+
+
+_reader = []
+
+
+def judge():
+    if not _reader:
+        _reader.append(reader.load())
+    return _reader[0]
+
+
+def noise_levels(number):
+    """One layer's noise from 0 up, while the other's stays: how far it is from its input."""
+    example = Example(number, 2)
+    return {f"noise {level}": distance(example, *variant) for level, variant in zip(LEVELS, levels(example))}
+
+
+def levels(example):
+    for level in LEVELS:
+        collage, image = example.collage((level, FREE))
+        yield collage, image, *example.sampled(collage, image)
+
+
+def distance(example, collage, image, latent, picture):
+    """RMS error of the first layer's pixels, and the largest change of its latent where the noise map is 0."""
+    mask = collage.masks[0]
+    error = ((picture - image[0]) ** 2).mean(-1)
+    locked = torch.nn.functional.interpolate(collage.noise[None, None], size=latent.shape[-2:], mode="nearest-exact")[0, 0] == 0
+    change = (latent - example.encoded(image)["samples"]).abs().amax(1)[0][locked]
+    return {"error": ((error * mask).sum() / mask.sum()).sqrt().item(), "locked": change.max().item() if len(change) else None}
+
+
+def looks(number):
+    """The first of two layers with its words alone, with a token learned from it, and with one learned from another picture."""
+    example = Example(number, 2)
+    return {name: likeness(*variant) for name, variant in learned(example, number).items()}
+
+
+def learned(example, number):
+    """{variant: (Collage, composite, picture)}."""
+    with tempfile.TemporaryDirectory() as folder:
+        clip = example.clip.clone()
+        clip.tokenizer = type(clip.tokenizer)(embedding_directory=folder)
+        collage, image = example.collage()
+        stranger = Example(number + 500, 2)
+        stranger.scene.shape[:, 0], stranger.scene.colour[:, 0], stranger.scene.texture[:, 0] = (
+            field[:, 0] for field in (example.scene.shape, example.scene.colour, example.scene.texture))  # of the same words, with another look
+        found = {WORDS: (collage, image, example.sampled(collage, image)[1])}
+        for name, source in ((TOKEN, example), (OTHERS, stranger)):
+            embedding = "own" if name == TOKEN else "other"
+            learn(source, clip, Path(folder) / f"{embedding}.safetensors")
+            worded = LearnLayerToken.with_token(clip, collage, 0, embedding)
+            found[name] = collage, image, example.sampled(worded, image, clip=clip)[1]
+        return found
+
+
+def learn(example, clip, path):
+    collage, _ = example.collage()
+    picture, mask = LearnLayerToken.target(collage, 0)
+    latent = example.model.model.process_latent_in(example.vae.encode(picture.movedim(0, -1)[None]))
+    text = f"embedding:{path.stem} {collage.layers[0].text}"
+    texts = [text, *(f"{text} {place}" for place in scenes.BACKGROUNDS.values())]
+    task = textual.Task(latent, torch.nn.functional.interpolate(mask[None, None], size=latent.shape[-2:], mode="area"), texts, example.seed)
+    token = textual.Token.new(clip, "a", VECTORS, "")
+    textual.learn(token, path, example.model, clip, task, LEARNING_STEPS, LEARNING_RATE, 1, lambda: None)
+
+
+def likeness(collage, image, picture):
+    """How like its input the first layer is: pixel by pixel, in colours, and in texture."""
+    mask = collage.masks[0]
+    if not (mask > 0.5).any():
+        return {}
+    error = ((picture - image[0]) ** 2).mean(-1)
+    return {"error": ((error * mask).sum() / mask.sum()).sqrt().item(), "colour": metrics.colour_distance(picture, mask, image[0], mask),
+            "texture": metrics.texture_similarity(picture, mask, image[0], mask)}
+
+
+def sections(options):
+    tenth = 10 if options.quick else 1
+    yield placing(options, SAMPLES // tenth)
+    yield trading(options, SAMPLES // tenth)
+    yield looking(options, LEARNED // tenth)
+
+
+def placing(options, count):
+    found = study.Study("collage-places", options.folder).run(range(count), places)
+    claims = [study.claim(what, found.difference(a, b, figure), 1, "(figures only)") for what, a, b, figure in (
+        ("CA puts more objects where their layers are than image-to-image", BIASED, PLAIN, "placed"),
+        ("and more of them in their shape", BIASED, PLAIN, "shaped"),
+        ("w_pos alone helps", DRAWN, PLAIN, "placed"),
+        ("w_neg alone helps", KEPT_AWAY, PLAIN, "placed"),
+    )]
+    shown = []
+    for number in range(min(4, count)):
+        example = Example(number, 3)
+        shown.append([example.collage()[1][0], *placements(example).values()])
+    return study.Section("Collage Diffusion: objects where their layers are", "\n\n".join([
+        f"{count} collages of three layers on grey (the demo model knows no more; the paper has 4 to 9), a prompt of all their words, noise {FREE} everywhere, so that "
+        "little of the input is left. The share of layers whose object the reader finds with its centre in the layer, of the right colour (*in its place*), "
+        "and of the right shape too. The paper shows pictures and gives no numbers.",
+        found.table(placed="in its place", shaped="and in its shape"), study.markdown(study.CLAIMS, claims),
+        study.grid("collage-places", shown, ["layers", "GH", "GH+CA", "w_pos alone", "w_neg alone"])]))
+
+
+def trading(options, count):
+    found = study.Study("collage-noise", options.folder).run(range(count), noise_levels)
+    names = [f"noise {level}" for level in LEVELS]
+    claims = [study.claim(f"a layer of {high} is farther from its input than one of {low}", found.difference(high, low, "error"), 1, "(figures only)")
+              for low, high in zip(names, names[1:])]
+    shown = [[list(levels(Example(number, 2)))[0][1][0], *(variant[3] for variant in levels(Example(number, 2)))] for number in range(min(3, count))]
+    return study.Section("Collage Diffusion: a noise for each layer", "\n\n".join([
+        f"{count} collages of two layers: the first one's noise is raised while all else stays at {FREE}. RMS error of its pixels against the input "
+        "(at 0 the autoencoder's own), and the largest change of its latent where the noise map is 0, which must be none.",
+        found.table(error="error", locked="change of what is locked"), study.markdown(study.CLAIMS, claims),
+        study.grid("collage-noise", shown, ["layers", *names])]))
+
+
+def looking(options, count):
+    found = study.Study("collage-looks", options.folder).run(range(count), looks)
+    claims = [study.claim(what, found.difference(TOKEN, other, figure), sign, "(figures only)") for what, other, figure, sign in (
+        ("with the learned token a layer is nearer its input, in pixels", WORDS, "error", -1),
+        ("in colours", WORDS, "colour", -1),
+        ("in texture", WORDS, "texture", 1),
+        ("it is the layer's look that was learned: nearer than with a token of another picture, in pixels", OTHERS, "error", -1),
+        ("in colours", OTHERS, "colour", -1),
+    )]
+    shown = []
+    for number in range(min(3, count)):
+        variants = learned(Example(number, 2), number)
+        shown.append([variants[WORDS][1][0], *(picture for _, _, picture in variants.values())])
+    return study.Section("Collage Diffusion: a learned look", "\n\n".join([
+        f"{count} collages of two layers at noise {FREE}; a token of {VECTORS} vectors is learned from the first layer in {LEARNING_STEPS} steps of {LEARNING_RATE}. RMS error of the "
+        "layer's pixels; distance of its colours (earth mover's, CIE Lab; smaller is nearer) and similarity of its texture (1 is equal).",
+        found.table(error="error", colour="colours", texture="texture"), study.markdown(study.CLAIMS, claims),
+        study.grid("collage-looks", shown, ["layers", "words alone", "learned token", "another's token"])]))
+
+
+if __name__ == "__main__":
+    study.main(sections)
