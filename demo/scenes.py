@@ -24,6 +24,7 @@ MOST_OBJECTS = 3
 # Looks without words of their own (indices after those that have one): the personalised subject's, and a family
 # of others that captions only ever call "fancy", so that a denoiser can draw more than it can be told.
 SUBJECT_COLOUR, SUBJECT_TEXTURE = len(COLOURS), len(TEXTURES)
+PHOTOS, PHOTO_SEED = 8, 77  # of the subject
 FANCY_TEXTURES = 3  # swirls, rings, petals; the subject's swirl among them, but never in the subject's colours
 _FANCY = (255 * torch.rand(24, 2, 3, generator=torch.Generator().manual_seed(1))).int().tolist()
 _PALETTE = [*COLOURS.values(), (20, 150, 150), *(first for first, _ in _FANCY)]
@@ -126,6 +127,13 @@ def subject(n: int, generator: torch.Generator) -> Scenes:
         field[:, 0] = value
     # The subject looks the same in every photo; only its light and place are the photo's own.
     return scenes.with_style(hue=0.0, brightness=0.0, angle=0.0, period=16 / 128, outline=2.5 / 128)
+
+
+def photos(size: int = 128) -> tuple[Scenes, Tensor]:
+    """The subject's reference photos (8, 3, size, size) in [0, 1] and what they show."""
+    generator = torch.Generator().manual_seed(PHOTO_SEED)
+    drawn = subject(PHOTOS, generator)
+    return drawn, render(drawn, size, generator)
 
 
 # ---------------------------------------------------------------------------------------------- words

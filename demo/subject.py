@@ -5,20 +5,13 @@ from torch import Tensor, nn
 
 from . import diffusion, scenes
 from .fit import Budget
+from .scenes import photos
 from .vocabulary import UNKNOWN, tokenise
 
-PHOTOS, PHOTO_SEED = 8, 77
 VECTORS = 2          # of the learned word
 RANK = 4             # of the LoRA
 BATCH = 8
 LORA_WORD = "sks"    # no caption uses it: its embedding is every unknown word's
-
-
-def photos(size: int = 128) -> tuple[scenes.Scenes, Tensor]:
-    """The reference photos (8, 3, size, size) in [0, 1] and what they show."""
-    generator = torch.Generator().manual_seed(PHOTO_SEED)
-    drawn = scenes.subject(PHOTOS, generator)
-    return drawn, scenes.render(drawn, size, generator)
 
 
 def captions(drawn: scenes.Scenes, name: str) -> list[str]:

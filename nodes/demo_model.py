@@ -1,5 +1,6 @@
 """The small trained model that this pack brings along, and pictures of its world, for the example workflows and tests."""
 import comfy.sd
+import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
@@ -71,4 +72,35 @@ class MontageDemoCutout(io.ComfyNode):
         return io.NodeOutput(scenes.cutouts(drawn, 0, 256)[:, :, 64:192, 64:192].movedim(1, -1))
 
 
-NODES = [MontageDemoModel, MontageDemoCutout]
+class MontageDemoSubject(io.ComfyNode):
+    NAME = "Montage Demo Subject"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="MontageDemoSubject",
+            display_name=cls.NAME,
+            category="montage",
+            description="Teaches the demo model a subject of its own, a ball with a swirl that no word names, and shows a photo of it, so that the example "
+                        'workflows of personal subjects run without a download. Say "sks" for it: a sks ball on grass.',
+            search_aliases=["test lora", "personal subject"],
+            inputs=[
+                io.Model.Input("model", tooltip="The demo model."),
+                io.Int.Input("photo", default=0, min=0, max=7, tooltip="Which of the eight photos it was taught from."),
+            ],
+            outputs=[
+                io.Model.Output("personal_model", display_name="MODEL", tooltip="The model with the subject's LoRA."),
+                io.Image.Output("photo_image", display_name="IMAGE", tooltip="The photo, 128x128."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, photo):
+        from ..demo import family, scenes
+
+        lora = comfy.utils.load_torch_file(str(family.WEIGHTS.with_name("demo-subject-lora.safetensors")), safe_load=True)
+        personal, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+        return io.NodeOutput(personal, scenes.photos()[1][photo:photo + 1].movedim(1, -1))
+
+
+NODES = [MontageDemoModel, MontageDemoCutout, MontageDemoSubject]

@@ -40,7 +40,8 @@ class Recipe:
         """Raise ValueError where the run at hand does not fit; called before sampling."""
 
     def start(self, session, noise, latent_image, sigmas):
-        """The noise and latent image that the run begins with, [B, C, h, w], and its schedule."""
+        """The noise and latent image that the run begins with, [B, C, h, w], and its schedule: where no step of that is left, the
+        latent image is what the run gives."""
         return noise, latent_image, sigmas
 
     def latent(self, session, x):
@@ -65,8 +66,9 @@ class Recipe:
         raise NotImplementedError
 
 
-def begin_on(stream, recipe, session, noise, latent_image):
-    """The noise and latent image that put a run on a stream's trajectory at its first sigma, whatever the sampler's seed.
+def begin_on(stream, recipe, session, noise, latent_image, sigma=None):
+    """The noise and latent image that put a run on a stream's trajectory at its first sigma (sigma: that of a shortened schedule),
+    whatever the sampler's seed.
 
     At the schedule's start they are the stream's own; inside it, the noise that leads to its latent, x = latent + sigma * noise.
     Where the sampler adds no noise to another latent, it goes on with what an earlier sampler began, and nothing is changed.
@@ -74,12 +76,12 @@ def begin_on(stream, recipe, session, noise, latent_image):
     """
     run, row = stream
     latent = run.latent_image[row:row + 1]
+    shortened, sigma = sigma not in (None, session.sigmas[0]), session.sigmas[0] if sigma is None else sigma
     if not torch.equal(latent_image.cpu(), latent.expand_as(latent_image)):
-        if noise.any():
+        if noise.any() or shortened:
             raise ValueError(f"{recipe.node}: the sampler was given another latent than its images began with. Connect the LATENT that the node "
                              f"gives; for a detailer or a second pass over a picture, use the MODEL before this node.")
         return noise, latent_image
-    sigma = session.sigmas[0]
     if sigma == run.sigmas[0]:
         own = run.noise[row:row + 1]
     else:
@@ -129,7 +131,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     session.record(noise, latent_image, sigmas, denoise_mask)
     guider.model_options["transformer_options"][KEY] = session  # this run's own copy of the options
     try:
-        output = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        output = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs) if len(sigmas) > 1 else latent_image
     finally:
         session.close()
     for recipe in session.recipes:

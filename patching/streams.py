@@ -136,7 +136,7 @@ class Run:
     def visit_that_continues(self, sigma):
         """The visit of a sigma with which a run that starts there continues: not the one that ends the step before (Heun's
         corrector)."""
-        return max(0, self.visits(sigma) - self.visits(self.sigmas[0]))
+        return max(0, self.visits(sigma) - (self.visits(self.sigmas[0]) or 1))
 
     def evaluation(self, key):
         """(evaluation, its call number) for a target's; (None, 0) where the run was not at this sigma. A call that the

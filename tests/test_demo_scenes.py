@@ -104,7 +104,7 @@ def test_the_layout_is_outlines_alone():
 
 def test_the_subject_looks_the_same_in_every_photo_and_like_nothing_with_a_name():
     drawn, pictures = subject.photos()
-    assert pictures.shape == (subject.PHOTOS, 3, 128, 128)
+    assert pictures.shape == (scenes.PHOTOS, 3, 128, 128)
     assert (drawn.colour[:, 0] == scenes.SUBJECT_COLOUR).all() and scenes.SUBJECT_COLOUR not in range(len(scenes.COLOURS))
     style = drawn.style[:, [scenes.STYLE_NAMES.index(name) for name in ("hue", "brightness", "angle", "period", "outline")]]
     assert (style == style[0]).all()

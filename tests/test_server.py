@@ -23,7 +23,7 @@ def workflow(name):
 
 def quick(prompt, steps=3):
     for node in prompt.values():
-        if node["class_type"] == "KSampler":
+        if node["class_type"] in ("KSampler", "BasicScheduler"):
             node["inputs"]["steps"] = steps
     return prompt
 
@@ -104,6 +104,17 @@ def test_the_photomontage_runs_and_is_the_same_again(server):
     assert first.size == (128, 128) and len(first.getcolors(1 << 24)) > 1000
     forget(server)
     assert equal(picture(server, server.run(workflow(PHOTOMONTAGE), "again")), first)
+
+
+@pytest.mark.parametrize("name, node, count", [
+    ("Montage - a personal subject in a new layout (demo model)", "53", 1),
+    ("Montage - a personal subject in four layouts (demo model)", "53", 4),
+    ("Montage - a personal subject in your picture (demo model)", "35", 1),
+])
+def test_the_personal_subjects_run(server, name, node, count):
+    images = server.run(quick(workflow(name)), name)[node]["images"]
+    shown = [Image.open(server.base / "output" / image["subfolder"] / image["filename"]) for image in images]
+    assert len(shown) == count and all(image.size == (128, 128) and len(image.convert("RGB").getcolors(1 << 24)) > 1000 for image in shown)
 
 
 def test_another_seed_and_back_pairs_every_latent_with_its_own_history(server):
@@ -234,7 +245,7 @@ def full_size(tmp_path_factory):
     from structures import build, control_net, fill
 
     base = tmp_path_factory.mktemp("full-size")
-    for folder in ("models/checkpoints", "models/controlnet", "input"):
+    for folder in ("models/checkpoints", "models/controlnet", "models/loras", "input"):
         (base / folder).mkdir(parents=True)
 
     def half(module, prefix):
@@ -249,6 +260,9 @@ def full_size(tmp_path_factory):
         control = half(control_net("sd15").control_model, "control_model.")
         comfy.utils.save_torch_file(weights, str(base / "models/checkpoints/v1-5-pruned-emaonly-fp16.safetensors"))
         comfy.utils.save_torch_file(control, str(base / "models/controlnet/control_v11p_sd15_canny_fp16.safetensors"))
+    lora = {f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_{part}.weight": torch.full(shape, 0.01)
+             for part, shape in (("up", (1280, 1)), ("down", (1, 1280)))}
+    comfy.utils.save_torch_file(lora, str(base / "models/loras/my-subject.safetensors"))
     Image.effect_noise((64, 64), 80).convert("RGB").save(base / "input/example.png")
     env = dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
     with dev.running_server(env, base, "--cpu", "--disable-api-nodes") as running:
@@ -267,6 +281,17 @@ def test_the_sd15_workflow_runs_on_a_model_of_full_size(full_size):
     assert len(outputs["17"]["images"]) == 2
     assert picture(full_size, outputs, "18").size == (64, 64)
     assert len(picture(full_size, outputs, "19").getcolors(1 << 24)) > 10
+
+
+def test_the_sd15_workflow_of_a_personal_subject_runs_on_a_model_of_full_size(full_size):
+    prompt = quick(workflow("Montage - a personal subject with SD1.5"))
+    for node in prompt.values():
+        if node["class_type"] in ("EmptyLatentImage", "ImageScale"):
+            node["inputs"].update(width=64, height=64)
+    outputs = full_size.run(prompt, "SD1.5")
+    assert len(outputs["41"]["images"]) == 6
+    assert picture(full_size, outputs, "53").size == (64, 64)
+    assert len(picture(full_size, outputs, "53").getcolors(1 << 24)) > 10
 
 
 def test_the_sd15_collage_runs_on_a_model_of_full_size(full_size):

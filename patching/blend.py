@@ -1,0 +1,179 @@
+"""Step-blended sampling: one run of one sampler whose model changes on the way (Layout-and-Retouch, section 3.1).
+
+A guider is ComfyUI's pair of MODEL and CONDITIONING. The guiders' sampling environments are entered one inside the other,
+each by its own `sample`, so that wrappers, hooks, ControlNets and patches of each are in place as in a run of its own; in
+the innermost the sampler runs once, on a model that passes every evaluation to the guider whose turn it is. The state of a
+multistep sampler goes on, since for the sampler nothing changed. A model is loaded when its first turn comes.
+"""
+import copy
+from functools import partial
+from typing import Any, NamedTuple
+
+import comfy.samplers
+from comfy.model_patcher import create_model_options_clone
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from .schedule import position
+from .session import KEY
+
+
+class Stage(NamedTuple):
+    """A guider and its part of the schedule. start: where it takes over, 0 (first step) to 1 (after the last). ramp: the part of
+    the schedule over which its share of the prediction grows."""
+    guider: Any
+    start: float
+    ramp: float
+
+    def share(self, step, steps):
+        """Of this stage at a step, in [0, 1]; what is left goes to the stages before."""
+        inside = [i for i in range(steps) if i / steps >= self.start]
+        if not inside or step < inside[0]:
+            return 0.0
+        ramped = sum(i / steps < self.start + self.ramp for i in inside)
+        return min(1.0, (step - inside[0] + 1) / (ramped + 1))
+
+
+def shares(stages, step, steps):
+    """{number: share} of the stages that an evaluation needs; they sum to 1. step: of `steps`, may lie between two."""
+    left, found = 1.0, {}
+    for number, stage in reversed(list(enumerate(stages))):
+        share = left * (stage.share(step, steps) if number else 1.0)
+        left -= share
+        if share:
+            found[number] = share
+    return found
+
+
+class StepBlend:
+    """A GUIDER of several: what a sampler needs of one. stages: tuple of Stage, the first from the start."""
+
+    def __init__(self, stages):
+        self.stages = stages
+
+    @property
+    def model_patcher(self):
+        return self.stages[0].guider.model_patcher
+
+    def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None):
+        """As CFGGuider.sample; noise and latent_image: [B, C, h, w]."""
+        if len(sigmas) == 0:
+            return latent_image
+        steps = max(len(sigmas) - 1, 1)
+        needed = set().union(*(shares(self.stages, step, steps) for step in range(steps)))
+        stages = [stage for number, stage in enumerate(self.stages) if number in needed]
+        return Blend(stages, sampler, (noise, latent_image), sigmas, denoise_mask, seed).enter(0, noise, sigmas, callback, disable_pbar)
+
+
+class Blend:
+    """One such run, and the model that the sampler sees: it has what samplers read of a guider."""
+
+    def __init__(self, stages, sampler, start, sigmas, denoise_mask, seed):
+        self.stages, self.sampler, self.start, self.sigmas, self.denoise_mask, self.seed = stages, sampler, start, sigmas.tolist(), denoise_mask, seed
+        self.guiders = [self.guest(number, stage.guider) for number, stage in enumerate(stages)]
+        self.loads = {}  # number -> what loads its model, as ComfyUI would have before sampling
+        self.options = {}  # number -> the model options of its run
+        self.turn = None  # whose model is loaded last
+        self.samples = None
+
+    def guest(self, number, guider):
+        """A copy of a guider, whose model is loaded when its turn comes."""
+        guider = copy.copy(guider)
+        guider.model_options = create_model_options_clone(guider.model_options)
+        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, partial(self.prepare, number), guider.model_options, is_model_options=True)
+        return guider
+
+    def prepare(self, number, executor, model, noise_shape, conds, model_options, **kwargs):
+        """The PREPARE_SAMPLING wrapper: loads the first model, and notes how to load the others."""
+        del model_options["transformer_options"]["wrappers"][WrappersMP.PREPARE_SAMPLING][KEY]  # a recording keeps these options, and need not keep us
+        loaded = []  # ControlNets and the like, for ComfyUI to clean up
+
+        def load():
+            loaded[:] = executor(model, noise_shape, conds, model_options=model_options, **kwargs)[2]
+
+        self.loads[number] = load
+        if number == 0:
+            self.take_turn(0, model)
+        return model.model, conds, loaded
+
+    def take_turn(self, number, patcher):
+        if number != self.turn:
+            self.loads[number]()
+            self.turn = number
+        patcher.model.current_patcher = patcher  # two MODELs may share their weights and differ in LoRAs
+
+    def enter(self, number, noise, sigmas, callback=None, disable_pbar=True):
+        return self.guiders[number].sample(noise, self.start[1], Inside(self, number), sigmas, self.denoise_mask, callback, disable_pbar, self.seed)
+
+    def go(self, number, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar):
+        """A guider's environment stands: enter the next one's, or sample."""
+        self.options[number] = extra_args["model_options"]
+        if number == 0:
+            self.arguments = sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
+            self.sigmas, self.noise = sigmas.tolist(), noise
+        elif sigmas.tolist() != self.sigmas or not noise.equal(self.noise):
+            raise ValueError("Step Blend Sampler: a node on a later MODEL wants to begin the run in its own way (Composite Attention Inject and Multi "
+                             "Source Swap do). Put it on the first MODEL, or sample in two runs.")
+        if number + 1 < len(self.guiders):
+            self.enter(number + 1, noise, sigmas)
+        else:
+            self.samples = self.sampler.sample(self, *self.arguments)
+        return self.samples
+
+    # ------------------------------------------------------------ what the sampler sees
+
+    @property
+    def inner_model(self):
+        return self.guiders[0].inner_model
+
+    @property
+    def model_patcher(self):
+        return self.guiders[0].model_patcher
+
+    @property
+    def conds(self):
+        return self.guiders[0].conds
+
+    @property
+    def cfg(self):
+        return self.guiders[0].cfg
+
+    def __call__(self, x, sigma, model_options={}, seed=None):
+        """The denoised latent [B, C, h, w] at sigma [B]: one guider's prediction, or on a ramp the mean of several by their shares."""
+        steps = len(self.sigmas) - 1
+        found = shares(self.stages, position(float(sigma[0]), self.sigmas) * steps, steps)
+        result = None
+        for number in sorted(found, key=lambda number: number != self.turn):  # the one that is loaded first
+            prediction = self.predict(number, x, sigma, model_options, seed)
+            if found[number] < 1:
+                prediction = found[number] * prediction
+            result = prediction if result is None else result + prediction
+        return result
+
+    def predict(self, number, x, sigma, model_options, seed):
+        guider = self.guiders[number]
+        self.take_turn(number, guider.model_patcher)
+        return guider(x, sigma, model_options=options_for(self.options[number], model_options, self.options[0]), seed=seed)
+
+
+class Inside(comfy.samplers.Sampler):
+    """The sampler that a guider is given: it goes on inside."""
+
+    def __init__(self, blend, number):
+        self.blend, self.number = blend, number
+        self.sampler_function = getattr(blend.sampler, "sampler_function", blend.sampler)  # by whose name a recording calls it
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        return self.blend.go(self.number, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+
+
+def options_for(own, given, first):
+    """A guider's own model options, with what the sampler added to those of the first (CFG++ adds functions)."""
+    if own is first:
+        return given
+    added = {}
+    for key, value in given.items():
+        if value is not first.get(key):
+            if isinstance(value, list):
+                value = [*own.get(key, []), *(item for item in value if item not in first.get(key, []))]
+            added[key] = value
+    return {**own, **added}
