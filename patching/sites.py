@@ -71,9 +71,9 @@ def parse_sites(model, text):
 
     `text` is a preset ("all", "encoder", "middle", "decoder") or a comma-separated list in the grammar the field
     uses for block lists: d, m, u for the down, middle and up path; then the number among the blocks of that path
-    that have attention (counted from 0), or a range of numbers; then, after a dot, the index or range of indices of
-    transformer blocks inside: "d2.2-9,m0,u0-5". A letter alone is its whole path. After an @ stands the scale, or a
-    range of scales, that a block must have: "u@1-2" is the up path at the latent's resolution and at half of it.
+    that have attention (counted from 0), or a range of numbers ("u2-": to the last); then, after a dot, the index or range
+    of indices of transformer blocks inside: "d2.2-9,m0,u0-5". A letter alone is its whole path. After an @ stands the scale,
+    or a range of scales, that a block must have: "u@1-2" is the up path at the latent's resolution and at half of it.
     Raises ValueError that lists what the model has.
     """
     scales = scales_of(model)
@@ -81,11 +81,12 @@ def parse_sites(model, text):
     depth = {key: len(blocks) for key, blocks in blocks_of(model).items()}
     named = set()
     for word in PRESETS.get(text.strip(), text).replace(" ", "").split(","):
-        match = re.fullmatch(r"([dmu])(?:(\d+)(?:-(\d+))?(?:\.(\d+)(?:-(\d+))?)?)?(?:@(\d+)(?:-(\d+))?)?", word)
+        match = re.fullmatch(r"([dmu])(?:(\d+)(?:-(\d*))?(?:\.(\d+)(?:-(\d+))?)?)?(?:@(\d+)(?:-(\d+))?)?", word)
         if not match:
             raise ValueError(f'"{word}" names no attention block. {_grammar(keys, depth)}')
         letter, first, last, low, high, finest, coarsest = match.groups()
-        numbers = range(int(first), int(last or first) + 1) if first else range(len(keys[letter]))
+        end = len(keys[letter]) if not first or last == "" else int(last or first) + 1
+        numbers = range(int(first or 0), end)
         for number in numbers:
             if number >= len(keys[letter]):
                 raise ValueError(f'"{word}": this model has no {letter}{number}. {_grammar(keys, depth)}')

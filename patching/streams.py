@@ -203,7 +203,7 @@ def streams_of(node, latents):
         recording = latent.get(LATENT_KEY)
         if recording is None:
             raise ValueError(f"{node}: latent {number} was not recorded. Wire MODEL and LATENT of a FeatureRecorder into the "
-                             f"sampler that makes it, and connect what that sampler returns.")
+                             f"sampler that makes it, and connect what that sampler returns; or invert an existing picture with InvertImage.")
         for row, sample in enumerate(latent["samples"]):
             stream = recording.find(sample)
             if stream is None:

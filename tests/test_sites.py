@@ -30,7 +30,7 @@ def test_sdxl_has_seventy_sites_and_none_at_full_resolution():
 
 @pytest.mark.parametrize("text, expected", [
     ("all", range(16)), ("encoder", range(6)), ("middle", [6]), ("decoder", range(7, 16)),
-    ("d0", [0]), ("d1-3,m0", [1, 2, 3, 6]), (" u8 , d5 ", [5, 15]), ("u", range(7, 16)), ("d0.0", [0]),
+    ("d0", [0]), ("d1-3,m0", [1, 2, 3, 6]), (" u8 , d5 ", [5, 15]), ("u", range(7, 16)), ("d0.0", [0]), ("u2-", range(9, 16)), ("d1-,m,u", range(1, 16)),
 ])
 def test_texts_name_sites(text, expected):
     model = random_model("sd15-small")
@@ -43,7 +43,7 @@ def test_ranges_of_transformer_blocks():
 
 
 @pytest.mark.parametrize("text, part", [
-    ("d6", "no d6"), ("q1", '"q1" names no'), ("", '"" names no'), ("d0.1", "has 1 transformer block"), ("d3-1", "empty range"), ("d0,,u1", '""'),
+    ("d6", "no d6"), ("q1", '"q1" names no'), ("", '"" names no'), ("d0.1", "has 1 transformer block"), ("d3-1", "empty range"), ("u9-", "empty range"), ("d0,,u1", '""'),
 ])
 def test_a_wrong_text_lists_what_the_model_has(text, part):
     with pytest.raises(ValueError) as error:
