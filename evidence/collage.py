@@ -1,4 +1,5 @@
 """Collage Diffusion (arXiv 2303.00262): are the objects where their layers are, do they look like them, and does noise trade the two?"""
+import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from structures import demo_model  # noqa: E402
 from test_collage_canvas import canvas, layer  # noqa: E402
 
 SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 12, 3.0, 60, 920_000
-LEARNED, LEARNING_STEPS, LEARNING_RATE, VECTORS = 20, 80, 0.01, 2  # samples of the study of tokens, and how each is learned
+LEARNED, LEARNING_STEPS, LEARNING_RATE = 20, 60, 0.03  # samples of the study of tokens, and how each is learned
 FREE = 0.9  # noise of what may change freely: an object's place is then given by words and bias more than by the picture
 PLAIN, BIASED, DRAWN, KEPT_AWAY = "image-to-image (GH)", "+ cross-attention (GH+CA)", "CA, w_pos alone", "CA, w_neg alone"
 LEVELS = (0.0, 0.3, 0.6, 0.9)
@@ -56,12 +57,12 @@ class Example:
 
 def places(number):
     """The objects of three layers, with and without the bias and its two halves."""
-    example = Example(number, 3)
-    return {name: found(example, picture) for name, picture in placements(example).items()}
+    return {name: found(Example(number, 3), picture) for name, picture in placements(number).items()}
 
 
-def placements(example):
-    pictures = {}
+@functools.cache  # the pictures that are measured are shown
+def placements(number):
+    example, pictures = Example(number, 3), {}
     for name, weights in ((PLAIN, {}), (BIASED, {}), (DRAWN, {"w_neg": 0.0}), (KEPT_AWAY, {"w_pos": 0.0})):
         collage, image = example.collage(**weights)
         pictures[name] = example.sampled(collage, image, bias=name != PLAIN)[1]
@@ -77,25 +78,23 @@ def found(example, picture):
     return {"placed": sum(coloured) / len(there), "shaped": sum(a and b for a, b in zip(coloured, seen.shape)) / len(there)}
 
 
-_reader = []
-
-
+@functools.cache
 def judge():
-    if not _reader:
-        _reader.append(reader.load())
-    return _reader[0]
+    return reader.load()
 
 
 def noise_levels(number):
     """One layer's noise from 0 up, while the other's stays: how far it is from its input."""
-    example = Example(number, 2)
-    return {f"noise {level}": distance(example, *variant) for level, variant in zip(LEVELS, levels(example))}
+    return {f"noise {level}": distance(Example(number, 2), *variant) for level, variant in zip(LEVELS, levels(number))}
 
 
-def levels(example):
+@functools.cache
+def levels(number):
+    example, variants = Example(number, 2), []
     for level in LEVELS:
         collage, image = example.collage((level, FREE))
-        yield collage, image, *example.sampled(collage, image)
+        variants.append((collage, image, *example.sampled(collage, image)))
+    return variants
 
 
 def distance(example, collage, image, latent, picture):
@@ -109,12 +108,13 @@ def distance(example, collage, image, latent, picture):
 
 def looks(number):
     """The first of two layers with its words alone, with a token learned from it, and with one learned from another picture."""
-    example = Example(number, 2)
-    return {name: likeness(*variant) for name, variant in learned(example, number).items()}
+    return {name: likeness(*variant) for name, variant in learned(number).items()}
 
 
-def learned(example, number):
+@functools.cache
+def learned(number):
     """{variant: (Collage, composite, picture)}."""
+    example = Example(number, 2)
     with tempfile.TemporaryDirectory() as folder:
         clip = example.clip.clone()
         clip.tokenizer = type(clip.tokenizer)(embedding_directory=folder)
@@ -138,7 +138,7 @@ def learn(example, clip, path):
     text = f"embedding:{path.stem} {collage.layers[0].text}"
     texts = [text, *(f"{text} {place}" for place in scenes.BACKGROUNDS.values())]
     task = textual.Task(latent, torch.nn.functional.interpolate(mask[None, None], size=latent.shape[-2:], mode="area"), texts, example.seed)
-    token = textual.Token.new(clip, "a", VECTORS, "")
+    token = textual.Token.new(clip, "a", 1, "")
     textual.learn(token, path, example.model, clip, task, LEARNING_STEPS, LEARNING_RATE, 1, lambda: None)
 
 
@@ -170,11 +170,11 @@ def placing(options, count):
     shown = []
     for number in range(min(4, count)):
         example = Example(number, 3)
-        shown.append([example.collage()[1][0], *placements(example).values()])
+        shown.append([example.collage()[1][0], *placements(number).values()])
     return study.Section("Collage Diffusion: objects where their layers are", "\n\n".join([
-        f"{count} collages of three layers on grey (the demo model knows no more; the paper has 4 to 9), a prompt of all their words, noise {FREE} everywhere, so that "
-        "little of the input is left. The share of layers whose object the reader finds with its centre in the layer, of the right colour (*in its place*), "
-        "and of the right shape too. The paper shows pictures and gives no numbers.",
+        f"{count} collages of three layers on grey (the demo model knows no more; the paper has 4 to 9), a prompt of all their words, noise {FREE} everywhere, "
+        "so that little of the input is left. The share of layers whose object the reader finds with its centre in the layer, of the right colour "
+        "(*in its place*), and of the right shape too. The paper shows pictures and gives no numbers.",
         found.table(placed="in its place", shaped="and in its shape"), study.markdown(study.CLAIMS, claims),
         study.grid("collage-places", shown, ["layers", "GH", "GH+CA", "w_pos alone", "w_neg alone"])]))
 
@@ -184,7 +184,7 @@ def trading(options, count):
     names = [f"noise {level}" for level in LEVELS]
     claims = [study.claim(f"a layer of {high} is farther from its input than one of {low}", found.difference(high, low, "error"), 1, "(figures only)")
               for low, high in zip(names, names[1:])]
-    shown = [[list(levels(Example(number, 2)))[0][1][0], *(variant[3] for variant in levels(Example(number, 2)))] for number in range(min(3, count))]
+    shown = [[levels(number)[0][1][0], *(picture for *_, picture in levels(number))] for number in range(min(3, count))]
     return study.Section("Collage Diffusion: a noise for each layer", "\n\n".join([
         f"{count} collages of two layers: the first one's noise is raised while all else stays at {FREE}. RMS error of its pixels against the input "
         "(at 0 the autoencoder's own), and the largest change of its latent where the noise map is 0, which must be none.",
@@ -203,11 +203,11 @@ def looking(options, count):
     )]
     shown = []
     for number in range(min(3, count)):
-        variants = learned(Example(number, 2), number)
+        variants = learned(number)
         shown.append([variants[WORDS][1][0], *(picture for _, _, picture in variants.values())])
     return study.Section("Collage Diffusion: a learned look", "\n\n".join([
-        f"{count} collages of two layers at noise {FREE}; a token of {VECTORS} vectors is learned from the first layer in {LEARNING_STEPS} steps of {LEARNING_RATE}. RMS error of the "
-        "layer's pixels; distance of its colours (earth mover's, CIE Lab; smaller is nearer) and similarity of its texture (1 is equal).",
+        f"{count} collages of two layers at noise {FREE}; a token is learned from the first layer in {LEARNING_STEPS} steps of {LEARNING_RATE}. RMS error of "
+        "the layer's pixels; distance of its colours (earth mover's, CIE Lab; smaller is nearer) and similarity of its texture (1 is equal).",
         found.table(error="error", colour="colours", texture="texture"), study.markdown(study.CLAIMS, claims),
         study.grid("collage-looks", shown, ["layers", "words alone", "learned token", "another's token"])]))
 

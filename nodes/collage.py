@@ -67,9 +67,11 @@ class CollageLayer(io.ComfyNode):
                 io.Image.Input("image", tooltip="The layer's picture. With four channels its alpha cuts it out (Join Image with Alpha)."),
                 io.String.Input("text", multiline=True, default="", tooltip=(
                     "What the layer shows, as it stands in the canvas's prompt, word for word: a red ball. Empty: the layer has no words to steer.")),
-                io.Float.Input("x", default=0.5, min=-2.0, max=3.0, step=0.001, round=False, tooltip="Its centre: 0 is the canvas's left edge, 1 the right one."),
+                io.Float.Input("x", default=0.5, min=-2.0, max=3.0, step=0.001, round=False, tooltip=(
+                    "Its centre: 0 is the canvas's left edge, 1 the right one.")),
                 io.Float.Input("y", default=0.5, min=-2.0, max=3.0, step=0.001, round=False, tooltip="Its centre: 0 is the canvas's top edge, 1 the bottom."),
-                io.Float.Input("scale", default=0.5, min=0.001, max=10.0, step=0.001, round=False, tooltip="Its size: 1 is as large as the canvas contains it."),
+                io.Float.Input("scale", default=0.5, min=0.001, max=10.0, step=0.001, round=False, tooltip=(
+                    "Its size: 1 is as large as the canvas contains it.")),
                 io.Float.Input("rotation", default=0.0, min=-360.0, max=360.0, step=0.1, round=False, tooltip="Degrees, clockwise."),
                 io.Int.Input("depth", default=0, min=-999, max=999, tooltip="Nearer layers have larger numbers. Equal ones lie in the order of the chain."),
                 io.Float.Input("w_pos", default=0.4, min=0.0, max=5.0, step=0.01, tooltip=(
@@ -84,7 +86,8 @@ class CollageLayer(io.ComfyNode):
                     "Cuts transparent borders away, so that place and size are those of what is seen. Off for a picture made for its place on a canvas.")),
                 LAYERS.Input("collage", optional=True, tooltip="The layers behind this one."),
                 io.Mask.Input("mask", optional=True, tooltip=(
-                    "1 where the layer is, instead of the picture's alpha: from Subject Localize, for instance. Load Image's MASK is the opposite: invert it.")),
+                    "1 where the layer is, instead of the picture's alpha: from Subject Localize, for instance. "
+                    "Load Image's MASK is the opposite: invert it.")),
             ],
             outputs=[LAYERS.Output("layers", display_name="collage", tooltip="All layers so far, for the next Collage Layer or Collage Canvas.")],
         )
@@ -154,7 +157,8 @@ class CollageCanvas(io.ComfyNode):
             outputs=[
                 COLLAGE.Output("placed", display_name="collage", tooltip="For Collage Cross Attention, Collage Noise, Collage Control and Learn Layer Token."),
                 io.Image.Output("image", tooltip="The composite. Encode it, and sample from it."),
-                io.Mask.Output("masks", tooltip="Where each layer is seen, one mask for each from back to front. Together with the background's they sum to one."),
+                io.Mask.Output("masks", tooltip=(
+                    "Where each layer is seen, one mask for each from back to front. Together with the background's they sum to one.")),
                 io.Mask.Output("noise_map", tooltip="How freely each place may change, 0 to 1."),
                 io.String.Output("full_prompt", display_name="prompt", tooltip="The prompt, for nodes that need it as text."),
             ],
@@ -250,8 +254,10 @@ class CollageCrossAttn(io.ComfyNode):
                 io.Combo.Input("growth", options=list(kernel.GROWTH), default="log log", advanced=True, tooltip=(
                     "How the bias depends on the noise sigma. log log: log(log(sigma + 1.01) + 1), the authors' default. log: log(sigma + 1.01), stronger at "
                     "the first steps. constant: 1 at every step.")),
-                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Where in the schedule it begins: 0 is the first step."),
-                io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip="Where in the schedule it ends: 1 is after the last step."),
+                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
+                    "Where in the schedule it begins: 0 is the first step.")),
+                io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
+                    "Where in the schedule it ends: 1 is after the last step.")),
                 io.String.Input("sites", default="all", advanced=True, tooltip=(
                     "The cross-attention blocks: all (paper), encoder, middle, decoder, or a list like d0-3,m0,u2-5.")),
                 io.Conditioning.Input("conditioning", optional=True, tooltip=(
@@ -285,8 +291,8 @@ class CollageCrossAttn(io.ComfyNode):
         needed, = {sum(map(len, chunks)) for chunks in clip.tokenize(collage.prompt).values()}
         for tokens, _ in conditioning:
             if tokens.shape[1] < needed:
-                raise ValueError(f"{cls.NAME}: the conditioning has {tokens.shape[1]} tokens and the canvas's prompt {needed}. Encode the prompt that Collage Canvas "
-                                 "gives.")
+                raise ValueError(f"{cls.NAME}: the conditioning has {tokens.shape[1]} tokens and the canvas's prompt {needed}. Encode the prompt that "
+                                 "Collage Canvas gives.")
 
 
 class CollageNoise(io.ComfyNode):
@@ -308,7 +314,8 @@ class CollageNoise(io.ComfyNode):
                     "Latent pixels by which what is not yet free is grown while the noise is strong (paper: 4 at 512 px; 0 is off).")),
             ],
             outputs=[
-                io.Model.Output("harmonising_model", display_name="MODEL", tooltip="The model that follows the noise map. A noise_mask in the latent acts too."),
+                io.Model.Output("harmonising_model", display_name="MODEL", tooltip=(
+                    "The model that follows the noise map. A noise_mask in the latent acts too.")),
                 io.Float.Output("denoise", tooltip="For the sampler's denoise: the largest noise of the map."),
             ],
         )
@@ -327,8 +334,8 @@ class CollageControl(io.ComfyNode):
             node_id="CollageControl",
             display_name=cls.NAME,
             category=CATEGORY,
-            description="Makes ControlNets act on each place as strongly as the control of the layer that is seen there says (Collage Diffusion). Apply them to the "
-                        "conditioning as always.",
+            description="Makes ControlNets act on each place as strongly as the control of the layer that is seen there says (Collage Diffusion). Apply them "
+                        "to the conditioning as always.",
             search_aliases=["collage diffusion", "controlnet mask", "regional controlnet"],
             inputs=[
                 io.Model.Input("model", tooltip="From Collage Cross Attention, or any."),

@@ -32,8 +32,8 @@ class LearnLayerToken(io.ComfyNode):
             node_id="LearnLayerToken",
             display_name=cls.NAME,
             category=CATEGORY,
-            description="Learns a word for what one layer of a collage looks like, so that it keeps its looks while it is harmonised (textual inversion, Collage "
-                        "Diffusion). Kept as an embedding; a cancelled run is gone on with.",
+            description="Learns a word for what one layer of a collage looks like, so that it keeps its looks while it is harmonised (textual inversion, "
+                        "Collage Diffusion). Kept as an embedding; a cancelled run is gone on with.",
             is_output_node=True,  # its own run button: learn without sampling
             search_aliases=["collage diffusion", "textual inversion", "train embedding", "personalize", "dreambooth"],
             inputs=[
@@ -46,12 +46,15 @@ class LearnLayerToken(io.ComfyNode):
                     "Of the embedding: it is kept as NAME.safetensors in the embeddings folder, and embedding:NAME stands for it in every prompt.")),
                 io.Int.Input("steps", default=250, min=1, max=100000, tooltip=(
                     "How many in all, those of earlier runs included (paper: 250). 1 takes what is there already.")),
-                io.Float.Input("learning_rate", default=4e-4, min=1e-6, max=1.0, step=1e-6, round=False, tooltip="Paper: 0.0004. Larger is faster and rougher."),
-                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, tooltip="Of everything that is drawn. Another seed learns another token, from the start."),
+                io.Float.Input("learning_rate", default=4e-4, min=1e-6, max=1.0, step=1e-6, round=False, tooltip=(
+                    "Paper: 0.0004. Larger is faster and rougher.")),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, tooltip=(
+                    "Of everything that is drawn. Another seed learns another token, from the start.")),
                 io.Int.Input("preview_every", default=50, min=0, max=100000, tooltip="Draws a picture with the token each time after so many steps. 0: never."),
                 io.Int.Input("batch", default=1, min=1, max=64, advanced=True, tooltip=(
                     "Samples for each step, one after the other: time, not memory. Paper: 4, for a quieter way down.")),
-                io.Int.Input("vectors", default=1, min=1, max=32, advanced=True, tooltip="Tokens that the embedding takes in the prompt (paper: 1). More hold more."),
+                io.Int.Input("vectors", default=1, min=1, max=32, advanced=True, tooltip=(
+                    "Tokens that the embedding takes in the prompt (paper: 1). More hold more.")),
                 io.String.Input("init", default="a", advanced=True, tooltip="Words whose embeddings it begins with (paper: a)."),
                 io.String.Input("templates", default=TEMPLATES, multiline=True, advanced=True, tooltip=(
                     "The sentences it is learned in, one a line; {} is the embedding and the layer's text. Each sample takes one of them.")),
@@ -100,10 +103,10 @@ class LearnLayerToken(io.ComfyNode):
         """Where the embedding is kept: in the first folder that the CLIP finds embeddings in."""
         if not re.fullmatch(r"[\w.-]*\w", name, re.ASCII):
             raise ValueError(f'{cls.NAME}: "{name}" cannot be the name of an embedding. Use letters, digits, - and _.')
-        folders = next(part.embedding_directory for part in vars(clip.tokenizer).values() if hasattr(part, "embedding_directory"))
+        folders = next((part.embedding_directory for part in vars(clip.tokenizer).values() if hasattr(part, "embedding_directory")), None)
         if not folders:
-            raise ValueError(f"{cls.NAME}: this CLIP was loaded without a folder of embeddings, so that it could not use what is learned. Load it with Load Checkpoint or "
-                             "another of ComfyUI's loaders.")
+            raise ValueError(f"{cls.NAME}: this CLIP was loaded without a folder of embeddings, so that it could not use what is learned. Load it with Load "
+                             "Checkpoint or another of ComfyUI's loaders.")
         folder = Path(folders if isinstance(folders, str) else folders[0])
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{name}.safetensors"
@@ -115,7 +118,8 @@ class LearnLayerToken(io.ComfyNode):
             raise ValueError(f"{cls.NAME}: layer {number} is not there: the collage has {len(collage.layers)}, counted from 0 at the back.")
         layer = collage.layers[number]
         if not layer.text:
-            raise ValueError(f"{cls.NAME}: layer {number} (node {layer.node}) has no text, and the token is learned together with it. Write what the layer shows.")
+            raise ValueError(f"{cls.NAME}: layer {number} (node {layer.node}) has no text, and the token is learned together with it. "
+                             "Write what the layer shows.")
         if f"embedding:{name}" in layer.text.split():
             return collage
         owned = owned_tokens(cls.NAME, clip, collage)
@@ -123,8 +127,8 @@ class LearnLayerToken(io.ComfyNode):
         words = r"(?<!\w)" + r"\s+".join(map(re.escape, layer.text.split())) + r"(?!\w)"
         places = list(re.finditer(words, collage.prompt, re.IGNORECASE))
         if len(places) != len(runs):
-            raise ValueError(f'{cls.NAME}: "{layer.text}" (layer {number}) is in the prompt "{collage.prompt}" with weights or other signs in between. Write it there as it '
-                             "stands in the layer.")
+            raise ValueError(f'{cls.NAME}: "{layer.text}" (layer {number}) is in the prompt "{collage.prompt}" with weights or other signs in between. Write '
+                             "it there as it stands in the layer.")
         prompt = collage.prompt
         for place, run in reversed(list(zip(places, runs))):
             if all(number in owned.get(position, ()) for position in run):

@@ -78,7 +78,8 @@ class Token:
         moments = {f"{number}.{name}": value for number, state in self.optimizer.state_dict()["state"].items() for name, value in state.items()}
         kept = {"belongs": self.belongs, "losses": self.losses, "optimizer": base64.b64encode(safetensors.torch.save(moments)).decode()}
         part = path.with_suffix(".part")  # never half a file
-        comfy.utils.save_torch_file({f"clip_{name}": rows.detach().clone() for name, rows in self.rows.items()}, str(part), metadata={MADE_BY: json.dumps(kept)})
+        tensors = {f"clip_{name}": rows.detach().clone() for name, rows in self.rows.items()}
+        comfy.utils.save_torch_file(tensors, str(part), metadata={MADE_BY: json.dumps(kept)})
         part.replace(path)
 
     def tokenize(self, clip, text):

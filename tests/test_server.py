@@ -197,7 +197,8 @@ def pictures(server, outputs):
     for shown in outputs.values():
         for image in shown.get("images", ()):
             if image["type"] == "output":
-                found.setdefault(image["filename"].rsplit("_", 2)[0], []).append(Image.open(server.base / "output" / image["subfolder"] / image["filename"]).convert("RGB"))
+                path = server.base / "output" / image["subfolder"] / image["filename"]
+                found.setdefault(path.name.rsplit("_", 2)[0], []).append(Image.open(path).convert("RGB"))
     return found
 
 
