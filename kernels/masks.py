@@ -23,7 +23,7 @@ def adaptive(found, segment, size, threshold=0.1, min_area=0.01, mode="or"):
     """M = clip([M^k] (1/2 + 1/2 D(M^k) / max D) + C(M^c), 0, 1), with M^k = C(M^c) OR M^SAM.
 
     0 outside of the region, 1/2 at its edge and more inside, 1 where the model looked for the words. The formula as printed is
-    1/2 in the background and up to 2 inside; PAPERS' reading, the only one that blends, is this.
+    1/2 in the background and up to 2 inside, which is no share of two images; this reading is.
     found: cross-attention map [B, h, w], segment: mask of the object [B or 1, H', W'] (None: all 0). size: (H, W) of the result.
     threshold: of the map. min_area: components of less than this part of the picture are noise. mode: what M^k is: "or", "and"
     (where both agree; M is 1 there), "sam" (the segment alone), "cross" (the map alone).

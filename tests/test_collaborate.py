@@ -1,4 +1,4 @@
-"""MCA-Ctrl: traps 30 to 37, the two laws, and what it costs."""
+"""MCA-Ctrl: its mathematics, the two laws of a patching node, and what it costs."""
 import pytest
 import torch
 from montage.kernels import regions
@@ -45,7 +45,7 @@ def pair(**settings):
 
 @pytest.mark.parametrize("sampler, cache_mb", [("euler", 0), ("euler", 64), ("heun", 0), ("dpm_2", 0), ("euler_ancestral", 0)])
 def test_nothing_to_edit_gives_the_condition(sampler, cache_mb):
-    """Trap 30: M_C = 0 everywhere, the same prompt. The seed matters to the ancestral sampler alone."""
+    """M_C = 0 everywhere, the same prompt. The seed matters to the ancestral sampler alone."""
     subject, condition = pair(sampler=sampler, cache_mb=cache_mb)
     settings = {"salq_sites": "all", "sampler": sampler, "positive": words(1), "seed": 1 if sampler == "euler_ancestral" else 5}
     close(edited(subject, condition, edit_mask=NOWHERE, **settings), condition["samples"])
@@ -54,7 +54,7 @@ def test_nothing_to_edit_gives_the_condition(sampler, cache_mb):
 
 @pytest.mark.parametrize("windows", [{}, {"salq_sites": "all"}, {"sagi_end": 1.0, "salq_start": 1.0}, {"sagi_end": 0.0, "salq_start": 0.0}])
 def test_everything_edited_from_the_subjects_noise_gives_the_subject(windows):
-    """Trap 30: M_C = M_S = 1, z_T and prompt of the subject."""
+    """M_C = M_S = 1, z_T and prompt of the subject."""
     subject, _ = pair()
     close(edited(subject, subject, subject_mask=EVERYWHERE, edit_mask=EVERYWHERE, positive=words(2), **windows), subject["samples"])
 
@@ -69,7 +69,7 @@ def masked_softmax(attention, n_query, n_key, allowed):
 
 @pytest.mark.parametrize("operation", ["SAGI", "SALQ"])
 def test_one_layer_is_the_masked_attention_of_its_sources(operation):
-    """Traps 31 and 32: against explicit masked softmaxes, in both CFG halves; tokens outside the masks play no part."""
+    """Against explicit masked softmaxes, in both CFG halves; tokens outside the masks play no part."""
     subject, condition = pair(cache_mb=64)
     model = random_model(MODEL)
     site, = parse_sites(model, "d2")
@@ -112,7 +112,7 @@ def test_one_layer_is_the_masked_attention_of_its_sources(operation):
 # ---------------------------------------------------------------- masks
 
 def test_a_thin_mask_is_empty_at_no_level():
-    """Trap 33: more than half of a cell; where that leaves nothing, whatever is touched."""
+    """More than half of a cell; where that leaves nothing, whatever is touched."""
     thin = torch.zeros(512, 512, dtype=bool)
     thin[100:102, 50:400] = True
     for side in (64, 32, 16, 8, 1):
@@ -135,7 +135,6 @@ def test_a_thin_subject_gives_a_finite_picture():
 
 
 def test_the_edited_area_is_dilated_in_pixels_of_the_picture_and_the_subject_is_not():
-    """Trap 37."""
     subject, condition = (record(seed=seed, latent=empty(size=(16, 16)), steps=1) for seed in (2, 1))
     dot = torch.zeros(128, 128)
     dot[40, 60] = 1
@@ -147,7 +146,7 @@ def test_the_edited_area_is_dilated_in_pixels_of_the_picture_and_the_subject_is_
 
 
 def test_the_area_of_words_stays_two_dimensional():
-    """Trap 35: a ramp along x stays one at every level; its strongest tokens are exactly 1 in each image."""
+    """A ramp along x stays one at every level; its strongest tokens are exactly 1 in each image."""
     ramp = torch.linspace(0, 0.9, 16).expand(1, 16, 16)
     maps = torch.cat([ramp, ramp.mT])
     for grid in ((16, 16), (8, 8), (32, 32), (5, 7)):
@@ -208,7 +207,7 @@ def generated(subject, batch=None, preset="notebook generation", **node):
 
 @pytest.mark.parametrize("form", ["soft", "hard"])
 def test_a_batch_of_generated_pictures_is_its_pictures(form):
-    """Trap 3: each has a map of its own."""
+    """Each has a map of its own."""
     subject = record(seed=2, positive=words(2))
     both = generated(subject, form=form)
     close(both, torch.cat([generated(subject, number, form=form) for number in (0, 1)]))
@@ -243,7 +242,7 @@ LAYERS = {"all": range(16), "late": range(9, 16), "but the first": range(1, 16)}
     ("paper generation", (0, 35, 48), "but the first"),
 ])
 def test_presets_act_where_their_source_says(preset, steps, layers):
-    """Trap 34: (operation, step, layer) over 50 steps, against the table of the paper and its code; disjoint."""
+    """(operation, step, layer) over 50 steps, against the table of the paper and its code; disjoint."""
     model = random_model(MODEL)
     order, (begin, change, end) = sites_of(model), steps
     found = {(name, step, order.index(site)) for name, window in zip(("SAGI", "SALQ"), CollaborativeAttention.windows(model, {"preset": preset}, "SAGI first"))
@@ -303,7 +302,7 @@ def test_each_operation_acts_alone():
 
 @pytest.mark.parametrize("sampler, inverted", [*((sampler, False) for sampler in SAMPLERS), ("euler", True), ("dpmpp_2m", True), ("lcm", True)])
 def test_the_lock_keeps_the_background_exactly(sampler, inverted):
-    """Trap 36, under every kind of sampler. An inversion visits each sigma once, so only such samplers can follow it."""
+    """Under every kind of sampler. An inversion visits each sigma once, so only such samplers can follow it."""
     subject, condition = (invert(image_latent(seed, size=(9, 8)))[0] if inverted else
                           record(seed=seed, positive=words(seed), sampler=sampler, latent=empty(size=(9, 8))) for seed in (2, 1))
     seen = []
@@ -327,7 +326,7 @@ def test_the_lock_keeps_the_background_exactly(sampler, inverted):
 
 
 def test_everything_locked_returns_the_picture_bit_for_bit():
-    """Trap 8 and the first sentence of the method: nothing edited, nothing changed."""
+    """Nothing edited, nothing changed."""
     subject, condition = (invert(image_latent(seed))[0] for seed in (1, 2))
     assert same(edited(subject, condition, edit_mask=NOWHERE, lock=True), condition["samples"])
 

@@ -1,4 +1,4 @@
-"""The bias on cross-attention: traps 21 to 23, 27 and 28 of Collage Diffusion, and life beside other patches."""
+"""The bias of Collage Diffusion on cross-attention, and life beside other patches."""
 import logging
 import math
 
@@ -49,14 +49,14 @@ def unbiased(clip, latent=None, model=None, prompt=PROMPT, **settings):
 # ---------------------------------------------------------------- the mathematics
 
 def test_growth_is_the_papers():
-    """Trap 21: what PAPERS gives for 50 steps, at true sigmas."""
+    """At true sigmas, of 50 steps."""
     for sigma, value in ((5.0, 1.027), (2.21, 0.775), (1.12, 0.562), (0.533, 0.360), (0.029, 0.038), (0.0, 0.0099)):
         assert kernel.GROWTH["log log"](sigma) == pytest.approx(value, abs=1.5e-3)
     assert kernel.GROWTH["log"](5.0) == pytest.approx(math.log(6.01))
 
 
 def test_only_own_tokens_are_biased_by_their_maximum():
-    """Trap 23: every other column is 0. And every sample has its own maximum (trap 3)."""
+    """Every other column is 0. And every sample has its own maximum."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 12, 16, generator=generator), torch.randn(2, 10, 16, generator=generator)
     weights = torch.randn(2, 12, generator=generator)
@@ -72,7 +72,6 @@ def test_only_own_tokens_are_biased_by_their_maximum():
 
 
 def test_negative_logits_turn_nothing_round():
-    """Trap 27."""
     q, k = torch.ones(1, 4, 8), -torch.ones(1, 5, 8)
     assert same(kernel.maxima(q, k, 2), torch.zeros(1, 5))
     assert same(kernel.attention_bias(q, k, 2, torch.tensor([[1, 2]]), torch.ones(2, 4), 1.0), torch.zeros(1, 1, 4, 5))
@@ -166,7 +165,6 @@ def test_other_structures(name):
 
 @pytest.mark.parametrize("off", [dict(strength=0.0), dict(start=0.5, end=0.5), dict(collage="zero weights"), dict(collage="no words")])
 def test_switched_off_it_is_the_plain_model(clip, off):
-    """Trap 21."""
     collages = {"zero weights": two_layers(w_pos=0.0, w_neg=0.0), "no words": two_layers(texts=("", ""))}
     off = {key: collages.get(value, value) for key, value in off.items()}
     assert same(run(clip, **off), unbiased(clip))
@@ -180,7 +178,7 @@ def test_the_model_that_came_in_is_unchanged(clip):
 
 
 def test_the_uncond_half_is_untouched(clip, monkeypatch):
-    """Trap 22, at the first step, where both halves see the same latent."""
+    """At the first step, where both halves see the same latent."""
     def uncond(model, positive):
         seen = []
         model = model.clone()
@@ -199,7 +197,6 @@ def test_the_uncond_half_is_untouched(clip, monkeypatch):
 
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "euler_ancestral", "uni_pc"])
 def test_samplers_and_split_halves(clip, sampler, monkeypatch):
-    """Traps 1 and 2."""
     together = run(clip, sampler=sampler)
     low_memory(monkeypatch)
     close(run(clip, sampler=sampler), together)
@@ -221,7 +218,7 @@ def test_cfg_1_and_a_window(clip):
 
 
 def test_a_batch_is_its_images(clip):
-    """Trap 3: the maxima are each sample's own."""
+    """The maxima are each sample's own."""
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
 
     def go(rows):
@@ -328,13 +325,12 @@ def test_a_compiled_model_keeps_the_bias(clip, caplog):
 # ---------------------------------------------------------------- refusals
 
 def test_layers_whose_words_are_not_in_the_prompt_are_named(clip):
-    """Trap 28."""
     with pytest.raises(ValueError, match=r'Collage Cross Attention: layer 1 \(counted from the back; node 2\): "a green dog" is not in the prompt'):
         biased(clip, two_layers(texts=("a red cat", "a green dog")))
 
 
 def test_repeated_words_keep_every_layers_own_mask(clip):
-    """Trap 28: and no hang."""
+    """And no hang."""
     collage = two_layers(texts=("a red cat", "a red cat"), prompt="a red cat and a red cat")
     assert owned_tokens("", clip, collage) == {**dict.fromkeys((1, 2, 3), (0,)), **dict.fromkeys((5, 6, 7), (1,))}
     assert torch.isfinite(run(clip, collage=collage)).all()

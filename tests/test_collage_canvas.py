@@ -1,4 +1,4 @@
-"""Layers on a canvas: where they lie, who is seen, how freely each place may change (traps 24 to 26)."""
+"""Layers on a canvas: where they lie, who is seen, how freely each place may change."""
 import pytest
 import torch
 from comfy_api.latest import io
@@ -85,7 +85,7 @@ def test_transparent_pixels_have_no_colour():
 # ---------------------------------------------------------------- who is seen
 
 def test_the_visible_masks_and_the_background_sum_to_one():
-    """Trap 26, with soft edges: "over" squares no alpha."""
+    """With soft edges: "over" squares no alpha."""
     a, b = plain(RED, alpha=0.5), plain(BLUE, alpha=0.5)
     _, composite, masks, *_ = canvas(layer(b, behind=layer(a)), background="#ffffff")
     assert torch.allclose(masks[:, 32, 32], torch.tensor([0.25, 0.5]))
@@ -127,7 +127,7 @@ def two_halves(left, right, soft=1.0, **settings):
 
 
 def test_the_noise_map_holds_each_layers_noise():
-    """Trap 24: what the released code gets wrong is a map of the largest noise everywhere."""
+    """What the released code gets wrong is a map of the largest noise everywhere."""
     noise = two_halves(0.8, 0.2)
     assert torch.allclose(noise[:, :32], torch.tensor(0.8)) and torch.allclose(noise[:, 32:], torch.tensor(0.2))
     assert torch.allclose(two_halves(0.8, 0.2, soft=0.5)[:, 32:], torch.tensor(0.5))  # alpha once, not twice
@@ -143,7 +143,6 @@ def test_a_layer_without_noise_keeps_0_under_the_blur(blur):
 
 
 def test_more_noise_never_starts_later():
-    """Trap 25."""
     previous = two_halves(0.5, 0.0, blur=6.0)
     for step in (0.2, 0.5, 0.7, 1.0):
         current = two_halves(0.5, step, blur=6.0)

@@ -1,4 +1,4 @@
-"""Per-layer harmonisation (traps 24 and 25) and ControlNet by place."""
+"""Per-layer harmonisation and ControlNet by place."""
 import pytest
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
@@ -33,7 +33,7 @@ def harmonise(collage_, latent=None, model=None, dilation=0.0, **settings):
 # ---------------------------------------------------------------- the rule
 
 def test_a_place_is_free_from_its_time_on():
-    """Trap 25: at t <= h, and a place of more noise is never later."""
+    """At t <= h, and a place of more noise is never later."""
     noise = torch.linspace(0, 1, 11).reshape(1, 1, 1, 11)
     previous = torch.zeros_like(noise)
     for t in (1.0, 0.81, 0.8, 0.45, 0.05, 0.0):
@@ -51,7 +51,7 @@ def test_the_freest_places_are_always_free():
 
 @pytest.mark.parametrize("t, radius", [(1.0, 4), (0.8, 3), (0.5, 2), (0.26, 1), (0.24, 0), (0.0, 0)])
 def test_what_is_not_free_is_dilated(t, radius):
-    """Trap 25: by int(4 t) latent pixels."""
+    """By int(4 t) latent pixels."""
     noise = torch.ones(1, 1, 15, 15)
     noise[0, 0, 7, 7] = 0
     assert (kernel.free(noise, t, 4.0) == 0).sum() == (2 * radius + 1) ** 2
@@ -61,7 +61,6 @@ def test_what_is_not_free_is_dilated(t, radius):
 
 @pytest.mark.parametrize("sampler, scheduler", [("euler", "normal"), ("euler_ancestral", "normal"), ("dpmpp_2m", "karras"), ("heun", "normal"), ("uni_pc", "normal")])
 def test_a_layer_of_noise_0_is_kept_bit_for_bit(sampler, scheduler):
-    """Trap 24."""
     latent = start(2)
     out = harmonise(collage(), latent, sampler=sampler, scheduler=scheduler)
     assert same(out[..., 4:], latent["samples"][..., 4:])
@@ -70,7 +69,7 @@ def test_a_layer_of_noise_0_is_kept_bit_for_bit(sampler, scheduler):
 
 @pytest.mark.parametrize("denoise, scheduler", [(0.8, "normal"), (0.8, "karras"), (1.0, "normal"), (0.3, "normal")])
 def test_one_noise_everywhere_is_image_to_image(denoise, scheduler):
-    """Trap 24, and the law of a patch that has nothing to do."""
+    """The law of a patch that has nothing to do."""
     found = harmonise(collage((0.8, 0.8), blur=5.0), denoise=denoise, scheduler=scheduler, dilation=4.0)
     assert same(found, sample(random_model("sd15-small"), start(), steps=STEPS, denoise=denoise, scheduler=scheduler)["samples"])
 

@@ -1,4 +1,4 @@
-"""The composite: traps 2 to 15 of Generative Photomontage, and life beside other patches."""
+"""The composite of Generative Photomontage, and life beside other patches."""
 
 import comfy.ldm.modules.attention
 import pytest
@@ -30,7 +30,7 @@ def two(**settings):
 @pytest.mark.parametrize("cache_mb", [0, 64])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_all_labels_base_is_the_base_image(sampler, cache_mb):
-    """Trap 9, under every kind of sampler (trap 1)."""
+    """Under every kind of sampler."""
     a, b = two(sampler=sampler, cache_mb=cache_mb)
     assert same(compose([a, b], ALL_BASE, sampler=sampler), a["samples"])
 
@@ -38,7 +38,6 @@ def test_all_labels_base_is_the_base_image(sampler, cache_mb):
 @pytest.mark.parametrize("cache_mb", [0, 64])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_all_labels_k_is_image_k_with_its_noise_and_prompt(sampler, cache_mb):
-    """Trap 10."""
     a, b = two(sampler=sampler, cache_mb=cache_mb)
     assert same(compose([a, b], ALL_ONE, base=1, seed=2, positive=words(2), sampler=sampler), b["samples"])
     if cache_mb and sampler == "euler":
@@ -47,7 +46,6 @@ def test_all_labels_k_is_image_k_with_its_noise_and_prompt(sampler, cache_mb):
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "euler_ancestral"])
 def test_replay_equals_cache(sampler):
-    """Trap 15."""
     close(compose(two(sampler=sampler), MIXED, sampler=sampler), compose(two(sampler=sampler, cache_mb=64), MIXED, sampler=sampler))
 
 
@@ -116,7 +114,7 @@ SOURCES = [(1, words(1)), (2, words(2))]
 
 @pytest.mark.parametrize("base", [0, 1])
 def test_the_composite_is_the_papers(base):
-    """Traps 4, 11, 12 and 14: rows of n compose as rows of Q, K and V do, and every choice is the paper's."""
+    """Rows of n compose as rows of Q, K and V do, and every choice is the paper's."""
     model, owner = random_model("sd15-small"), halves()
     ours = compose(two(cache_mb=64), MIXED, base=base, seed=SOURCES[base][0], positive=SOURCES[base][1])
     close(ours, qkv_space(model, SOURCES, owner, base))
@@ -129,7 +127,7 @@ def test_stored_base_queries_are_the_papers_ablation():
 
 
 def test_swapped_halves_do_not_give_image_k():
-    """Trap 14: uncond rows come from the source's uncond."""
+    """Uncond rows come from the source's uncond."""
     a, b = two(cache_mb=64)
     other = {"positive": "negative", "negative": "positive"}
     for evaluation in run_of(b).evaluations.values():
@@ -251,7 +249,6 @@ def test_a_composed_image_is_no_source():
 # ---------------------------------------------------------------- batches, halves, sizes
 
 def test_cond_and_uncond_in_calls_of_their_own(monkeypatch):
-    """Trap 2."""
     together = compose(two(cache_mb=64), MIXED)
     low_memory(monkeypatch)
     close(compose(two(cache_mb=64), MIXED), together, 1e-2)
@@ -268,7 +265,6 @@ def test_a_composite_with_cfg_of_images_recorded_without():
 
 
 def test_a_batch_of_two_equals_two_runs():
-    """Trap 3."""
     batch = record(latent=empty(2))
     first, second = ({**batch, "samples": batch["samples"][i:i + 1]} for i in range(2))
     for base in range(2):
@@ -282,7 +278,7 @@ def test_a_batch_of_two_equals_two_runs():
 
 @pytest.mark.parametrize("size", [(8, 12), (9, 8), (13, 9)])
 def test_other_sizes(size):
-    """Trap 6: odd latents have levels of ceil(h / 2^k)."""
+    """Odd latents have levels of ceil(h / 2^k)."""
     a, b = (record(seed=s, latent=empty(size=size)) for s in (1, 2))
     masks = masks_of(halves(size))
     assert same(compose([a, b], masks_of(torch.zeros(size), 2)), a["samples"])
@@ -431,7 +427,7 @@ def test_the_cut_gives_a_partition_that_keeps_strokes():
     assert same(paste[0][masks[0] == 1], first[0][masks[0] == 1]) and same(paste[0][masks[1] == 1], second[0][masks[1] == 1])
     assert len(colours.reshape(-1, 3).unique(dim=0)) == 2
     again, *_ = cut([record(seed=1, positive=words(1)), record(seed=2, positive=words(2))], pictures(1, 2), STROKES)
-    assert same(again, masks)  # trap 20: the same seeds give the same cut
+    assert same(again, masks)  # the same seeds give the same cut
 
 
 def test_strokes_as_document_masks_and_picture_are_the_same():

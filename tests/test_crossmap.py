@@ -84,7 +84,7 @@ def test_sites_by_scale():
 def test_the_map_is_the_plain_formula(name, size):
     model, latent, positive = measuring(latent=empty(size=size), name=name)
     tokens = tokens_of("test", text_encoder(name), PROMPT, WORDS)
-    assert tokens == (3, 6, 7)  # of "a red cat and a blue dog": cat, blue, dog (trap 44: by the tokenizer, several words summed)
+    assert tokens == (3, 6, 7)  # of "a red cat and a blue dog": cat, blue, dog (by the tokenizer, several words summed)
     negative = text_encoder(name)
     negative = negative.encode_from_tokens_scheduled(negative.tokenize(""))
     found = finished(sample(model, latent, positive=positive, negative=negative))
@@ -191,7 +191,7 @@ def test_two_maps_in_one_run():
 
 
 def test_the_map_is_read_during_the_run():
-    """Trap 44: at a site it holds what was executed before it in this step, and the steps before."""
+    """At a site it holds what was executed before it in this step, and the steps before."""
     model = random_model("sd15-small")
     sites = parse_sites(model, "d@2-4,u@2-4")
     counts, seen = {}, []

@@ -1,4 +1,4 @@
-"""The graph cut by itself (traps 16 to 19 of Generative Photomontage)."""
+"""The graph cut of Generative Photomontage by itself."""
 import itertools
 
 import numpy as np
@@ -52,7 +52,7 @@ def test_scipy_and_gco_reach_the_same_energy(seed, count):
 
 
 def test_horizontal_and_vertical_weights_are_not_swapped():
-    """Trap 17: a column of cheap edges in a 4x5 grid is where the cut runs; transposed, transposed."""
+    """A column of cheap edges in a 4x5 grid is where the cut runs; transposed, transposed."""
     right, down = np.full((4, 4), 50), np.full((3, 5), 50)
     right[:, 2] = 1
     strokes = np.full((4, 5), -1)
@@ -65,7 +65,6 @@ def test_horizontal_and_vertical_weights_are_not_swapped():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_every_stroke_keeps_its_label_at_an_energy_below_C(seed):
-    """Trap 18."""
     costs, edges, strokes = random_problem(seed, (64, 64), 4)
     labels = graphcut.alpha_expansion(costs, edges)
     painted = strokes >= 0
@@ -74,7 +73,7 @@ def test_every_stroke_keeps_its_label_at_an_energy_below_C(seed):
 
 
 def test_strokes_everywhere_do_not_overflow():
-    """Trap 18: 64x64 cells against C each sum to 4e9, beyond 32 bits."""
+    """64x64 cells against C each sum to 4e9, beyond 32 bits."""
     strokes = np.zeros((64, 64), int)
     costs = graphcut.stroke_costs(strokes, 2)
     edges = np.full((64, 63), 400), np.full((63, 64), 400)
@@ -83,7 +82,6 @@ def test_strokes_everywhere_do_not_overflow():
 
 
 def test_weights_ignore_offset_and_sign_of_the_keys():
-    """Trap 19."""
     grid, k = (8, 9), keys(0)
     same = [k, k + 3.7, -k, k * torch.tensor([1.0, -1.0]).repeat(12)]
     reference, *others = (graphcut.image_distances([variant], grid, 10) for variant in same)
@@ -93,7 +91,7 @@ def test_weights_ignore_offset_and_sign_of_the_keys():
 
 
 def test_identical_images_add_up():
-    """Trap 19: N equal images give N times the weight of one, truncated once after the sum."""
+    """N equal images give N times the weight of one, truncated once after the sum."""
     distances = graphcut.image_distances([keys(1)], (8, 9), 10)
     for direction in range(2):
         five = graphcut.edge_weights([distances] * 5, 100, 10)[direction]

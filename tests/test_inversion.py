@@ -1,4 +1,4 @@
-"""DDIM inversion (traps 7 and 8), and inverted pictures in a stack."""
+"""DDIM inversion, and inverted pictures in a stack."""
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler
@@ -12,7 +12,7 @@ from test_recording import run_of
 
 
 def test_the_recursion_is_the_official_one():
-    """Trap 7: VP latents and timesteps against VE latents and sigmas, on a toy network in float64."""
+    """VP latents and timesteps against VE latents and sigmas, on a toy network in float64."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     abar = torch.cumprod(1 - betas, 0)
     timesteps = [0] + list(range(1, 1000, 20))  # the image at abar[0], then 50 steps with an offset of 1
@@ -58,7 +58,7 @@ def image_latent(seed=3, batch=1, size=SIZE):
 
 
 def test_the_history_begins_with_the_noise_and_ends_with_the_picture():
-    """Trap 8: sampling step i of T reads the latent at its own sigma, list[-1-i]; the last result is list[0], the picture."""
+    """Sampling step i of T reads the latent at its own sigma, list[-1-i]; the last result is list[0], the picture."""
     picture = image_latent(batch=2)
     latent, noise = invert(picture).args
     run = run_of(latent)
@@ -83,7 +83,7 @@ def test_sampling_from_the_noise_begins_where_the_inversion_ended():
 
 
 def test_a_locked_picture_comes_back_exactly():
-    """Trap 8: with everything locked, the final latent is list[0]."""
+    """With everything locked, the final latent is list[0]."""
     latent, _ = invert(image_latent()).args
     locked = {**latent, "noise_mask": torch.zeros(1, *SIZE)}
     close(sample(random_model("sd15-small"), locked)["samples"], latent["samples"], 1e-6)

@@ -1,4 +1,4 @@
-"""Label maps and strokes by themselves (traps 6, 13 and 16)."""
+"""Label maps and strokes by themselves."""
 import json
 
 import pytest
@@ -13,7 +13,7 @@ grids = st.tuples(st.integers(1, 70), st.integers(1, 70))
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), grids, grids, st.integers(1, 5))
 def test_every_level_is_a_partition(seed, size, grid, count):
-    """Trap 13, for any sizes (trap 6)."""
+    """For any sizes."""
     owner = torch.randint(count, size, generator=torch.Generator().manual_seed(seed))
     level = labels.at_grid(owner, grid)
     assert level.shape == grid
@@ -41,7 +41,7 @@ def test_soft_masks_become_a_partition_and_bare_pixels_the_base():
 
 
 def test_thin_and_antialiased_strokes_constrain():
-    """Trap 16: nearest sampling would give 0 cells for both."""
+    """Nearest sampling would give 0 cells for both."""
     marks = torch.zeros(2, 512, 512)
     marks[0, 96:100, 10:360] = 1
     marks[1, 300:310, 50:60] = 254 / 255

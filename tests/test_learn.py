@@ -1,4 +1,4 @@
-"""Textual inversion of a layer: trap 29, cancelling and going on, and the embedding that comes of it."""
+"""Textual inversion of a layer: what it learns and what it leaves, cancelling and going on, and the embedding that comes of it."""
 import comfy.model_management
 import comfy.utils
 import pytest
@@ -43,7 +43,7 @@ def unchanged(module, before):
 # ---------------------------------------------------------------- the mathematics
 
 def test_what_is_outside_of_the_mask_has_no_gradient():
-    """Trap 29, and its mean is over the mask: a small layer counts as much as a large one."""
+    """The mean is over the mask: a small layer counts as much as a large one."""
     with torch.inference_mode(False):
         errors = torch.ones(2, 4, 6, 6, requires_grad=True)
         mask = torch.zeros(2, 1, 6, 6)
@@ -97,7 +97,7 @@ def test_the_error_is_that_of_the_noise():
 
 @pytest.mark.parametrize("name", ["sd15-small", "sdxl-small"])
 def test_only_the_new_rows_change(tmp_path, name):
-    """Trap 29: UNet, text encoder and all other words stay bit for bit, hold no gradients, and compute as before."""
+    """UNet, text encoder and all other words stay bit for bit, hold no gradients, and compute as before."""
     clip, model = text_encoder(name, embeddings=str(tmp_path)), build(name)
     before = state(model.model), state(clip.cond_stage_model)
     token = begun(clip, vectors=2)

@@ -12,7 +12,7 @@ def blob(size=20, first=5, last=15):
 
 
 def test_the_formula():
-    """Trap 41: in [0, 1]; 0 outside; from 1/2 at the edge to 1 at the deepest place inside; 1 on the cleaned words."""
+    """In [0, 1]; 0 outside; from 1/2 at the edge to 1 at the deepest place inside; 1 on the cleaned words."""
     words = torch.zeros(1, 20, 20)
     words[:, 6:8, 6:8] = 0.3
     found = adaptive(words, blob(), (20, 20))
@@ -24,7 +24,7 @@ def test_the_formula():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_found_is_nothing(mode):
-    """Trap 41: no division by a largest distance of 0."""
+    """No division by a largest distance of 0."""
     for segment in (None, torch.zeros(1, 12, 9)):
         assert torch.equal(adaptive(torch.zeros(2, 6, 5), segment, (12, 9), mode=mode).mask, torch.zeros(2, 12, 9))
 

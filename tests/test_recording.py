@@ -35,7 +35,7 @@ def low_memory(monkeypatch):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_recording_changes_nothing_and_loses_nothing(sampler):
-    """Trap 1: every evaluation has its own record, also where a sampler visits a sigma twice."""
+    """Every evaluation has its own record, also where a sampler visits a sigma twice."""
     calls = []
     model = random_model("sd15-small").clone()
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", lambda executor, *args: (calls.append(float(args[1][0])), executor(*args))[1])
@@ -50,7 +50,6 @@ def test_recording_changes_nothing_and_loses_nothing(sampler):
 
 
 def test_heun_records_the_same_with_split_and_batched_halves(monkeypatch):
-    """Traps 1 and 2."""
     together = run_of(record(sampler="heun", cache_mb=64))
     low_memory(monkeypatch)
     apart = run_of(record(sampler="heun", cache_mb=64))
@@ -108,7 +107,6 @@ def test_an_unrecorded_latent_is_refused():
 
 
 def test_the_model_that_came_in_stays_unpatched():
-    """Trap 5."""
     model = random_model("sd15-small")
     before = sample(model, empty())["samples"]
     options = str(model.model_options), str(model.wrappers), str(model.attachments)
@@ -141,7 +139,7 @@ def test_cached_features_are_a_third_of_q_k_and_v():
 
 
 def test_keys_are_those_of_the_last_evaluation():
-    """Trap 20: K of the first layer at the lowest sigma, the same when the run is repeated."""
+    """K of the first layer at the lowest sigma, the same when the run is repeated."""
     seen = []
     model = random_model("sd15-small").clone()
 

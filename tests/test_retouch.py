@@ -58,14 +58,13 @@ def seen_sigmas(model, act):
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral", "heun", "uni_pc", "euler_cfg_pp"])
 def test_one_alone_is_the_pure_run(sampler):
-    """Trap 38: lambda 1 of 0 is the second model's run, of T the first's, bit for bit."""
+    """Lambda 1 of 0 is the second model's run, of T the first's, bit for bit."""
     plain, personal = guider(0, 1), guider(5, 2)
     assert same(run(blend(plain, personal, 0.0), sampler=sampler), run(personal, sampler=sampler))
     assert same(run(blend(plain, personal, 1.0), sampler=sampler), run(plain, sampler=sampler))
 
 
 def test_the_first_has_the_highest_sigmas():
-    """Trap 38."""
     schedule = sigmas(10).tolist()
     plain, personal = guider(0), guider(5)
     begun = seen_sigmas(plain_model(), lambda: run(blend(plain, personal, 0.3), steps=10))
@@ -140,7 +139,7 @@ def changes(model, strength=0.05, seed=3):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_lora_of_one_does_not_leak_into_the_other(reverse):
-    """Trap 43: both MODELs share their weights' module. As if its weights were baked into a model of its own."""
+    """Both MODELs share their weights' module. As if its weights were baked into a model of its own."""
     plain, baked = plain_model(), build("sd15-small")
     personal = plain.clone()
     personal.add_patches({key: (change,) for key, change in changes(plain).items()})
@@ -157,7 +156,7 @@ def test_a_lora_of_one_does_not_leak_into_the_other(reverse):
 
 
 def test_patches_and_conditionings_stay_with_their_model():
-    """Trap 43: what patches one MODEL sees its own steps and text only; a text encoder each (DreamBooth)."""
+    """What patches one MODEL sees its own steps and text only; a text encoder each (DreamBooth)."""
     seen = {0: [], 5: []}
 
     def watched(seed, encoder):
@@ -277,7 +276,7 @@ def test_nothing_at_zero_is_the_plain_run():
 
 @pytest.mark.parametrize("mask", [None, OBJECT])
 def test_all_of_the_schedule_from_the_layout_is_the_layout(mask):
-    """Trap 39, lambda 2 = T: nothing is computed, and the result is the layout."""
+    """Lambda 2 = T: nothing is computed, and the result is the layout."""
     source, subject = layout(), reference()
     model = random_model("sd15-small")
     count = evaluations_of(model, lambda: close(retouch(source, subject, layout_end=1.0, mask=mask), source["samples"], 0))
@@ -286,7 +285,7 @@ def test_all_of_the_schedule_from_the_layout_is_the_layout(mask):
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "euler_ancestral"])
 def test_the_target_begins_on_the_layout(sampler):
-    """Trap 39, lambda 2 steps in: z_t is z_o, whatever the target's prompt and seed, and the steps before were not computed."""
+    """Lambda 2 steps in, z_t is z_o, whatever the target's prompt and seed, and the steps before were not computed."""
     source, subject = layout(sampler=sampler), record(4, sampler=sampler)
     (stream,) = streams_of("test", [source])
     model, latent = swap(source, subject, layout_end=0.5)
@@ -316,7 +315,7 @@ def test_a_target_fed_with_everything_is_the_layout():
 
 
 def test_mask_of_nothing_and_of_everything():
-    """Trap 40: M = 0 everywhere, from the first step, in all layers: the target's self-attention is the layout's. M = 1: no blending."""
+    """M = 0 everywhere, from the first step, in all layers: the target's self-attention is the layout's. M = 1: no blending."""
     source, subject = layout(), reference()
     everything = dict(layout_end=0.0, mask_start=0.0, sites="all")
     close(retouch(source, subject, **everything, mask=torch.ones(1, *SIZE)), retouch(source, subject, **everything))
@@ -339,7 +338,7 @@ def test_a_mask_blends_each_place_by_its_weight():
 
 
 def test_where_and_when_the_sources_are_read():
-    """Trap 42: the reference in u@1-2 from layout_end on, the layout from mask_start on; streams that are not read cost nothing."""
+    """The reference in u@1-2 from layout_end on, the layout from mask_start on; streams that are not read cost nothing."""
     steps = 10
     model = random_model("sd15-small")
     patched, latent = swap(layout(steps=steps), reference(steps=steps), 0.2, 0.6, mask=OBJECT)
@@ -374,7 +373,7 @@ def test_evaluations_of_the_whole_method():
 
 
 def test_the_sources_are_what_they_are_without_us():
-    """Trap 42: the reference's and the layout's rows as in an unpatched run: what a composite of them alone shows (0.0 in test_composite),
+    """The reference's and the layout's rows as in an unpatched run: what a composite of them alone shows (0.0 in test_composite),
     and here in that a cache, taken from their own runs, gives the same as replaying them."""
     subject = reference()
     replayed = retouch(layout(), subject, mask=OBJECT)
@@ -393,7 +392,6 @@ def test_the_reference_is_felt_and_its_prompt_too():
 
 
 def test_separate_calls_are_the_same(monkeypatch):
-    """Trap 2."""
     source, subject = layout(), reference()
     together = retouch(source, subject, mask=OBJECT)
     low_memory(monkeypatch)
@@ -401,7 +399,7 @@ def test_separate_calls_are_the_same(monkeypatch):
 
 
 def test_a_batch_of_layouts():
-    """Trap 3: N layouts for N images, with masks of their own; each as if alone."""
+    """N layouts for N images, with masks of their own; each as if alone."""
     both, subject = layout(latent=empty(2)), reference()
     masks = torch.stack([OBJECT[0], 1 - OBJECT[0]])
     result = retouch(both, subject, mask=masks)
