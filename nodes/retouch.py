@@ -13,7 +13,7 @@ from ..kernels import masks as kernel
 from ..patching.blend import Stage, StepBlend
 from ..patching.crossmap import TokenMap, marked
 from ..patching.recipes import Branch, Recipe, begin_on, install
-from ..patching.schedule import Window, position
+from ..patching.schedule import Window, position, step_of
 from ..patching.sites import parse_sites
 from ..patching.streams import LATENT_KEY, Recording, Stream, Weights, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
@@ -53,10 +53,10 @@ class StepBlendSampler(io.ComfyNode):
         if isinstance(then, StepBlend):
             raise ValueError(f"{cls.NAME}: then is itself a Step Blend Sampler. Connect that one to first, and to then the guider that follows.")
         stages = first.stages if isinstance(first, StepBlend) else (Stage(first, 0.0, 0.0),)
-        families = [Weights(guider.model_patcher).name for guider in (stages[0].guider, then)]
-        if families[0] != families[1]:
-            raise ValueError(f"{cls.NAME}: the first MODEL is {families[0]} and the other {families[1]}, and they do not share a latent and a schedule. Use "
-                             "two models of one family.")
+        models = [guider.model_patcher for guider in (stages[0].guider, then)]
+        if len({type(model.model.latent_format) for model in models}) > 1:
+            raise ValueError(f"{cls.NAME}: the first MODEL is {Weights(models[0]).name} and the other {Weights(models[1]).name}, whose latents differ. Use "
+                             "models that share an autoencoder.")
         if switch < stages[-1].start:
             raise ValueError(f"{cls.NAME}: this one takes over at {switch:g}, before the one it follows ({stages[-1].start:g}). Give it a later switch.")
         return io.NodeOutput(StepBlend((*stages, Stage(then, switch, ramp))))
@@ -117,13 +117,17 @@ def tokens_of(node, clip, prompt, words):
     return tuple(sorted({token for run in runs for token in run}))
 
 
-
 class RunningMask(NamedTuple):
     """An adaptive mask whose cross-attention map is that of the run which reads it. The fields are kernel.adaptive's."""
     segment: torch.Tensor | None
     threshold: float
     min_area: float
     mode: str
+
+
+def single(mask):
+    """A MASK as [B, H, W] on the CPU."""
+    return mask.reshape(-1, *mask.shape[-2:]).cpu().float()
 
 
 class AdaptiveMaskBlend(io.ComfyNode):
@@ -160,8 +164,10 @@ class AdaptiveMaskBlend(io.ComfyNode):
 
     @classmethod
     def execute(cls, threshold, min_area, mode, latent=None, sam_mask=None):
-        segment = None if sam_mask is None else sam_mask.reshape(-1, *sam_mask.shape[-2:]).cpu().float()
-        found, size = torch.zeros(1, 8, 8), (64, 64)
+        if sam_mask is None and mode in ("and", "sam"):
+            raise ValueError(f'{cls.NAME}: mode "{mode}" needs sam_mask, and none is connected. Connect one, or set mode to or.')
+        segment = None if sam_mask is None else single(sam_mask)
+        found, size = torch.zeros(1 if segment is None else len(segment), 8, 8), (64, 64)
         if latent is not None:
             streams = streams_of(cls.NAME, [latent])
             if not all(run.maps for run, _ in streams):
@@ -311,6 +317,7 @@ class MultiSourceSwap(io.ComfyNode):
     @classmethod
     def execute(cls, model, layout, reference, layout_end, mask_start, end, sites, mask=None, running_mask=None, layout_prompt=None, reference_prompt=None):
         layouts, references = streams_of(cls.NAME, [layout]), streams_of(cls.NAME, [reference])
+        mask = None if mask is None else single(mask).clamp(0, 1)
         cls.check(model, layouts, references, mask, running_mask)
         try:
             found = parse_sites(model, sites)
@@ -325,9 +332,9 @@ class MultiSourceSwap(io.ComfyNode):
         if mask is None and running_mask is None:
             recipes.append(FromReference(Window(layout_end, end, found), references))
         else:
-            mask = mask.reshape(-1, *mask.shape[-2:]).cpu().float().clamp(0, 1) if running_mask is None else running_mask
             blended = max(layout_end, min(mask_start, end))
-            recipes += [FromReference(Window(layout_end, blended, found), references), FromBoth(Window(blended, end, found), references, layouts, mask)]
+            recipes += [FromReference(Window(layout_end, blended, found), references),
+                        FromBoth(Window(blended, end, found), references, layouts, mask if running_mask is None else running_mask)]
         return io.NodeOutput(install(model, *recipes), latent)
 
     @classmethod
@@ -337,12 +344,18 @@ class MultiSourceSwap(io.ComfyNode):
         for run, _ in (*layouts, *references):
             if run.weights.name != family:
                 raise ValueError(f"{cls.NAME}: the MODEL is {family} and a history was made with {run.weights}. Use models of one family.")
+        for run in dict.fromkeys(run for run, _ in layouts):
+            seen, steps = step_of(next(reversed(run.evaluations))[0], run.sigmas) + 1, len(run.sigmas) - 1
+            if seen < steps:
+                raise ValueError(f"{cls.NAME}: the layout was recorded over {seen} of its {steps} steps. Put Feature Recorder on the MODEL that finishes it "
+                                 "(the last of a Step Blend Sampler), and use no adaptive sampler.")
         if len(references) not in (1, images):
             raise ValueError(f"{cls.NAME}: {len(references)} references for {images} layouts. Give one for all, or one for each.")
         if mask is not None and running_mask is not None:
             raise ValueError(f"{cls.NAME}: mask and running_mask are both connected. Disconnect one.")
-        if mask is not None and mask.reshape(-1, *mask.shape[-2:]).shape[0] not in (1, images):
-            raise ValueError(f"{cls.NAME}: {mask.reshape(-1, *mask.shape[-2:]).shape[0]} masks for {images} layouts. Give one for all, or one for each.")
+        masks = mask if running_mask is None else running_mask.segment
+        if masks is not None and len(masks) not in (1, images):
+            raise ValueError(f"{cls.NAME}: {len(masks)} masks for {images} layouts. Give one for all, or one for each.")
 
 
 def prompted(streams, model, conditioning):

@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.samplers
+import torch
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-from .schedule import position
+from .schedule import step_of
 from .session import KEY
 
 
@@ -27,14 +28,14 @@ class Stage(NamedTuple):
     def share(self, step, steps):
         """Of this stage at a step, in [0, 1]; what is left goes to the stages before."""
         inside = [i for i in range(steps) if i / steps >= self.start]
-        if not inside or step < inside[0]:
+        if step not in inside:
             return 0.0
-        ramped = sum(i / steps < self.start + self.ramp for i in inside)
+        ramped = sum(i / steps < round(self.start + self.ramp, 6) for i in inside)  # 0.1 + 0.2 is 0.3
         return min(1.0, (step - inside[0] + 1) / (ramped + 1))
 
 
 def shares(stages, step, steps):
-    """{number: share} of the stages that an evaluation needs; they sum to 1. step: of `steps`, may lie between two."""
+    """{number: share} of the stages that an evaluation needs; they sum to 1."""
     left, found = 1.0, {}
     for number, stage in reversed(list(enumerate(stages))):
         share = left * (stage.share(step, steps) if number else 1.0)
@@ -68,7 +69,8 @@ class Blend:
     """One such run, and the model that the sampler sees: it has what samplers read of a guider."""
 
     def __init__(self, stages, sampler, start, sigmas, denoise_mask, seed):
-        self.stages, self.sampler, self.start, self.sigmas, self.denoise_mask, self.seed = stages, sampler, start, sigmas.tolist(), denoise_mask, seed
+        self.stages, self.sampler, self.start, self.denoise_mask, self.seed = stages, sampler, start, denoise_mask, seed
+        self.schedule = sigmas.tolist()  # the whole, of which a node on the first MODEL may leave steps out
         self.guiders = [self.guest(number, stage.guider) for number, stage in enumerate(stages)]
         self.loads = {}  # number -> what loads its model, as ComfyUI would have before sampling
         self.options = {}  # number -> the model options of its run
@@ -109,8 +111,7 @@ class Blend:
         self.options[number] = extra_args["model_options"]
         if number == 0:
             self.arguments = sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
-            self.sigmas, self.noise = sigmas.tolist(), noise
-        elif sigmas.tolist() != self.sigmas or not noise.equal(self.noise):
+        elif not (torch.equal(sigmas, self.arguments[0]) and torch.equal(noise, self.arguments[3])):
             raise ValueError("Step Blend Sampler: a node on a later MODEL wants to begin the run in its own way (Composite Attention Inject and Multi "
                              "Source Swap do). Put it on the first MODEL, or sample in two runs.")
         if number + 1 < len(self.guiders):
@@ -139,8 +140,7 @@ class Blend:
 
     def __call__(self, x, sigma, model_options={}, seed=None):
         """The denoised latent [B, C, h, w] at sigma [B]: one guider's prediction, or on a ramp the mean of several by their shares."""
-        steps = len(self.sigmas) - 1
-        found = shares(self.stages, position(float(sigma[0]), self.sigmas) * steps, steps)
+        found = shares(self.stages, step_of(float(sigma[0]), self.schedule), len(self.schedule) - 1)
         result = None
         for number in sorted(found, key=lambda number: number != self.turn):  # the one that is loaded first
             prediction = self.predict(number, x, sigma, model_options, seed)

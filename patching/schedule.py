@@ -17,15 +17,18 @@ class Window(NamedTuple):
         return self.start <= position < self.end
 
 
-def position(sigma, sigmas):
-    """Where in a schedule an evaluation lies: i / n for step i of n, in [0, 1).
+def step_of(sigma, sigmas):
+    """The step of a schedule that an evaluation is part of, counted from 0.
 
-    sigmas: the n + 1 sigmas of the schedule, descending. An evaluation between two of them (the middle of a DPM-2
+    sigmas: of the schedule, descending, one more than steps. An evaluation between two of them (the middle of a DPM-2
     step) belongs to the step it is part of.
     """
-    steps = len(sigmas) - 1
-    begun = sum(1 for s in sigmas[:-1] if s >= sigma)
-    return max(begun - 1, 0) / steps
+    return max(sum(s >= sigma for s in sigmas[:-1]) - 1, 0)
+
+
+def position(sigma, sigmas):
+    """Where in a schedule an evaluation lies: i / n for step i of n, in [0, 1)."""
+    return step_of(sigma, sigmas) / (len(sigmas) - 1)
 
 
 class Visits:

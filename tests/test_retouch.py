@@ -1,4 +1,6 @@
 """Layout-and-Retouch: two models in one run, and a target fed from a layout and a reference."""
+from functools import partial
+
 import comfy.model_management
 import comfy.samplers
 import pytest
@@ -8,10 +10,11 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
 from montage.nodes.record import InvertImage
-from montage.nodes.retouch import AdaptiveMaskBlend, FromBoth, MultiSourceSwap, StepBlendSampler, TokenAttentionMap
+from montage.nodes.retouch import AdaptiveMaskBlend, FromBoth, MultiSourceSwap, RunningMask, StepBlendSampler, TokenAttentionMap
 from montage.patching.blend import Stage, shares
 from montage.patching.branches import join
 from montage.patching.schedule import Window
+from montage.patching.sites import sites_of
 from montage.patching.streams import streams_of
 from sampling import CFG, NEGATIVE, SIZE, STEPS, empty, record, recorder, sample, sample_custom, words
 from structures import build, random_model, text_encoder
@@ -64,12 +67,13 @@ def test_one_alone_is_the_pure_run(sampler):
     assert same(run(blend(plain, personal, 1.0), sampler=sampler), run(plain, sampler=sampler))
 
 
-def test_the_first_has_the_highest_sigmas():
-    schedule = sigmas(10).tolist()
-    plain, personal = guider(0), guider(5)
-    begun = seen_sigmas(plain_model(), lambda: run(blend(plain, personal, 0.3), steps=10))
+@pytest.mark.parametrize("steps, switch", [(10, 0.3), (47, 0.06)])  # 3 / 47 * 47 is less than 3
+def test_the_first_has_the_highest_sigmas(steps, switch):
+    schedule = sigmas(steps).tolist()
+    both = blend(guider(0), guider(5), switch)
+    begun = seen_sigmas(plain_model(), lambda: run(both, steps=steps))
     assert begun == pytest.approx(schedule[:3], rel=1e-5)
-    ended = seen_sigmas(personal_model(), lambda: run(blend(plain, personal, 0.3), steps=10))
+    ended = seen_sigmas(personal_model(), lambda: run(both, steps=steps))
     assert ended == pytest.approx(schedule[3:-1], rel=1e-5)
 
 
@@ -115,7 +119,9 @@ def test_shares():
     found = [shares(stages, step, 10) for step in range(10)]
     assert found[:2] == [{0: 1.0}] * 2 and found[5:8] == [{1: 1.0}] * 3 and found[8:] == [{2: 1.0}] * 2
     assert [step[1] for step in found[2:5]] == [0.25, 0.5, 0.75] and all(sum(step.values()) == 1 for step in found)
-    assert shares(stages, 1.5, 10) == {0: 1.0} and shares(stages[:1], 3, 10) == {0: 1.0}
+    assert shares(stages[:1], 3, 10) == {0: 1.0}
+    ramp = [shares([Stage(None, 0.0, 0.0), Stage(None, 0.1, 0.2)], step, 10).get(1, 0) for step in range(4)]
+    assert ramp == pytest.approx([0, 1 / 3, 2 / 3, 1])  # two steps, though 0.1 + 0.2 is more than 0.3
 
 
 def test_three_by_chaining():
@@ -210,9 +216,23 @@ def test_a_blended_run_can_be_recorded(sampler):
     assert stream.run.sampler == f"sample_{sampler}" and same(stream.run.final, result["samples"])
 
 
-def test_families_are_not_mixed():
-    with pytest.raises(ValueError, match="Step Blend Sampler: the first MODEL is SD15 and the other SDXL"):
+def test_models_must_share_a_latent():
+    with pytest.raises(ValueError, match="Step Blend Sampler: the first MODEL is SD15 and the other SDXL, whose latents differ"):
         blend(guider(), guider(name="sdxl-small"))
+    assert torch.isfinite(run(blend(guider(), guider(name="sd2-small")))).all()
+
+
+def test_an_embedding_is_the_same_model_with_another_prompt():
+    result = run(blend(guider(prompt=1), guider(prompt=2)))
+    assert not any(same(result, run(guider(prompt=prompt))) for prompt in (1, 2))
+    assert same(result, run(blend(guider(prompt=1), guider(prompt=2, model=plain_model().clone()))))
+
+
+def test_the_switch_counts_steps_that_the_first_leaves_out():
+    model, latent = swap(layout_end=0.5, model=plain_model())
+    both = blend(guider(model=model), guider(5), 0.75)
+    counts = [len(seen_sigmas(model, lambda: run(both, latent))) for model in (plain_model(), personal_model())]
+    assert counts == [2, 1]  # of the third step, target and photo
 
 
 def test_a_noise_mask_and_a_batch():
@@ -308,8 +328,32 @@ def start_of(model, latent, sampler):
     return seen[0]
 
 
-def test_a_target_fed_with_everything_is_the_layout():
-    """Section 5.5: what the skipped steps rest on, computed instead of skipped: all sites, all rows of the layout, another prompt."""
+def test_what_the_skipped_steps_rest_on():
+    """From the layout's noise, with Q, K and V of the layout in every self- and cross-attention (so, with what those give), a target
+    of any other prompt is the layout: the steps before layout_end need no computing."""
+    given = {}
+
+    def model(keep):
+        patched = random_model("sd15-small").clone()
+
+        def attend(kind, q, k, v, extra):
+            key = kind, *extra["block"], extra["block_index"], float(extra["sigmas"][0])
+            if keep:
+                given[key] = optimized_attention(q, k, v, extra["n_heads"])
+            return given[key]
+
+        for site in sites_of(patched):
+            patched.set_model_attn1_replace(partial(attend, 1), *site)
+            patched.set_model_attn2_replace(partial(attend, 2), *site)
+        return patched
+
+    laid = sample(model(True), empty())["samples"]
+    assert same(sample(model(False), empty(), positive=words(2), negative=words(3))["samples"], laid)
+    assert (sample(random_model("sd15-small"), empty(), positive=words(2), negative=words(3))["samples"] - laid).abs().max() > 0.1
+
+
+def test_a_target_fed_with_the_layout_alone_is_the_layout():
+    """M = 0 everywhere and always, at all sites, and the layout's prompt."""
     source = layout()
     close(retouch(source, reference(), layout_end=0.0, mask_start=0.0, sites="all", mask=torch.zeros(1, *SIZE), positive=words(1)), source["samples"], 2e-3)
 
@@ -429,6 +473,10 @@ def test_a_layout_of_two_models_is_followed_from_where_the_second_began():
     assert torch.isfinite(result).all() and not same(result, laid["samples"])
     with pytest.raises(ValueError, match="another model made the layout up to 0.5 of its schedule.*Set layout_end to 0.5 or more"):
         retouch(laid, reference(), layout_end=0.25, model=personal)
+    model, latent = recorder(plain_model())
+    begun = sample_custom(latent, blend(guider(prompt=1, model=model), guider(5, 2), 0.5), sigmas())[0]
+    with pytest.raises(ValueError, match="the layout was recorded over 2 of its 4 steps. Put Feature Recorder on the MODEL that finishes it"):
+        swap(begun, model=personal)
 
 
 def test_a_picture_as_layout():
@@ -467,6 +515,7 @@ def test_a_running_mask():
     (dict(subject=dict(steps=3)), "Generate all of them with one scheduler"),
     (dict(subject=dict(batch=2)), "2 references for 1 layouts"),
     (dict(source=empty()), "Multi Source Swap: latent 0 was not recorded"),
+    (dict(running_mask=RunningMask(torch.zeros(3, *SIZE), 0.1, 0.01, "or")), "3 masks for 1 layouts"),
 ])
 def test_what_does_not_fit(change, message):
     if isinstance(change.get("subject"), dict):
@@ -492,3 +541,7 @@ def test_the_adaptive_mask_of_a_finished_map():
     with pytest.raises(ValueError, match="the latent carries no map"):
         AdaptiveMaskBlend.execute(0.3, 0.01, "or", record())
     assert torch.equal(AdaptiveMaskBlend.execute(0.3, 0.01, "or").args[0], torch.zeros(1, 64, 64))
+    assert AdaptiveMaskBlend.execute(0.3, 0.01, "sam", sam_mask=torch.ones(3, 32, 48)).args[0].shape == (3, 32, 48)
+    for mode in ("and", "sam"):
+        with pytest.raises(ValueError, match=f'Adaptive Mask Blend: mode "{mode}" needs sam_mask'):
+            AdaptiveMaskBlend.execute(0.3, 0.01, mode, latent)
