@@ -317,7 +317,8 @@ def test_work_split_over_several_devices(node, monkeypatch):
     from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
 
     def split(model):
-        comfy.model_management.unload_all_models()  # the node trips over loaded models that nobody holds any more
+        comfy.model_management.unload_all_models()
+        monkeypatch.setattr(comfy.model_management, "current_loaded_models", [])  # the node trips over those of earlier tests that nobody holds
         return MultiGPUCFGSplitNode.execute(model, 2).args[0]
 
     monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: [torch.device("cpu"), torch.device("cpu", 0)])

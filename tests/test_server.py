@@ -45,7 +45,8 @@ def picture(server, outputs, node=COMPOSITE):
 
 
 def equal(a, b):
-    return ImageChops.difference(a, b).getbbox() is None
+    """But for one level of 255: torch's rounding on a CPU depends on where its memory lies."""
+    return max(most for _, most in ImageChops.difference(a, b).getextrema()) <= 1
 
 
 def forget(server):
