@@ -9,9 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
 
 import torch  # noqa: E402
-from montage.evidence import collage, photomontage, retouch, study  # noqa: E402
+from montage.evidence import collaborate, collage, cost, photomontage, retouch, study  # noqa: E402
 
-METHODS = (photomontage, collage, retouch)
+METHODS = (photomontage, collage, collaborate, retouch, cost)
 
 HEAD = """# The evidence
 

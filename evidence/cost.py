@@ -1,0 +1,141 @@
+"""What the methods cost: beside plain sampling in the same run, beside the released codes' evaluations, and how it grows."""
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "benchmarks"))
+import bench  # noqa: E402  first: it puts ComfyUI and the pack in place
+import collaborate  # noqa: E402
+import collage  # noqa: E402
+import numpy as np  # noqa: E402
+import photomontage  # noqa: E402
+import retouch  # noqa: E402
+from montage.evidence import study  # noqa: E402
+
+METHODS = {"Generative Photomontage": photomontage, "Collage Diffusion": collage, "MCA-Ctrl": collaborate, "Layout-and-Retouch": retouch}
+MODELS = {"demo": (6, 3), "sd15": (4, 2), "sdxl": (3, 1)}  # name: (steps, rounds)
+SIDE = 16  # of the latent: the structures are slow without a GPU
+GROWTH = {"side of the latent": (8, 16, 32), "steps": (4, 8, 16), "images": (2, 4, 8), "layers": (2, 6, 20)}
+FOLLOWED = ("plain", "compose 2, cache", "compose 2, replay", "2 layers", "SAGI", "SALQ", "retouch")  # by side and steps
+
+
+def beside_plain(key):
+    """{case: figures} of one model and method. key: "model, method"."""
+    name, method = key.split(", ")
+    steps, rounds = MODELS[name]
+    on = bench.Bench(name, SIDE, steps)
+    costs = on.measure(METHODS[method].cases(on), rounds)
+    plain = costs["plain"]
+    return {case: {"ratio": statistics.median(cost.seconds) / statistics.median(plain.seconds), "rows": cost.rows / steps,
+                   "peak": cost.peak and cost.peak / plain.peak} for case, cost in costs.items()}
+
+
+def comparison(found, method):
+    """The table of one method: its cases by model."""
+    models = [key.split(", ")[0] for key in found.samples if key.endswith(method)]
+    first = found.samples[f"{models[0]}, {method}"]
+
+    def cell(model, case, figure):
+        value = found.samples[f"{model}, {method}"].get(case, {}).get(figure)
+        return "-" if value is None else f"{value:.2f}"
+
+    return study.markdown(
+        [method, "UNet rows a step", *(f"time, {model}" for model in models), *(f"peak memory, {model}" for model in models)],
+        [[case, f"{figures['rows']:.1f}", *(cell(model, case, figure) for figure in ("ratio", "peak") for model in models)] for case, figures in first.items()])
+
+
+def grown(variable):
+    """{case: {value of the variable: seconds}} on the demo model."""
+    found = {}
+    for value in GROWTH[variable]:
+        if variable == "images":
+            on = bench.Bench("demo", SIDE, 4)
+            cases = {case.replace(f" {value},", ","): run for case, run in photomontage.cases(on, (value,)).items() if case.startswith("compose")}
+        elif variable == "layers":
+            on = bench.Bench("demo", SIDE, 4)
+            cases = {case.replace(f"{value} ", ""): run for case, run in collage.cases(on, (value,)).items() if case != "plain"}
+        else:
+            on = bench.Bench("demo", **{"size": value, "steps": 4} if variable == "side of the latent" else {"size": SIDE, "steps": value})
+            cases = {case: run for method in METHODS.values() for case, run in method.cases(on).items() if case in FOLLOWED}
+        for case, cost in on.measure(cases, 3).items():
+            found.setdefault(case, {})[str(value)] = statistics.median(cost.seconds)
+    return found
+
+
+def exponent(times):
+    """p of seconds ~ value ** p, by least squares of the logarithms."""
+    return np.polyfit(np.log([float(value) for value in times]), np.log(list(times.values())), 1)[0]
+
+
+def evaluations(_):
+    """Rows that the UNet evaluates for one image, everything included, beside the released codes'."""
+    three, fifty = bench.Bench("demo", 8, 20), bench.Bench("demo", 8, 50)
+    forty = bench.Bench("demo", 8, 40)  # 50 steps at denoise 0.8
+    composed = {cache: photomontage.composing(three, 3, cache) for cache in (1 << 20, 0)}
+    histories = []
+    inversions = fifty.rows(lambda: histories.extend(collaborate.inverted(fifty)))
+    swap = {preset: collaborate.collaborating(fifty, histories, preset) for preset in ("notebook edit", "paper swap")}
+    recording = 3 * three.rows(lambda: photomontage.recorded(three, 0))
+    return {
+        "Generative Photomontage: three images, 20 steps, cached": {"here": recording + three.rows(composed[1 << 20]), "released": 120 + 40},
+        "Generative Photomontage: replayed, nothing stored": {"here": recording + three.rows(composed[0]), "released": 120 + 40},
+        "Collage Diffusion: 9 layers, 50 steps at denoise 0.8": {"here": forty.rows(collage.harmonised(forty, 9)), "released": 80},
+        **{f"MCA-Ctrl: {preset}, 50 steps, two inversions": {"here": inversions + fifty.rows(lambda patched=patched: fifty.sample(*patched)),
+                                                           "released": 500} for preset, patched in swap.items()},
+        "Layout-and-Retouch: both stages, 50 steps, inversion": {"here": fifty.rows(retouch.cases(fifty)["both stages, inversion"]), "released": "500 to 600"},
+    }
+
+
+def kept(_):
+    """MB kept for one image of 512x512 and one step of SD1.5 in fp16 (half of what fp32 takes here)."""
+    latent, cache, everything = (size / 2**21 for size in photomontage.stored(bench.Bench("sd15", 64, 1)))
+    return {"a recorded or inverted trajectory": {"MB": latent}, "Feature Recorder's cache": {"MB": cache}, "Q, K and V of all layers (released code)": {"MB": everything}}
+
+
+def plots(found):
+    """docs/evidence/growth.png. Returns its Markdown."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(GROWTH), figsize=(16, 4))
+    for axis, (variable, cases) in zip(axes, found.samples.items()):
+        for case, times in cases.items():
+            axis.loglog([float(value) for value in times], list(times.values()), marker="o", label=case)
+        axis.set(xlabel=variable, ylabel="CPU-seconds" if not bench.CUDA else "seconds")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    study.PICTURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(study.PICTURES / "growth.png", dpi=60)
+    pyplot.close(figure)
+    return "![growth](evidence/growth.png)"
+
+
+def sections(options):
+    models = ["demo"] if options.quick else MODELS
+    device = "GPU, fp16" if bench.CUDA else "CPU, fp32, processor time"
+    found = study.Study("cost", options.folder).run([f"{model}, {method}" for model in models for method in METHODS], beside_plain)
+    yield study.Section("Cost: beside plain sampling", "\n\n".join([
+        f"Time and peak memory as ratios to plain sampling of one image in the same run (medians; latent {SIDE}x{SIDE}; {device}): the demo model, "
+        "and SD1.5 and SDXL in full size with random weights. *UNet rows a step*: 2 for one image with CFG.",
+        *(comparison(found, method) for method in METHODS)]))
+
+    counted, stored = (study.Study(name, options.folder).run(["all"], measure).samples["all"]
+                       for name, measure in (("cost-evaluations", evaluations), ("cost-bytes", kept)))
+    yield study.Section("Cost: evaluations and bytes", "\n\n".join([
+        "Rows that the UNet evaluates for one finished image (a step with CFG: 2), counted; the released codes' from their sources.",
+        study.markdown(["", "here", "released code"], [[case, row["here"], row["released"]] for case, row in counted.items()]),
+        "Kept for one image of 512x512 and one step, SD1.5 in fp16:",
+        study.markdown(["", "MB"], [[what, f"{row['MB']:.2f}"] for what, row in stored.items()])]))
+
+    found = study.Study("cost-growth", options.folder).run(GROWTH, grown)
+    yield study.Section("Cost: how it grows", "\n\n".join([
+        f"Exponents p of time ~ value^p on the demo model, by least squares ({', '.join(f'{variable} {values}' for variable, values in GROWTH.items())}).",
+        study.markdown(["grows with", "case", "exponent"], [[variable, case, f"{exponent(times):.2f}"]
+                                                            for variable, cases in found.samples.items() for case, times in cases.items()]),
+        plots(found)]))
+
+
+if __name__ == "__main__":
+    study.main(sections)
