@@ -33,7 +33,7 @@ class Stack:
         scene = scenes.sample(1, generator, count=2)
         hint = scenes.layout(scene, SIZE).movedim(1, -1)
         control = comfy.controlnet.load_controlnet_state_dict(
-            comfy.utils.load_torch_file(str(study.WEIGHTS.with_name("demo-controlnet.safetensors"))))
+            comfy.utils.load_torch_file(str(study.WEIGHTS / "demo-controlnet.safetensors")))
         captions = self.captions(scene, generator, prompts)
         self.conditioning = [ControlNetApplyAdvanced().apply_controlnet(self.encode(caption), self.encode(""), control, hint, 1.0, 0.0, 1.0)
                              for caption in captions]

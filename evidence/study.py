@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 comfy.utils.set_progress_bar_enabled(False)
 
 ROOT = Path(__file__).resolve().parents[1]
-WEIGHTS = sorted((ROOT / "demo" / "weights").glob("*.safetensors"))
+WEIGHTS = ROOT / "demo" / "weights"
 PICTURES = ROOT / "docs" / "evidence"
 
 
@@ -54,7 +54,7 @@ class Study:
     on where it was; the file belongs to the demo model's weights and is begun anew with others."""
 
     def __init__(self, name, folder):
-        weights = hashlib.sha256(b"".join(path.read_bytes() for path in WEIGHTS)).hexdigest()[:8]
+        weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(WEIGHTS.glob("*.safetensors")))).hexdigest()[:8]
         self.name, self.path = name, Path(folder) / f"{name}-{weights}.jsonl"
         self.samples = {}
         if self.path.exists():

@@ -30,5 +30,6 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
 
 def test_samples_belong_to_the_weights(tmp_path, monkeypatch):
     study.Study("study", tmp_path).run(range(1), lambda sample: {"a": {"x": 1}})
-    monkeypatch.setattr(study, "WEIGHTS", study.WEIGHTS[1:])
+    (tmp_path / "weights").mkdir()
+    monkeypatch.setattr(study, "WEIGHTS", tmp_path / "weights")
     assert not study.Study("study", tmp_path).samples
