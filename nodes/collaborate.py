@@ -258,7 +258,7 @@ class CollaborativeAttention(io.ComfyNode):
                 subject_positive=None, condition_positive=None, negative=None):
         subject = cls.stream("subject", subject)
         condition = cls.stream("condition", condition) if condition else None
-        check_together(cls.NAME, [stream for stream in (subject, condition) if stream], model)
+        check_together(cls.NAME, [stream for stream in (subject, condition) if stream], model, names=["the subject", "the condition"])
         size = cls.picture_size(model, subject)
         subject_mask = cls.mask("subject_mask", subject_mask, size)
         if not subject_mask.any():

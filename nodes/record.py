@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..kernels import inversion
 from ..patching.recipes import install
 from ..patching.session import taking_keys
-from ..patching.streams import LATENT_KEY, Evaluation, Recording, Run, Weights, recorded_conds
+from ..patching.streams import INVERSION, LATENT_KEY, Evaluation, Recording, Run, Weights, recorded_conds
 
 MEBIBYTE = 2**20
 
@@ -83,7 +83,7 @@ class InvertImage(io.ComfyNode):
                              "expected. Use Basic Scheduler.")
         smallest = float(model.get_model_object("model_sampling").sigma_min)
         ladder = torch.cat([torch.tensor([min(smallest, float(sigmas[-2]))]), sigmas[:-1].flip(0).cpu()])
-        run = Run(Weights(model), "ddim inversion", sigmas, torch.zeros_like(samples), torch.zeros_like(samples), None)
+        run = Run(Weights(model), INVERSION, sigmas, torch.zeros_like(samples), torch.zeros_like(samples), None)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(conditioning, conditioning)
         guider.set_cfg(1.0)

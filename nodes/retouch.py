@@ -316,7 +316,7 @@ class MultiSourceSwap(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, layout, reference, layout_end, mask_start, end, sites, mask=None, running_mask=None, layout_prompt=None, reference_prompt=None):
-        layouts, references = streams_of(cls.NAME, [layout]), streams_of(cls.NAME, [reference])
+        layouts, references = (streams_of(f"{cls.NAME}: {name}", [latent]) for name, latent in (("layout", layout), ("reference", reference)))
         mask = None if mask is None else single(mask).clamp(0, 1)
         cls.check(model, layouts, references, mask, running_mask)
         try:
@@ -339,7 +339,7 @@ class MultiSourceSwap(io.ComfyNode):
 
     @classmethod
     def check(cls, model, layouts, references, mask, running_mask):
-        check_together(cls.NAME, [*layouts, *references])
+        check_together(cls.NAME, [*layouts, *references], names=["the layout"] * len(layouts) + ["the reference"] * len(references))
         family, images = Weights(model).name, len(layouts)
         for run, _ in (*layouts, *references):
             if run.weights.name != family:

@@ -13,7 +13,7 @@ from .branches import join
 from .crossmap import RunningMap
 from .schedule import Visits, position
 from .sites import Site, sites_of, transformer_block
-from .streams import Evaluation, Half, Run, Weights, conds_of, halves_of, recorded_conds, rows_to_replay
+from .streams import INVERSION, Evaluation, Half, Run, Weights, conds_of, halves_of, recorded_conds, rows_to_replay
 
 KEY = "montage"  # of our wrappers and attachments in a MODEL, and of the Session in a run's transformer options
 
@@ -285,8 +285,9 @@ class Session:
     def evaluation_of(self, recipe, run, key):
         evaluation, _ = run.evaluation(key)
         if evaluation is None:
+            fitting = "one of a single evaluation a step (euler, ddim, dpmpp_2m)" if run.sampler == INVERSION else "that of the recording, and no adaptive one"
             raise ValueError(f"{recipe.node}: this run ({self.sampler}) evaluates the model at sigma {key[0]:.6g} for time {key[1] + 1}, "
-                             f"which the recorded run ({run.sampler}) did not. Use the sampler of the recording, and no adaptive one.")
+                             f"which the recorded run ({run.sampler}) did not. As sampler, use {fitting}.")
         return evaluation
 
     def conds_on(self, run, rows, model, device):

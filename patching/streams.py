@@ -17,6 +17,7 @@ import comfy.samplers
 import torch
 
 LATENT_KEY = "montage"  # where a LATENT dict carries its Recording
+INVERSION = "ddim inversion"  # what stands for the sampler of a run that found a picture's history
 RUNS_KEPT = 8  # a recorder's newest runs, so that going back to an earlier seed still finds its history
 
 
@@ -215,19 +216,21 @@ def streams_of(node, latents):
     return streams
 
 
-def check_together(node, streams, model=None):
-    """All streams must have one size and one schedule, and the weights of `model` where one is given."""
+def check_together(node, streams, model=None, names=None):
+    """All streams must have one size and one schedule, and the weights of `model` where one is given. names: of the streams, for
+    messages."""
     first = streams[0].run
-    for number, (run, _) in enumerate(streams):
+    names = names or [f"image {number}" for number in range(len(streams))]
+    for name, (run, _) in zip(names, streams):
         if run.size != first.size:
-            raise ValueError(f"{node}: image 0 was recorded at {first.size[0]}x{first.size[1]} latent pixels and image {number} at "
-                             f"{run.size[0]}x{run.size[1]}. Generate all of them at one size.")
+            raise ValueError(f"{node}: {names[0]} was recorded at {first.size[0]}x{first.size[1]} latent pixels and {name} at "
+                             f"{run.size[0]}x{run.size[1]}. Make all of them at one size.")
         if run.sigmas != first.sigmas:
-            raise ValueError(f"{node}: image 0 was recorded over {first.schedule()} and image {number} over {run.schedule()}. "
-                             f"Generate all of them with one scheduler, step count and denoise.")
+            raise ValueError(f"{node}: {names[0]} was recorded over {first.schedule()} and {name} over {run.schedule()}. "
+                             f"Make all of them with one scheduler, step count and denoise.")
         weights = model and Weights(model)
         if weights and not run.weights.same_as(weights):
-            raise ValueError(f"{node}: image {number} was recorded with {run.weights}, but the MODEL here is {weights}. "
+            raise ValueError(f"{node}: {name} was recorded with {run.weights}, but the MODEL here is {weights}. "
                              f"Use the same checkpoint, LoRAs and sampling settings.")
 
 

@@ -411,7 +411,7 @@ def test_other_families_and_shapes(name, size):
     (lambda a, b: collaborate(a, b, salq_sites="u2-9"), "salq_sites: \"u2-9\": this model has no u9"),
     (lambda a, b: collaborate(a, b, sagi_sites="x"), "sagi_sites: \"x\" names no"),
     (lambda a, b: collaborate(a, b, sagi_end=0.5), r"SAGI \(0 to 0.5\) and SALQ \(0.1 to 1\) overlap in the same blocks"),
-    (lambda a, b: collaborate(a, record(latent=empty(size=(8, 12)))), "image 0 was recorded at 8x8 latent pixels and image 1 at 8x12"),
+    (lambda a, b: collaborate(a, record(latent=empty(size=(8, 12)))), "the subject was recorded at 8x8 latent pixels and the condition at 8x12"),
     (lambda a, b: collaborate(a, b, model=random_model("sd2-small")), "recorded with"),
     (lambda a, b: edited(a, b, steps=5), "its images were recorded over 4 steps"),
 ])

@@ -512,9 +512,10 @@ def test_a_running_mask():
     (dict(mask=torch.zeros(3, *SIZE)), "3 masks for 1 layouts"),
     (dict(sites="x9"), "Multi Source Swap: sites: "),
     (dict(mask=OBJECT, running_mask=object()), "mask and running_mask are both connected"),
-    (dict(subject=dict(steps=3)), "Generate all of them with one scheduler"),
+    (dict(subject=dict(steps=3)), "the layout was recorded over 4 steps .* and the reference over 3 steps .* Make all of them with one scheduler"),
     (dict(subject=dict(batch=2)), "2 references for 1 layouts"),
-    (dict(source=empty()), "Multi Source Swap: latent 0 was not recorded"),
+    (dict(source=empty()), "Multi Source Swap: layout: latent 0 was not recorded"),
+    (dict(model=random_model("sdxl-small")), "the MODEL is SDXL and a history was made with SD15. Use models of one family"),
     (dict(running_mask=RunningMask(torch.zeros(3, *SIZE), 0.1, 0.01, "or")), "3 masks for 1 layouts"),
 ])
 def test_what_does_not_fit(change, message):
@@ -522,6 +523,11 @@ def test_what_does_not_fit(change, message):
         change = {**change, "subject": reference(**change["subject"])}
     with pytest.raises(ValueError, match=message):
         swap(**change)
+
+
+def test_a_photo_is_not_followed_where_its_history_has_no_evaluation():
+    with pytest.raises(ValueError, match=r"As sampler, use one of a single evaluation a step \(euler, ddim, dpmpp_2m\)"):
+        retouch(layout(sampler="heun"), reference(), sampler="heun")
 
 
 # ---------------------------------------------------------------- the mask's node
