@@ -31,6 +31,11 @@ def position(sigma, sigmas):
     return step_of(sigma, sigmas) / (len(sigmas) - 1)
 
 
+def in_words(sigmas):
+    """A schedule, for messages."""
+    return f"{len(sigmas) - 1} steps from sigma {sigmas[0]:.4g} through {sigmas[len(sigmas) // 2]:.4g} to {sigmas[-1]:.4g}"
+
+
 class Visits:
     """Names the evaluations of one run: (sigma, how many times the run was at this sigma before).
 

@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 
 from .branches import join
 from .crossmap import RunningMap
-from .schedule import Visits, position
+from .schedule import Visits, in_words, position
 from .sites import Site, sites_of, transformer_block
 from .streams import INVERSION, Evaluation, Half, Run, Weights, conds_of, halves_of, recorded_conds, rows_to_replay
 
@@ -79,8 +79,7 @@ class Session:
             raise ValueError(f"{recipe.node}: one of its images was itself composed, by {run.composed}. Compose from the images that it was made of.")
         self.check_size(recipe, run)
         if not set(self.sigmas[:-1]) <= set(run.sigmas):
-            raise ValueError(f"{recipe.node}: its images were recorded over {run.schedule()} and this run takes "
-                             f"{len(self.sigmas) - 1} steps from sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}. "
+            raise ValueError(f"{recipe.node}: its images were recorded over {in_words(run.sigmas)} and this run takes {in_words(self.sigmas)}. "
                              f"Set the sampler's steps, scheduler and denoise to those of the recording.")
         if any("hooks" in cond for group in run.conds.values() for cond in group):
             raise ValueError(f"{recipe.node}: its images were recorded with hooks on their conditioning, which cannot be replayed. "

@@ -16,6 +16,8 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
+from .schedule import in_words
+
 LATENT_KEY = "montage"  # where a LATENT dict carries its Recording
 INVERSION = "ddim inversion"  # what stands for the sampler of a run that found a picture's history
 RUNS_KEPT = 8  # a recorder's newest runs, so that going back to an earlier seed still finds its history
@@ -147,10 +149,6 @@ class Run:
             call = 0
         return self.evaluations.get((sigma, visit, call)), call
 
-    def schedule(self):
-        """The schedule in words, for messages."""
-        return f"{len(self.sigmas) - 1} steps from sigma {self.sigmas[0]:.4g} to {self.sigmas[-1]:.4g}"
-
 
 def halves_of(conds):
     return {cond["uuid"]: Half(role, number) for role, group in conds.items() for number, cond in enumerate(group)}
@@ -226,7 +224,7 @@ def check_together(node, streams, model=None, names=None):
             raise ValueError(f"{node}: {names[0]} was recorded at {first.size[0]}x{first.size[1]} latent pixels and {name} at "
                              f"{run.size[0]}x{run.size[1]}. Make all of them at one size.")
         if run.sigmas != first.sigmas:
-            raise ValueError(f"{node}: {names[0]} was recorded over {first.schedule()} and {name} over {run.schedule()}. "
+            raise ValueError(f"{node}: {names[0]} was recorded over {in_words(first.sigmas)} and {name} over {in_words(run.sigmas)}. "
                              f"Make all of them with one scheduler, step count and denoise.")
         weights = model and Weights(model)
         if weights and not run.weights.same_as(weights):
