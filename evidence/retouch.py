@@ -23,6 +23,7 @@ LEAST = 0.3  # threshold of the map
 PLAIN, BASE, BLEND = "plain model", "personalised model", "+ step blend"
 REFERENCE, SOURCES, OURS = "reference swap alone", "+ multi-source swap", "+ mask blend (ours)"
 ROWS = (BASE, BLEND, REFERENCE, SOURCES, OURS)
+BALL = scenes.SHAPES.index("ball")
 RADIUS = 0.15  # of the disc about an object's centre in which its look is measured
 
 
@@ -35,7 +36,8 @@ class Example:
 
     def __init__(self, number):
         self.model, self.clip, self.vae = demo_model()
-        self.personal, self.photo = MontageDemoSubject.execute(self.model, number % scenes.PHOTOS).args
+        self.number = number % scenes.PHOTOS  # of the photo
+        self.personal, self.photo = MontageDemoSubject.execute(self.model, self.number).args
         self.scene = scenes.sample(1, torch.Generator().manual_seed(FIRST + number), count=1)
         self.place = int(self.scene.background[0])
         words = f"and {scenes.caption(self.scene, 0)}"
@@ -83,20 +85,21 @@ def disc(centre):
 
 def figures(example, judge, picture, plain, layout, mask):
     """What one picture shows. None where there is nothing to measure."""
-    place, _, found = seen = metrics.look(judge, picture)
+    *_, found = seen = metrics.look(judge, picture)
     verdict = metrics.judge(seen, example.place, metrics.wanted(example.scene, 0))
-    rest = [one for one in found if one is not verdict.objects[0]]
+    other = verdict.objects[0] if verdict.colour[0] or len(found) > 1 else None  # an only object of another colour is the subject
+    rest = [one for one in found if one is not other]
     shown = {
         "layout": float(np.corrcoef(np.asarray(picture).ravel(), np.asarray(plain).ravel())[0, 1]),
-        "prompt": (verdict.background + verdict.colour[0] + bool(rest)) / 3,
+        "prompt": (verdict.background + verdict.colour[0] + verdict.shape[0] + verdict.texture[0] + bool(rest)) / 5,
     }
     if 0 < mask.sum() < mask.numel():
         kept = metrics.background_psnr(picture, layout, (mask > 0).float())
         shown["around"] = kept if np.isfinite(kept) else None
     if rest:
-        area, photo = disc(rest[0].centre), np.asarray(example.photo[0])
-        inside = scenes.masks(scenes.photos()[0])[example.seed % FIRST % scenes.PHOTOS, 0]
-        shown |= {"x": rest[0].centre[0], "y": rest[0].centre[1], "colour": metrics.colour_distance(picture, area, photo, inside),
+        x, y = min(rest, key=lambda one: one.shape != BALL).centre  # of those that are seen alike, the surest
+        area, photo, inside = disc((x, y)), np.asarray(example.photo[0]), scenes.masks(scenes.photos()[0])[example.number, 0]
+        shown |= {"x": x, "y": y, "colour": metrics.colour_distance(picture, area, photo, inside),
                   "texture": metrics.texture_similarity(picture, area, photo, inside)}
     return shown
 
@@ -159,9 +162,10 @@ def sections(options):
     text = "\n\n".join([
         f"{count} prompts of the subject, another object and a place; {STEPS} steps, the paper's parts of the schedule. *Layout* is the correlation of the "
         "pixels with the plain model's picture of the same seed. *Colour distance* (CIE Lab, smaller is liker) and *texture similarity* compare a disc about "
-        "the subject with its photo; they stand for I-DINO and I-CLIP. *Prompt* is the share of place, other object in its colour, and subject that a reader "
-        "finds; it stands for T-CLIP. *PSNR around the subject* is against the picture of stage one, outside the mask. *Spread* is the mean distance of the "
-        "subject's place from its mean place. Human preference and ImageReward are not checkable here.",
+        "the subject with its photo; they stand for I-DINO and I-CLIP. *Prompt* is the share of place, colour, shape and texture of the other object, and "
+        "subject that a reader finds; it stands for T-CLIP. *PSNR around the subject* is against the picture of stage one, outside the mask, which is of the "
+        "words alone: there is no segmentation here. *Spread* is the mean distance of the subject's place from its mean place. Human preference and "
+        "ImageReward are not checkable here.",
         "By lambda 1, the part of the schedule that is the plain model's:", table(found, [named(switch) for switch in SWITCHES]),
         "The rows of the paper's ablation:", table(found, ROWS),
         study.markdown(study.CLAIMS, claims),

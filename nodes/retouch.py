@@ -3,7 +3,6 @@
 Stage one lets the plain model lay the picture out and the personalised one finish it (Step Blend Sampler); stage two samples it
 again from there, with the subject's look fed from a photo and the surroundings from stage one (Multi Source Swap).
 """
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -186,11 +185,13 @@ class AdaptiveMaskBlend(io.ComfyNode):
 
 # ---------------------------------------------------------------- the swap
 
+
 class FromLayout(Recipe):
     """Where the target begins: on the layout's trajectory, after the steps in which it takes all of Q, K and V from the layout. With
     one starting latent such a target is the layout, whatever its prompt, so that these steps need no computing.
 
-    layouts: streams, one for all images or one for each. end: of those steps, 0 to 1.
+    layouts: streams, one for all images or one for each. end: of those steps, 0 to 1. last: where the node's other recipes end;
+    with both 0 it does nothing.
     """
     node = "Multi Source Swap"
 
@@ -211,7 +212,7 @@ class FromLayout(Recipe):
         run, images = self.layouts[0].run, len(noise)
         if len(self.layouts) not in (1, images):
             raise ValueError(f"{self.node}: {len(self.layouts)} layouts for a batch of {images}. Sample the LATENT that the node gives.")
-        streams = list(itertools.islice(itertools.cycle(self.layouts), images))
+        streams = self.layouts * (images // len(self.layouts))
         sigmas = sigmas[sum(position(sigma, run.sigmas) < self.end for sigma in sigmas[:-1].tolist()):]
         session.acted.add(self)
         if len(sigmas) == 1:
@@ -323,9 +324,8 @@ class MultiSourceSwap(io.ComfyNode):
             found = parse_sites(model, sites)
         except ValueError as error:
             raise ValueError(f"{cls.NAME}: sites: {error}") from None
-        runs = layouts[0].run
         latent = {"samples": torch.cat([run.latent_image[row:row + 1] for run, row in layouts])}
-        if runs.denoise_mask is not None:
+        if layouts[0].run.denoise_mask is not None:
             latent["noise_mask"] = torch.cat([run.denoise_mask[row:row + 1, :1] for run, row in layouts])
         layouts, references = prompted(layouts, model, layout_prompt), prompted(references, model, reference_prompt)
         recipes = [FromLayout(layouts, layout_end, end)]

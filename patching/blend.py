@@ -62,14 +62,14 @@ class StepBlend:
         steps = max(len(sigmas) - 1, 1)
         needed = set().union(*(shares(self.stages, step, steps) for step in range(steps)))
         stages = [stage for number, stage in enumerate(self.stages) if number in needed]
-        return Blend(stages, sampler, (noise, latent_image), sigmas, denoise_mask, seed).enter(0, noise, sigmas, callback, disable_pbar)
+        return Blend(stages, sampler, latent_image, sigmas, denoise_mask, seed).enter(0, noise, sigmas, callback, disable_pbar)
 
 
 class Blend:
     """One such run, and the model that the sampler sees: it has what samplers read of a guider."""
 
-    def __init__(self, stages, sampler, start, sigmas, denoise_mask, seed):
-        self.stages, self.sampler, self.start, self.denoise_mask, self.seed = stages, sampler, start, denoise_mask, seed
+    def __init__(self, stages, sampler, latent_image, sigmas, denoise_mask, seed):
+        self.stages, self.sampler, self.latent_image, self.denoise_mask, self.seed = stages, sampler, latent_image, denoise_mask, seed
         self.schedule = sigmas.tolist()  # the whole, of which a node on the first MODEL may leave steps out
         self.guiders = [self.guest(number, stage.guider) for number, stage in enumerate(stages)]
         self.loads = {}  # number -> what loads its model, as ComfyUI would have before sampling
@@ -104,7 +104,7 @@ class Blend:
         patcher.model.current_patcher = patcher  # two MODELs may share their weights and differ in LoRAs
 
     def enter(self, number, noise, sigmas, callback=None, disable_pbar=True):
-        return self.guiders[number].sample(noise, self.start[1], Inside(self, number), sigmas, self.denoise_mask, callback, disable_pbar, self.seed)
+        return self.guiders[number].sample(noise, self.latent_image, Inside(self, number), sigmas, self.denoise_mask, callback, disable_pbar, self.seed)
 
     def go(self, number, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar):
         """A guider's environment stands: enter the next one's, or sample."""

@@ -69,8 +69,8 @@ class Session:
             for recipe in self.acting(sigma):
                 for site in recipe.window.sites if recipe.branches else ():
                     if site in owner:
-                        raise ValueError(f"{recipe.node}: at sigma {sigma:.4g} {owner[site].node} already feeds the attention of block {tuple(site)} from several "
-                                         f"images, and that can be done once. Give the two nodes windows or sites that do not overlap.")
+                        raise ValueError(f"{recipe.node}: at sigma {sigma:.4g} {owner[site].node} already feeds the attention of block {tuple(site)} "
+                                         f"from several images, and that can be done once. Give the two nodes windows or sites that do not overlap.")
                     owner[site] = recipe
 
     def check_run(self, recipe, run):

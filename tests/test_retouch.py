@@ -1,4 +1,5 @@
 """Layout-and-Retouch: two models in one run, and a target fed from a layout and a reference."""
+from collections import Counter
 from functools import partial
 
 import comfy.model_management
@@ -49,14 +50,21 @@ def run(guide, latent=None, sampler="euler", steps=STEPS, seed=1):
     return sample_custom(latent or empty(), guide, sigmas(steps), seed, sampler)[0]["samples"]
 
 
-def seen_sigmas(model, act):
-    """The sigmas (of the first image) at which a MODEL is evaluated while act() runs."""
+def evaluations(model, act):
+    """(sigma, rows) of each evaluation of a MODEL while act() runs."""
     found = []
-    hook = model.model.diffusion_model.register_forward_pre_hook(lambda module, args, kwargs: found.append(float(kwargs["transformer_options"]["sigmas"][0])),
-                                                                 with_kwargs=True)
+
+    def note(module, args, kwargs):
+        found.append((float(kwargs["transformer_options"]["sigmas"][0]), len(args[0])))
+
+    hook = model.model.diffusion_model.register_forward_pre_hook(note, with_kwargs=True)
     act()
     hook.remove()
     return found
+
+
+def seen_sigmas(model, act):
+    return [sigma for sigma, _ in evaluations(model, act)]
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral", "heun", "uni_pc", "euler_cfg_pp"])
@@ -167,7 +175,12 @@ def test_patches_and_conditionings_stay_with_their_model():
 
     def watched(seed, encoder):
         model = random_model("sd15-small", seed).clone()
-        model.set_model_attn2_patch(lambda n, context, value, extra: (seen[seed].append((round(float(extra["sigmas"][0]), 3), context)), (n, context, value))[1])
+
+        def look(n, context, value, extra):
+            seen[seed].append((round(float(extra["sigmas"][0]), 3), context))
+            return n, context, value
+
+        model.set_model_attn2_patch(look)
         clip = text_encoder(seed=encoder)
         positive = clip.encode_from_tokens_scheduled(clip.tokenize("a red vase"))
         return CFGGuider.execute(model, positive, NEGATIVE, CFG).args[0], positive[0][0]
@@ -183,7 +196,12 @@ def test_patches_and_conditionings_stay_with_their_model():
 def test_models_take_turns(monkeypatch):
     """One swap: the second is loaded when its turn comes, and not before; a pure run loads one."""
     loaded, original = [], comfy.model_management.load_models_gpu
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda models, *args, **kwargs: (loaded.append(models[0].model), original(models, *args, **kwargs))[1])
+
+    def load(models, *args, **kwargs):
+        loaded.append(models[0].model)
+        return original(models, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", load)
     plain, personal = plain_model().model, personal_model().model
     counts = []
     hook = personal.diffusion_model.register_forward_pre_hook(lambda *args: counts.append(len(loaded)))
@@ -386,15 +404,11 @@ def test_where_and_when_the_sources_are_read():
     steps = 10
     model = random_model("sd15-small")
     patched, latent = swap(layout(steps=steps), reference(steps=steps), 0.2, 0.6, mask=OBJECT)
-    counts = {}
-    hook = model.model.diffusion_model.register_forward_pre_hook(
-        lambda module, args, kwargs: counts.update({float(kwargs["transformer_options"]["sigmas"][0]): counts.get(float(kwargs["transformer_options"]["sigmas"][0]), 0)
-                                                   + len(args[0])}), with_kwargs=True)
-    sample(patched, latent, steps=steps)
-    hook.remove()
-    schedule = sigmas(steps).tolist()[:-1]
+    counts = Counter()
+    for sigma, rows in evaluations(model, lambda: sample(patched, latent, steps=steps)):
+        counts[sigma] += rows
     # Target 2; reference 1, since both of its halves have one prompt; layout 2.
-    assert [counts.get(sigma, 0) for sigma in schedule] == [0, 0, 3, 3, 3, 3, 5, 5, 5, 5]
+    assert [counts[sigma] for sigma in sigmas(steps).tolist()[:-1]] == [0, 0, 3, 3, 3, 3, 5, 5, 5, 5]
 
 
 def test_evaluations_of_the_whole_method():
