@@ -160,7 +160,8 @@ def sections(options):
         pictures, _ = variants(example)
         shown.append([example.photo[0], *(pictures[name] for name in titles[1:])])
     text = "\n\n".join([
-        f"{count} prompts of the subject, another object and a place; {STEPS} steps, the paper's parts of the schedule. *Layout* is the correlation of the "
+        f"{count} prompts of the subject, another object and a place; {STEPS} steps, the paper's parts of the schedule. Targets are "
+        "sampled with the whole prompt: with the subject's alone, the paper's choice, this small model leaves the scene. *Layout* is the correlation of the "
         "pixels with the plain model's picture of the same seed. *Colour distance* (CIE Lab, smaller is liker) and *texture similarity* compare a disc about "
         "the subject with its photo; they stand for I-DINO and I-CLIP. *Prompt* is the share of place, colour, shape and texture of the other object, and "
         "subject that a reader finds; it stands for T-CLIP. *PSNR around the subject* is against the picture of stage one, outside the mask, which is of the "

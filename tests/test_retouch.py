@@ -17,8 +17,9 @@ from montage.patching.branches import join
 from montage.patching.schedule import Window
 from montage.patching.sites import sites_of
 from montage.patching.streams import streams_of
+from nodes import ControlNetApplyAdvanced
 from sampling import CFG, NEGATIVE, SIZE, STEPS, empty, record, recorder, sample, sample_custom, words
-from structures import build, random_model, text_encoder
+from structures import build, control_net, random_model, text_encoder
 from test_composite import close
 from test_inversion import evaluations_of, image_latent
 from test_recording import low_memory, same
@@ -211,6 +212,28 @@ def test_models_take_turns(monkeypatch):
     loaded.clear()
     run(blend(guider(0), guider(5), 0.0))
     assert [id(model) for model in loaded] == [id(personal)]
+
+
+@pytest.mark.parametrize("ramp", [0.0, 0.5])
+def test_a_lora_on_a_small_card(ramp, monkeypatch):
+    """--lowvram: no weight stays on the device; each is cast, and patched, when it is called."""
+    personal = plain_model().clone()
+    personal.add_patches({key: (change,) for key, change in changes(personal).items()})
+    both = blend(guider(prompt=1), guider(prompt=2, model=personal), 0.5, ramp)
+    expected, load = run(both), comfy.model_management.LoadedModel.model_load
+    monkeypatch.setattr(comfy.model_management.LoadedModel, "model_load", lambda self, memory=0, **how: load(self, 1, **how))
+    comfy.model_management.unload_all_models()
+    close(run(both), expected)
+    assert personal.model.model_lowvram
+    comfy.model_management.unload_all_models()
+
+
+def test_a_controlnet_stays_with_its_guider():
+    hint = torch.rand(1, 64, 64, 3, generator=torch.manual_seed(0))
+    positive, negative = ControlNetApplyAdvanced().apply_controlnet(words(2), words(99), control_net(), hint, 1.0, 0.0, 1.0)
+    plain, controlled = guider(prompt=1), CFGGuider.execute(personal_model(), positive, negative, CFG).args[0]
+    assert same(run(blend(plain, controlled, 0.0)), run(controlled)) and same(run(blend(plain, controlled, 1.0)), run(plain))
+    assert (run(blend(plain, controlled)) - run(blend(plain, guider(5, 2)))).abs().max() > 0.1
 
 
 def test_the_guiders_that_came_in_are_unchanged():
