@@ -422,16 +422,17 @@ def test_a_mask_blends_each_place_by_its_weight():
     assert q.shape[1] == 16 + 64 and torch.equal(recipe.attn1(None, n, n, n, [r, o], SIZE)[0].rows, OBJECT.flatten().nonzero()[:, 0])
 
 
-def test_where_and_when_the_sources_are_read():
-    """The reference in u@1-2 from layout_end on, the layout from mask_start on; streams that are not read cost nothing."""
+@pytest.mark.parametrize("end, last", [(1.0, 5), (0.8, 2)])
+def test_where_and_when_the_sources_are_read(end, last):
+    """The reference in u@1-2 from layout_end to end, the layout from mask_start on; streams that are not read cost nothing."""
     steps = 10
     model = random_model("sd15-small")
-    patched, latent = swap(layout(steps=steps), reference(steps=steps), 0.2, 0.6, mask=OBJECT)
+    patched, latent = swap(layout(steps=steps), reference(steps=steps), 0.2, 0.6, end, mask=OBJECT)
     counts = Counter()
     for sigma, rows in evaluations(model, lambda: sample(patched, latent, steps=steps)):
         counts[sigma] += rows
     # Target 2; reference 1, since both of its halves have one prompt; layout 2.
-    assert [counts[sigma] for sigma in sigmas(steps).tolist()[:-1]] == [0, 0, 3, 3, 3, 3, 5, 5, 5, 5]
+    assert [counts[sigma] for sigma in sigmas(steps).tolist()[:-1]] == [0, 0, 3, 3, 3, 3, 5, 5, last, last]
 
 
 def test_evaluations_of_the_whole_method():
