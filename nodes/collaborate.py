@@ -64,13 +64,20 @@ class WordsArea:
     def __init__(self, share, soft):
         """share: of the tokens, that belong to the subject. soft: whether the others do in part."""
         self.share, self.soft = share, soft
+        self.maps, self.found = None, {}
 
     def parts(self, session, grid, device):
-        """None before the first map."""
-        maps = session.maps[-1].read()
-        if maps is None:
-            return None
-        share = regions.strongest(maps, grid, self.share, self.soft).flatten(1).to(device)
+        """None in the first step, before there is a map."""
+        maps = session.maps[-1].before
+        if maps is not self.maps:
+            self.maps, self.found = maps, {}
+        if maps is not None and grid not in self.found:
+            self.found[grid] = self.parts_of(regions.strongest(maps, grid, self.share, self.soft).flatten(1).to(device))
+        return self.found.get(grid)
+
+    @staticmethod
+    def parts_of(share):
+        """share: of the subject, [B, tokens] in [0, 1]."""
         front, back = (part.any(0).nonzero()[:, 0] for part in (share > 0, share < 1))
         allowed = share[:, back] < 1
         allowed |= ~allowed.any(1, keepdim=True)  # an image that is all subject: its weight is 0, but there must be a key
@@ -102,10 +109,9 @@ class MaskedAttention(Recipe):
         if not self.condition:
             return noise, latent_image, sigmas
         own, latent_image = begin_on(self.condition, self, session, noise, latent_image)
-        return own if self.fresh is None else torch.where(regions.cells(self.fresh, session.size).to(own.device), noise, own), latent_image, sigmas
-
-    def keep(self, number, n, grid):
-        return n.clone()
+        if self.fresh is not None:
+            own = torch.where(regions.cells(self.fresh, session.size).to(own.device), noise, own)
+        return own, latent_image, sigmas
 
     def rows_of_subject(self, grid, device):
         key = grid, device
@@ -223,22 +229,25 @@ class CollaborativeAttention(io.ComfyNode):
                               tooltip="Where the subject goes (M_C): the object to replace, or an empty place. Leave it out to take it from a Token "
                                       "Attention Map on the MODEL: where the prompt's words for the subject draw."),
                 io.DynamicCombo.Input("preset", options=[*(io.DynamicCombo.Option(name, []) for name in PRESETS), custom],
-                                      tooltip="When SAGI (attention outputs injected) and SALQ (keys and values offered) act. notebook: as in the released "
-                                              "notebooks; paper: as printed; custom: your own numbers."),
+                                      tooltip="When SAGI (attention outputs injected) and SALQ (keys and values offered) act. notebook: as in the "
+                                              "released notebooks; paper: as printed; custom: your own numbers."),
                 io.Int.Input("dilation", default=5, min=0, max=256,
                              tooltip="Grows edit_mask, in pixels of the picture (5 in the code, 1 in the paper, at 512 pixels)."),
                 io.Boolean.Input("background_lock", default=True,
                                  tooltip="Holds everything outside the edited area at the condition, exactly. Needs condition and edit_mask; without "
                                          "them it does nothing."),
                 io.Boolean.Input("fresh_noise", default=False,
-                                 tooltip="Begins the edited area with the sampler's own noise (its seed matters then) instead of the condition's. For adding "
-                                         "to an empty place of an inverted picture, whose noise leads back to the empty place. Needs condition and edit_mask."),
+                                 tooltip="Begins the edited area with the sampler's own noise (its seed matters then) instead of the condition's. "
+                                         "For adding to an empty place of an inverted picture, whose noise leads back to the empty place. Needs "
+                                         "condition and edit_mask."),
                 io.Combo.Input("order", options=[FORWARD, REVERSE], default=FORWARD, advanced=True,
                                tooltip="SALQ first is the paper's ablation: the two exchange their windows."),
                 io.Float.Input("map_share", default=0.3, min=0.01, max=1.0, step=0.01, advanced=True,
-                               tooltip="Without edit_mask: the share of the picture, where the words draw most, that is the subject's alone (code: 0.3)."),
+                               tooltip="Without edit_mask: the share of the picture, where the words draw most, that is the subject's alone "
+                                       "(code: 0.3)."),
                 io.Combo.Input("map_form", options=["soft", "hard"], default="soft", advanced=True,
-                               tooltip="Without edit_mask: outside that share the subject acts as strongly as the map says (soft), or not at all (hard)."),
+                               tooltip="Without edit_mask: outside that share the subject acts as strongly as the map says (soft), or not at all "
+                                       "(hard)."),
                 io.Conditioning.Input("subject_positive", optional=True,
                                       tooltip="Evaluates the subject's picture with its own prompt, as the paper does, instead of the one it was "
                                               "inverted with. Costs a second evaluation for each step."),
@@ -254,8 +263,8 @@ class CollaborativeAttention(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, subject, subject_mask, preset, dilation, background_lock, fresh_noise, order, map_share, map_form, condition=None, edit_mask=None,
-                subject_positive=None, condition_positive=None, negative=None):
+    def execute(cls, model, subject, subject_mask, preset, dilation, background_lock, fresh_noise, order, map_share, map_form, condition=None,
+                edit_mask=None, subject_positive=None, condition_positive=None, negative=None):
         subject = cls.stream("subject", subject)
         condition = cls.stream("condition", condition) if condition else None
         check_together(cls.NAME, [stream for stream in (subject, condition) if stream], model, names=["the subject", "the condition"])
@@ -307,7 +316,8 @@ class CollaborativeAttention(io.ComfyNode):
         mask = mask.reshape(-1, *mask.shape[-2:]).cpu()
         (height, width), (h, w) = mask.shape[-2:], size
         if len(mask) > 1:
-            raise ValueError(f"{cls.NAME}: {name} is a batch of {len(mask)}, and one mask was expected.")
+            raise ValueError(f"{cls.NAME}: {name} is a batch of {len(mask)}, and one mask was expected. Join them "
+                             "with MaskComposite, or connect one.")
         if abs(height / width - h / w) > 8 / min(h, w):
             raise ValueError(f"{cls.NAME}: {name} is {width}x{height} and the pictures are {w}x{h}, another shape. Use a mask of the picture.")
         return regions.at_size(mask[0], size)
@@ -325,8 +335,8 @@ class CollaborativeAttention(io.ComfyNode):
             except ValueError as error:
                 raise ValueError(f"{cls.NAME}: {part}_sites: {error}") from None
         if max(sagi[0], salq[0]) < min(sagi[1], salq[1]) and set(sites[0]) & set(sites[1]):
-            raise ValueError(f"{cls.NAME}: SAGI ({sagi[0]:g} to {sagi[1]:g}) and SALQ ({salq[0]:g} to {salq[1]:g}) overlap in the same blocks. Let one "
-                             "begin where the other ends: each makes the whole attention of a block.")
+            raise ValueError(f"{cls.NAME}: SAGI ({sagi[0]:g} to {sagi[1]:g}) and SALQ ({salq[0]:g} to {salq[1]:g}) overlap in the same blocks. "
+                             "Let one begin where the other ends: each makes the whole attention of a block.")
         return Window(*sagi, sites[0]), Window(*salq, sites[1])
 
 

@@ -99,20 +99,17 @@ def inversion_sampler(model, x, sigmas, extra_args, callback, disable, run):
     """A k-diffusion sampler over ascending sigmas, which fills `run` with the history that it finds."""
     run.conds = recorded_conds(model.inner_model.conds)
     run.options = {0: create_model_options_clone(extra_args["model_options"])}
-    ones = x.new_ones(x.shape[0])
-    history = {}
+    keyed = {**extra_args, "model_options": taking_keys(run, model.inner_model, extra_args["model_options"])}
+    ones, history = x.new_ones(x.shape[0]), {}
 
     def predict_noise(y, sigma):
-        denoised = model(y, sigma * ones, **extra_args)
+        denoised = model(y, sigma * ones, **(extra_args if run.keys else keyed))  # keys of the first, which sees the picture itself
         callback({"i": len(history) - 1, "denoised": denoised, "x": y, "sigma": sigma})
         return (y - denoised) / sigma
 
-    for sigma, y in inversion.invert(x, predict_noise, sigmas):
+    for sigma, y in inversion.invert(x, predict_noise, sigmas, model.inner_model.inner_model.model_sampling.sigma_data):
         history[float(sigma), 0, 0] = Evaluation(y)  # where the ladder starts with a sigma of the schedule, they are equal
     run.evaluations = {key: history[key] for key in reversed(history) if key[0] in run.sigmas}
-    lowest = run.sigmas[-2]
-    options = taking_keys(run, model.inner_model, extra_args["model_options"])
-    model(run.evaluations[lowest, 0, 0].x.to(x), lowest * ones, **{**extra_args, "model_options": options})
     return y
 
 

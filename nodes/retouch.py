@@ -257,7 +257,7 @@ class FromBoth(Recipe):
         """M at a site, [1 or B, tokens, 1]."""
         mask = self.mask
         if isinstance(mask, RunningMask):
-            found = session.maps[-1].read()
+            found = session.maps[-1].before
             mask = kernel.adaptive(torch.zeros(1, *grid) if found is None else found.cpu(), mask.segment, session.size, *mask[1:]).mask
         return kernel.at_size(mask, grid).flatten(1)[..., None].to(like)
 

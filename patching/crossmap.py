@@ -32,7 +32,8 @@ class RunningMap:
     """A TokenMap in one run: the mean over heads, over the sites and over the steps so far (MCA-Ctrl and MasaCtrl take 1/4 of
     the latent, Layout-and-Retouch says "decoder"), min-max normalised for each image.
 
-    At a site it holds what was executed before: the sites of this step that lie earlier, and the steps before.
+    before: what recipes read while the model is evaluated, the map of the evaluations before this one (None in the first). What this
+    one has found so far depends on which CFG half ComfyUI evaluates first, or whether both at once.
     """
 
     def __init__(self, wanted, model, conds):
@@ -41,9 +42,14 @@ class RunningMap:
         self.attentions = {site: transformer_block(model, site).attn2 for site in wanted.sites}
         self.lengths = {cond["uuid"]: cond["cross_attn"].shape[1] for group in conds.values() for cond in group if cond.get(MARK) == wanted.prompt}
         self.sums, self.count = {}, 0  # grid -> sum of maps [B, h, w]
+        self.before = None
         if not self.lengths:
             raise ValueError(f'Token Attention Map: this sampler has no conditioning of the prompt "{wanted.prompt}". Connect the CONDITIONING of '
                              f"Token Attention Map to the sampler's positive, through a ControlNet if there is one.")
+
+    def begin(self):
+        """A new evaluation."""
+        self.before = self.read()
 
     def patch(self, n, context, value, extra):
         """The attn2_patch. n: [conds x B, tokens, channels], context: [conds x B, text tokens, features]."""

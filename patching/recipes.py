@@ -57,8 +57,8 @@ class Recipe:
         return output
 
     def keep(self, number, n, grid):
-        """What to keep of stream `number` at a site. n: [1, tokens, channels], grid: (h, w)."""
-        return n
+        """What to keep of stream `number` at a site. n: [1, tokens, channels], which others may write into; grid: (h, w)."""
+        return n.clone()
 
     def attn1(self, session, n, k, v, sources, grid):
         """The self-attention of one CFG half at a site: [Branch]. n, k, v: the inputs of Q, K and V, [B, tokens, channels].

@@ -108,6 +108,8 @@ class Session:
             self.visit(float(timestep[0]))
         step = Step((*self.sigma_visit, self.calls), halves_of(self.guider.conds), self.acting(self.sigma_visit[0]))
         if self.maps and self.calls == 0:  # further calls of a visit see attention that was disturbed on purpose
+            for running in self.maps:
+                running.begin()
             options = self.patched(options, self.measure, "attn2_patch")
         self.calls += 1
         if self.run is None:

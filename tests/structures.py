@@ -52,6 +52,12 @@ def build(name, seed=0, device="cpu"):
                                                 offload_device=comfy.model_management.unet_offload_device())
 
 
+def half(model):
+    """The MODEL, in fp16 from now on."""
+    model.model.half().diffusion_model.dtype = torch.float16
+    return model
+
+
 @functools.cache
 def random_model(name, seed=0):
     return build(name, seed)

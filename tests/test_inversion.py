@@ -40,16 +40,19 @@ def test_the_recursion_is_the_official_one():
         return network(y / (1 + sigma**2) ** 0.5, timestep_of[float(sigma)])
 
     assert difference(k_diffusion) < 1e-12
-    plain, inversion.model_input = inversion.model_input, lambda y, sigma, following: y
+    y, s, following, data = image, 2.0, 3.0, 0.5  # and where the scale is another: the network sees the latent of s
+    called = inversion.model_input(y, s, following, data) / (data**2 + following**2) ** 0.5
+    assert (called - y / (data**2 + s**2) ** 0.5).abs().max() < 1e-12
+    plain, inversion.model_input = inversion.model_input, lambda y, *rest: y
     try:
         assert difference(k_diffusion) > 1e-2  # the compensation forgotten
     finally:
         inversion.model_input = plain
 
 
-def invert(latent, model=None, steps=STEPS, conditioning=None):
+def invert(latent, model=None, steps=STEPS, conditioning=None, scheduler="normal", denoise=1.0):
     model = model or random_model("sd15-small")
-    sigmas = BasicScheduler.execute(model, "normal", steps, 1.0).args[0]
+    sigmas = BasicScheduler.execute(model, scheduler, steps, denoise).args[0]
     return InvertImage.execute(model, latent, sigmas, conditioning or words(5))
 
 

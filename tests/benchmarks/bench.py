@@ -16,7 +16,7 @@ import comfy.model_management  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 from sampling import sample, words  # noqa: E402
-from structures import STRUCTURES, build, demo_model, text_encoder  # noqa: E402
+from structures import STRUCTURES, build, demo_model, half, text_encoder  # noqa: E402
 
 comfy.utils.set_progress_bar_enabled(False)
 
@@ -77,8 +77,7 @@ class Bench:
         else:
             self.model, self.clip, self.vae = build(name), text_encoder(name), None  # the encoder's widths are small: for its tokens alone
             if CUDA:
-                self.model.model.half()
-                self.model.model.manual_cast_dtype = None
+                half(self.model)
             self.positive, self.negative = words(1, name=name), words(2, name=name)
 
     @property
