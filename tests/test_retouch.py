@@ -436,8 +436,8 @@ def test_where_and_when_the_sources_are_read(end, last):
 
 
 def test_evaluations_of_the_whole_method():
-    """Section 5.6: 350 UNet evaluations for 50 steps, 70 for 10, and one in which the inversion reads its keys. With a photo that was
-    inverted with the prompt it is read with, whose halves are one, 311 and 63."""
+    """350 UNet evaluations for 50 steps, 70 for 10. With a photo that was inverted with the prompt it is read with, whose
+    halves are one, 310 and 62."""
     steps = 10
 
     def whole(**optional):
@@ -450,8 +450,8 @@ def test_evaluations_of_the_whole_method():
         return evaluations_of(plain_model(), lambda: found.append(evaluations_of(personal_model(), lambda: whole(**optional)))) + found.pop()
 
     found = []
-    assert count(reference_prompt=words(4)) == 20 + 11 + 4 * 4 + 4 * 6
-    assert count() == 20 + 11 + 4 * 3 + 4 * 5
+    assert count(reference_prompt=words(4)) == 20 + 10 + 4 * 4 + 4 * 6
+    assert count() == 20 + 10 + 4 * 3 + 4 * 5
 
 
 def test_the_sources_are_what_they_are_without_us():
