@@ -247,23 +247,26 @@ class FromBoth(Recipe):
     def __init__(self, window, references, layouts, mask):
         super().__init__(window)
         self.streams, self.count, self.mask = (*references, *layouts), len(references), mask
+        self.made = None  # (map, M) of a running mask
 
     def check(self, session):
         if isinstance(self.mask, RunningMask) and not session.maps:
             raise ValueError(f"{self.node}: a running mask needs Token Attention Map on the MODEL, with the words to look for. Put it there, or connect "
                              "the MASK of Adaptive Mask Blend.")
 
-    def weights(self, session, grid, like):
-        """M at a site, [1 or B, tokens, 1]."""
-        mask = self.mask
-        if isinstance(mask, RunningMask):
-            found = session.maps[-1].before
-            mask = kernel.adaptive(torch.zeros(1, *grid) if found is None else found.cpu(), mask.segment, session.size, *mask[1:]).mask
-        return kernel.at_size(mask, grid).flatten(1)[..., None].to(like)
+    def current(self, session):
+        """M, [1 or B, H, W]; a running one is made once for each map."""
+        if not isinstance(self.mask, RunningMask):
+            return self.mask
+        found = session.maps[-1].before
+        if self.made is None or self.made[0] is not found:
+            known = torch.zeros(1, *session.size) if found is None else found.cpu()
+            self.made = found, kernel.adaptive(known, self.mask.segment, session.size, *self.mask[1:]).mask
+        return self.made[1]
 
     def attn1(self, session, n, k, v, sources, grid):
         reference, layout = torch.cat(sources[:self.count]), torch.cat(sources[self.count:])
-        weight = self.weights(session, grid, n)
+        weight = kernel.at_size(self.current(session), grid).flatten(1)[..., None].to(n)
         branches = []
         for queries, keys, share in ((n, reference, weight), (layout, layout, 1 - weight)):
             rows = share.amax(0).flatten().nonzero()[:, 0]

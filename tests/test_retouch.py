@@ -10,6 +10,7 @@ from comfy.k_diffusion import sampling
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
+from montage.kernels import masks as kernel
 from montage.nodes.record import InvertImage
 from montage.nodes.retouch import AdaptiveMaskBlend, FromBoth, MultiSourceSwap, RunningMask, StepBlendSampler, TokenAttentionMap
 from montage.patching.blend import Stage, shares
@@ -524,7 +525,7 @@ def test_a_picture_as_layout():
     assert torch.isfinite(retouch(source, reference(), mask=OBJECT, layout_prompt=words(1))).all()
 
 
-def test_a_running_mask():
+def test_a_running_mask(monkeypatch):
     """It is what Adaptive Mask Blend would give for the map of each step; no words at all is no object."""
     clip = text_encoder()
     source, subject = layout(), reference()
@@ -533,7 +534,10 @@ def test_a_running_mask():
     with pytest.raises(ValueError, match="a running mask needs Token Attention Map"):
         sample(model, latent)
     measured, latent, positive = TokenAttentionMap.execute(model, latent, clip, "a red cat", "cat", "d@2-4,u@2-4").args
+    made, adaptive = [], kernel.adaptive
+    monkeypatch.setattr(kernel, "adaptive", lambda *args: (made.append(args), adaptive(*args))[1])
     result = sample(measured, latent, positive=positive)["samples"]
+    assert len(made) == 2 and not torch.equal(made[0][0], made[1][0])  # once a step, of the map as it is by then
     none = AdaptiveMaskBlend.execute(1.0, 1.0, "cross").args[1]
     model, latent = swap(source, subject, running_mask=none)
     measured, latent, positive = TokenAttentionMap.execute(model, latent, clip, "a red cat", "cat", "d@2-4,u@2-4").args
