@@ -1,0 +1,117 @@
+"""Prompts that nobody would write, and many in a row, on a real server: it answers every one, in words, and nothing stays behind.
+
+    python dev.py test tests/test_fuzz.py                                            a sample
+    MONTAGE_FUZZ=2000 MONTAGE_SOAK=200 python dev.py test tests/test_fuzz.py         all of it: about two hours on two cores
+"""
+import copy
+import json
+import os
+import random
+import statistics
+import time
+import urllib.error
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_server import COMPOSITE, PHOTOMONTAGE, equal, picture, quick, server, workflow  # noqa: F401  server is a fixture
+from workbench import dev
+
+PROMPTS, RUNS = int(os.environ.get("MONTAGE_FUZZ", 40)), int(os.environ.get("MONTAGE_SOAK", 12))
+FLAT = 1.02  # of memory, over a long row of runs
+LARGEST = {"width": 192, "height": 192, "batch_size": 3, "amount": 3, "steps": 4, "preview_every": 4}  # larger is slow, and no fault
+
+pytestmark = pytest.mark.slow
+
+NUMBERS = st.one_of(st.integers(-3, 9), st.floats(-3, 3), st.sampled_from([0, -1, 1e-9, 1e9, -1e9, 2**63, float("nan"), float("inf")]))
+TEXTS = st.one_of(st.text(max_size=20), st.sampled_from([
+    "", "all", "none", "d9", "u2-", "u@1-2", "-", "m", "0", "\n", "embedding:nothing", "(ball:1e9)", "../../etc/passwd", "#zzz", '{"v":1}', '{"v":9,"strokes":[]}',
+    '{"v":1,"base":0,"strokes":[{"k":0,"r":-5,"p":[0]}]}', '{"v":1,"base":99,"strokes":[{"k":"a","r":1e30,"p":[1,2,3]}]}', "[[[[", "null"]))
+ANYTHING = st.one_of(NUMBERS, TEXTS, st.booleans(), st.none(), st.lists(st.integers(0, 60), max_size=3))
+
+
+def prompts():
+    """{name: a quick version of each workflow that needs the demo model alone}."""
+    found = {name: quick(prompt, steps=2) for name, prompt in dev.demo_workflows()}
+    for prompt in found.values():
+        for node in prompt.values():
+            node["inputs"].update({key: 2 for key in ("amount", "preview_every") if key in node["inputs"]})
+            if node["class_type"] == "LearnLayerToken":
+                node["inputs"]["steps"] = 2
+    return found
+
+
+@st.composite
+def mutated(draw, workflows):
+    """A workflow with one to three inputs changed to something of their kind or not, wired elsewhere, or missing."""
+    prompt = copy.deepcopy(workflows[draw(st.sampled_from(sorted(workflows)))])
+    for _ in range(draw(st.integers(1, 3))):
+        node = prompt[draw(st.sampled_from(sorted(prompt)))]["inputs"]
+        if not node:
+            continue
+        key = draw(st.sampled_from(sorted(node)))
+        if draw(st.integers(0, 9)) == 0:
+            del node[key]
+        elif isinstance(node[key], list):
+            node[key] = [draw(st.sampled_from(sorted(prompt))), draw(st.integers(0, 3))]
+        else:
+            kind = {str: TEXTS, bool: st.booleans(), int: NUMBERS, float: NUMBERS}.get(type(node[key]), ANYTHING)
+            value = draw(kind if draw(st.integers(0, 3)) else ANYTHING)
+            node[key] = min(value, LARGEST[key]) if key in LARGEST and isinstance(value, (int, float)) else value
+    return prompt
+
+
+def answer(server, prompt, seconds=120):  # noqa: F811
+    """What came of a prompt: None, or the error of the node that failed. Fails where the server does not say."""
+    try:
+        queued = server.call("/prompt", {"prompt": prompt})["prompt_id"]
+    except urllib.error.HTTPError as refused:
+        said = json.load(refused)
+        assert refused.code == 400 and (said["node_errors"] or said["error"]["message"]), said
+        return None
+    deadline = time.time() + seconds
+    while not (history := server.call(f"/history/{queued}").get(queued)):
+        server.alive()
+        assert time.time() < deadline, f"no end within {seconds} s: {json.dumps(prompt)}"
+        time.sleep(0.05)
+    return next((data for kind, data in history["status"]["messages"] if kind == "execution_error"), None)
+
+
+def test_no_prompt_gets_less_than_a_clear_answer(server):  # noqa: F811
+    ours = {node["display_name"] for node in server.call("/object_info").values() if node["python_module"] == "custom_nodes.montage"}
+    reference = picture(server, server.run(quick(workflow(PHOTOMONTAGE)), "before"))
+
+    @settings(max_examples=PROMPTS, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(mutated(prompts()))
+    def one(prompt):
+        error = answer(server, prompt)
+        if error and any("custom_nodes/montage" in line.replace("\\", "/") for line in error["traceback"]):
+            assert error["exception_message"].startswith(tuple(f"{name}:" for name in ours)), error["exception_message"] + "".join(error["traceback"])
+
+    one()
+    changed = quick(workflow(PHOTOMONTAGE))
+    changed["44"]["inputs"]["seed"] = 1  # not from the server's cache
+    assert equal(picture(server, server.run(changed, "after")), reference)
+    assert COMPOSITE in changed
+
+
+def test_memory_stays_flat_over_many_runs_and_cancels(server):  # noqa: F811
+    process, chance, taken = psutil.Process(server.process.pid), random.Random(0), []
+    for number in range(RUNS):
+        prompt = quick(workflow(PHOTOMONTAGE), steps=2)
+        for node in ("13", "23", "33"):
+            prompt[node]["inputs"]["seed"] = 100 * number + int(node)
+        queued = server.call("/prompt", {"prompt": prompt})["prompt_id"]
+        if chance.random() < 0.4:
+            time.sleep(chance.random())
+            server.call("/interrupt", {}, parse=False)
+        while not server.call(f"/history/{queued}").get(queued):
+            server.alive()
+            time.sleep(0.05)
+        taken.append(process.memory_info().rss)
+    if RUNS >= 100:
+        first, last = (statistics.median(taken[start:start + RUNS // 5]) for start in (RUNS // 5, -RUNS // 5))
+        print(f"memory: {first / 2**20:.0f} MB after a fifth of {RUNS} runs, {last / 2**20:.0f} MB at the end")
+        assert last < FLAT * first
+    assert server.run(quick(workflow(PHOTOMONTAGE)), "after")
