@@ -87,7 +87,7 @@ def _lora(trainer, drawn, latents, budget) -> dict:
         words = torch.cat([ids[rows], tokens[others, 0].long()])
         return trainer.denoising_loss(x[mix], lambda: trainer.text(words[mix]), generator)
 
-    figures = trainer.fit("lora", lora.factors, loss_of, budget, lr=3e-3, warmup=10)
+    figures = trainer.fit("lora", lora.factors, loss_of, budget, lr=6e-3, warmup=10)
     lora.remove()
     state = {f"diffusion_model.{key}": value.half() for key, value in lora.factors.items()}
     state |= {key.replace("lora_up.weight", "alpha"): torch.tensor(float(RANK)) for key in list(state) if "lora_up" in key}

@@ -1,4 +1,5 @@
 """The small trained model that this pack brings along, and pictures of its world, for the example workflows and tests."""
+import comfy.controlnet
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -22,6 +23,7 @@ class MontageDemoModel(io.ComfyNode):
                                tooltip="Its text encoder. Words: colours, plain striped dotted checkered, ball box star ring tree house, in the "
                                        "sky, on grass, on sand, at night, by a brick wall, on snow."),
                 io.Vae.Output("vae", tooltip="Its autoencoder."),
+                io.ControlNet.Output("control_net", tooltip="Its ControlNet. Hint: the objects' outlines, white on black, as Canny draws them."),
             ],
         )
 
@@ -32,7 +34,8 @@ class MontageDemoModel(io.ComfyNode):
         family.register()
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
             str(family.WEIGHTS), embedding_directory=folder_paths.get_folder_paths("embeddings"))
-        return io.NodeOutput(model, clip, vae)
+        control = comfy.controlnet.load_controlnet(str(family.WEIGHTS.with_name("demo-controlnet.safetensors")))
+        return io.NodeOutput(model, clip, vae, control)
 
 
 class MontageDemoCutout(io.ComfyNode):

@@ -99,4 +99,4 @@ def demo_model():
     """(MODEL, CLIP, VAE) of the demo model."""
     from montage.nodes.demo_model import MontageDemoModel
 
-    return tuple(MontageDemoModel.execute().args)
+    return tuple(MontageDemoModel.execute().args[:3])
