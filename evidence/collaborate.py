@@ -29,14 +29,14 @@ class Pair:
         self.model, self.clip, self.vae = demo_model()
         self.seed, generator = FIRST + number, torch.Generator().manual_seed(FIRST + number)
         self.drawn = scenes.sample(2, generator, count=1)
-        for field, count in ((self.drawn.shape, len(scenes.SHAPES)), (self.drawn.colour, len(scenes.COLOURS))):
-            if field[0, 0] == field[1, 0]:  # the subject and what it replaces look different
-                field[1, 0] = (field[1, 0] + 1) % count
+        self.drawn.shape[1, 0] = self.drawn.shape[0, 0]  # as in DreamEditBench, of one kind
+        if self.drawn.colour[0, 0] == self.drawn.colour[1, 0]:  # but not of one look
+            self.drawn.colour[1, 0] = (self.drawn.colour[1, 0] + 1) % len(scenes.COLOURS)
         self.pictures = scenes.render(self.drawn, SIZE, generator).movedim(1, -1)
         self.subject_mask, self.object_mask = (scenes.masks(self.drawn, SIZE)[:, 0] > 0.5)
         self.words = scenes.phrase(self.drawn, 0, 0)
         self.prompt = f"{self.words} {list(scenes.BACKGROUNDS.values())[self.drawn.background[1]]}"
-        self.own, self.empty = [self.encode(scenes.caption(self.drawn, row)) for row in (0, 1)], self.encode("")
+        self.empty = self.encode("")
         sigmas = BasicScheduler.execute(self.model, "normal", STEPS, 1.0).args[0]
         self.encoded = self.vae.encode(self.pictures)
         self.history, self.noise = InvertImage.execute(self.model, {"samples": self.encoded}, sigmas, self.empty).args
@@ -54,10 +54,12 @@ class Pair:
     def sampled(self, model, latent, positive=None, cfg=CFG):
         return sample(model, latent, self.seed, positive or self.encode(self.prompt), self.empty, "ddim", "normal", STEPS, cfg)["samples"]
 
-    def collaborating(self, model, sagi=(0.0, 0.1), salq=(0.1, 1.0), dilation=DILATION, lock=False, fresh=False, order="SAGI first", form="soft", **inputs):
+    def collaborating(self, model, sagi=(0.0, 0.1), salq=(0.1, 1.0), dilation=DILATION, lock=False, fresh=False, order="SAGI first", form="soft",
+                      **inputs):
         preset = {"preset": "custom", "sagi_start": sagi[0], "sagi_end": sagi[1], "sagi_sites": "all",
                   "salq_start": salq[0], "salq_end": salq[1], "salq_sites": "u2-" if "edit_mask" in inputs else "all"}
-        return CollaborativeAttention.execute(model, self.latent(0), self.subject_mask.float(), preset, dilation, lock, fresh, order, 0.3, form, **inputs).args
+        return CollaborativeAttention.execute(model, self.latent(0), self.subject_mask.float(), preset, dilation, lock, fresh, order, 0.3, form,
+                                              **inputs).args
 
     def edited(self, mask=None, **settings):
         """The picture with the subject in place of the object."""
@@ -95,7 +97,8 @@ def swaps(pair):
 
 
 def likeness(pair, picture, seen, inside):
-    """How like the subject an object of a picture is: of its words, and of what no word says. seen: by the reader. inside: where the object must be."""
+    """How like the subject an object of a picture is: of its words, and of what no word says. seen: by the reader. inside: where the
+    object must be."""
     there = [found for found in seen if metrics.placed(found, inside)]
     best = max(there, key=lambda found: found.score, default=None)
     truth = metrics.truth(pair.drawn, 0, 0)
@@ -143,7 +146,8 @@ def measure_reconstruction(number):
     nothing = pair.edited(mask=torch.zeros(SIZE, SIZE), lock=True)
     pictures = {"the autoencoder's round trip": round_trip, "inverted and sampled back": pair.decode(pair.reconstructed()),
                 "nothing edited, locked": nothing, "subject swapped, locked": pair.edited(lock=True), "subject swapped": pair.edited()}
-    return {name: {"psnr": metrics.background_psnr(picture, pair.pictures[1], inside), "equal": float(torch.equal(picture, round_trip))}
+    return {name: {"psnr": metrics.background_psnr(picture, pair.pictures[1], inside), "near": metrics.background_psnr(picture, round_trip, inside),
+                   "equal": float(torch.equal(picture, round_trip))}
             for name, picture in pictures.items()}
 
 
@@ -161,7 +165,8 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     ("SALQ first, the background is kept worse", "SALQ first", OURS, "psnr", -1, "DINOback .555 / .668"),
     ("the subject's unnamed style is nearer than by mutual self-attention", OURS, MASA, "style", -1, "(figures only)"),
     ("and the background is kept better", OURS, MASA, "psnr", 1, "(figures only)"),
-    ("the subject's unnamed style is nearer than by its words alone", OURS, "neither: the prompt alone", "style", -1, "(DiffEdit DINOsub .510 / .633)"),
+    ("the subject's unnamed style is nearer than by its words alone", OURS, "neither: the prompt alone", "style", -1,
+     "(DiffEdit DINOsub .510 / .633)"),
     ("and its colours", OURS, "neither: the prompt alone", "colour", -1, "(DiffEdit CLIP-Isub .755 / .779)"),
     ("the right object is there more often than by its words alone", OURS, "neither: the prompt alone", "present", 1, ""),
 )
@@ -176,11 +181,12 @@ def sections(options):
     pairs = [Pair(number) for number in range(4)]
     pictures = [swaps(pair) for pair in pairs]
     yield study.Section("MCA-Ctrl: swapping a subject", "\n\n".join([
-        f"{len(found.samples)} pairs of rendered scenes of one object each, both inverted over {STEPS} steps; the subject of the one replaces the object of the "
-        "other, by the notebook's settings with true masks. *right object*: share in which an object of the subject's colour and shape stands inside the "
-        "edit mask. *colour distance* (CIE Lab, less is nearer) and *texture likeness* compare the edited area with the subject, *style error* what words "
-        "do not say (shade, light, outline, the texture's direction and size; 0 equal, 1/3 unrelated). *background* is the PSNR (dB) outside the dilated edit mask against the picture "
-        "itself, without the background lock, as printed in the paper. DINO, CLIP and ImageReward are not checkable without pretrained networks.",
+        f"{len(found.samples)} pairs of rendered scenes of one object each, of one shape and two colours, both inverted over {STEPS} steps; the "
+        "subject of the one replaces the object of the other, by the notebook's settings with true masks. *right object*: share in which an "
+        "object of the subject's colour and shape stands inside the edit mask. *colour distance* (CIE Lab, less is nearer) and *texture "
+        "likeness* compare the edited area with the subject, *style error* what words do not say (shade, light, outline, the texture's direction "
+        "and size; 0 equal, 1/3 unrelated). *background* is the PSNR (dB) outside the dilated edit mask against the picture itself, without the "
+        "background lock, as printed in the paper. DINO, CLIP and ImageReward are not checkable without pretrained networks.",
         found.table(**FIGURES, psnr="background"),
         study.markdown(study.CLAIMS, [study.claim(what, found.difference(a, b, figure), sign, paper) for what, a, b, figure, sign, paper in CLAIMS]),
         study.grid("collaborate-swap", [[*pair.pictures, *row.values()] for pair, row in zip(pairs, pictures)], ["subject", "picture", *pictures[0]]),
@@ -188,16 +194,16 @@ def sections(options):
 
     found = study.Study("collaborate-lock", options.folder).run(size(SAMPLES // 5), measure_reconstruction)
     yield study.Section("MCA-Ctrl: what stays", "\n\n".join([
-        f"PSNR (dB) outside the dilated edit mask against the picture itself, {len(found.samples)} pairs. *equal*: share of pictures that are the autoencoder's "
-        "round trip bit for bit.",
-        found.table(psnr="background", equal="equal"),
+        f"PSNR (dB) outside the dilated edit mask, {len(found.samples)} pairs: against the picture itself, and against the autoencoder's round "
+        "trip of it (-: all are equal to it there). *equal*: share of pictures that are the round trip bit for bit, everywhere.",
+        found.table(psnr="the picture", near="its round trip", equal="equal"),
     ]))
 
     found = study.Study("collaborate-addition", options.folder).run(size(SAMPLES // 2), measure_addition)
     yield study.Section("MCA-Ctrl: adding a subject", "\n\n".join([
-        f"The same subjects put into an empty place of the other picture, the place that they have in their own (of {len(found.samples)} pairs those in which "
-        "it is empty). Inverted noise of an empty place leads back to the empty place; *fresh noise*, which the paper has not, begins the edited area with the "
-        "sampler's own. Figures as above.",
+        f"The same subjects put into an empty place of the other picture, the place that they have in their own (of {len(found.samples)} pairs "
+        "those in which it is empty). Inverted noise of an empty place leads back to the empty place; *fresh noise*, which the paper has not, "
+        "begins the edited area with the sampler's own. Figures as above.",
         found.table(**FIGURES),
         study.markdown(study.CLAIMS, [study.claim("with fresh noise the right object is there more often", found.difference(
             "fresh noise", "the picture's noise (paper)", "present"), 1, "(ours)")]),
@@ -205,12 +211,14 @@ def sections(options):
 
     found = study.Study("collaborate-generation", options.folder).run(size(SAMPLES // 2), measure_generation)
     yield study.Section("MCA-Ctrl: generating with a subject", "\n\n".join([
-        f"{len(found.samples)} new pictures of the subject on another background, from its words; the edited area comes from the running cross-attention map of "
-        "those words (the strongest 30 %; *soft*: elsewhere as much as the map says). Figures as above, over the whole picture.",
-        found.table(**FIGURES),
+        f"{len(found.samples)} new pictures of the subject on another background, from its words; the edited area comes from the running "
+        "cross-attention map of those words (the strongest 30 %; *soft*: elsewhere as much as the map says). *right object* and *style error* as "
+        "above, wherever it stands.",
+        found.table(present=FIGURES["present"], style=FIGURES["style"]),
         study.markdown(study.CLAIMS, [study.claim(what, found.difference(f"subject, {form} map", "the prompt alone", figure), sign, paper)
                                       for form in ("soft", "hard") for what, figure, sign, paper in (
-                                          (f"{form} map: the subject's unnamed style is nearer than by its words alone", "style", -1, "DINO .661 (IP-Adapter .650)"),
+                                          (f"{form} map: the subject's unnamed style is nearer than by its words alone", "style", -1,
+                                           "DINO .661 (IP-Adapter .650)"),
                                           (f"{form} map: the right object is still there", "present", 1, "CLIP-T .302 (IP-Adapter .265)"))]),
         study.grid("collaborate-generation", [[pair.pictures[0], *(pair.generated(form) for form in (None, "soft", "hard"))] for pair in pairs],
                    ["subject", "the prompt alone", "soft", "hard"]),

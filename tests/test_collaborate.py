@@ -1,4 +1,6 @@
 """MCA-Ctrl: its mathematics, the two laws of a patching node, and what it costs."""
+import copy
+
 import pytest
 import torch
 from montage.kernels import regions
@@ -9,7 +11,8 @@ from montage.patching.branches import join
 from montage.patching.recipes import KEY
 from montage.patching.schedule import Window
 from montage.patching.sites import parse_sites, sites_of, transformer_block
-from montage.patching.streams import Half, streams_of
+from montage.patching.streams import LATENT_KEY, Half, Recording, streams_of
+from nodes import LatentFromBatch
 from sampling import NEGATIVE, SIZE, STEPS, empty, halves, record, recorder, sample, sample_advanced, words
 from structures import build, half, random_model, text_encoder
 from test_composite import close
@@ -384,6 +387,18 @@ def test_streams_cost_one_evaluation_a_step_while_they_are_read():
     assert evaluations_of(model, lambda: edited(*streams, **windows)) == 6 * (2 + 2) + 2 * 2
     own = {"subject_positive": words(7), "condition_positive": words(8), "negative": NEGATIVE}
     assert evaluations_of(model, lambda: edited(*streams, **windows, **own)) == 6 * (2 + 4) + 2 * 2
+
+
+def test_pictures_that_were_inverted_as_a_batch_are_read_at_once():
+    model, together, calls = random_model(MODEL), invert(image_latent(1, batch=2))[0], []
+    picked = subject, condition = [LatentFromBatch().frombatch(together, row, 1)[0] for row in (0, 1)]
+    another = Recording()
+    another.add(copy.copy(run_of(together)))
+    hook = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    result = edited(*picked)
+    hook.remove()
+    assert calls == [2, 2] * STEPS  # the two pictures, then the two halves
+    assert (result - edited({**subject, LATENT_KEY: another}, condition)).abs().max() < 1e-2 * result.abs().max()
 
 
 def test_prompts_of_their_own_reach_the_streams():

@@ -111,8 +111,11 @@ def test_the_photomontage_runs_and_is_the_same_again(server):
     ("Montage - a personal subject in a new layout (demo model)", "53", 1),
     ("Montage - a personal subject in four layouts (demo model)", "53", 4),
     ("Montage - a personal subject in your picture (demo model)", "35", 1),
+    ("Montage - subject swap (demo model)", "44", 1),
+    ("Montage - subject addition (demo model)", "44", 1),
+    ("Montage - subject generation (demo model)", "44", 1),
 ])
-def test_the_personal_subjects_run(server, name, node, count):
+def test_the_subjects_run(server, name, node, count):
     images = server.run(quick(workflow(name)), name)[node]["images"]
     shown = [Image.open(server.base / "output" / image["subfolder"] / image["filename"]) for image in images]
     assert len(shown) == count and all(image.size == (128, 128) and len(image.convert("RGB").getcolors(1 << 24)) > 1000 for image in shown)
