@@ -1,6 +1,7 @@
 """The pack on a real server, through its API: what is listed, what runs, and what survives caches and cancels."""
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -78,8 +79,6 @@ def test_the_log_has_no_complaint_about_the_pack(server):
 
 def test_loading_costs_little_and_imports_nothing_optional():
     """Beyond ComfyUI's own imports: under 0.3 s, and no optional package."""
-    import subprocess
-
     code = """if True:
         import sys, time, asyncio, importlib.util
         sys.path.insert(0, sys.argv[1])
@@ -191,6 +190,20 @@ def test_errors_reach_the_api_in_one_sentence(server, change, part):
     with pytest.raises(dev.Failure) as failure:
         server.run(prompt, "wrong")
     assert part in str(failure.value)
+
+
+def test_a_batch_is_spread_over_two_servers_and_each_gives_the_same(server, tmp_path):
+    prompt, env = tmp_path / "prompt.json", dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
+    prompt.write_text(json.dumps(quick(workflow(PHOTOMONTAGE))))
+    with dev.running_server(env, tmp_path, "--cpu", "--disable-api-nodes") as second:
+        second.base = tmp_path
+        assert equal(*(picture(each, each.run(quick(workflow(PHOTOMONTAGE)), "the same")) for each in (server, second)))
+        spread = subprocess.run([sys.executable, ROOT / "docs" / "many_machines.py", prompt, server.url, second.url, "--runs", "4", "--output", tmp_path / "found"],
+                                capture_output=True, text=True)
+    assert spread.returncode == 0, spread.stderr
+    assert server.url in spread.stdout and second.url in spread.stdout
+    names = [path.name[:8] for path in (tmp_path / "found").glob("*composite*.png")]
+    assert sorted(names) == [f"run-000{number}" for number in range(4)]
 
 
 # ---------------------------------------------------------------- collages
