@@ -9,6 +9,7 @@ from ..patching.recipes import KEY, Branch, Patch, Recipe, begin_on, install
 from ..patching.schedule import Window
 from ..patching.sites import parse_sites
 from ..patching.streams import check_together, streams_of, with_prompt
+from .inputs import mask_of
 
 LATE = "u2-"  # the paper's layers 9 to 15: the decoder from its last block at a quarter of the latent on
 
@@ -313,7 +314,7 @@ class CollaborativeAttention(io.ComfyNode):
     @classmethod
     def mask(cls, name, mask, size):
         """A MASK input as bool at the size of the pictures."""
-        mask = mask.reshape(-1, *mask.shape[-2:]).cpu()
+        mask = mask_of(cls.NAME, name, mask)
         (height, width), (h, w) = mask.shape[-2:], size
         if len(mask) > 1:
             raise ValueError(f"{cls.NAME}: {name} is a batch of {len(mask)}, and one mask was expected. Join them "

@@ -12,6 +12,7 @@ from ..patching.schedule import Window
 from ..patching.sites import parse_sites
 from ..patching.tokens import token_runs
 from . import previews
+from .inputs import image_of, mask_of
 
 CATEGORY = "montage/collage"
 LAYERS, COLLAGE = io.Custom("MONTAGE_LAYERS"), io.Custom("MONTAGE_COLLAGE")
@@ -100,12 +101,13 @@ class CollageLayer(io.ComfyNode):
 
     @classmethod
     def picture(cls, image, mask, trim):
+        image = image_of(cls.NAME, "image", image)
         if len(image) > 1:
             raise ValueError(f"{cls.NAME}: {len(image)} images came in one batch, and a layer is one. Pick one (Get Image from Batch).")
-        image = image[0].cpu().float()
+        image = image[0]
         alpha = image[..., 3] if image.shape[-1] == 4 else torch.ones(image.shape[:2])
         if mask is not None:
-            alpha = mask.reshape(-1, *mask.shape[-2:])[0].cpu().float()
+            alpha = mask_of(cls.NAME, "mask", mask)[0]
             if alpha.shape != image.shape[:2]:
                 raise ValueError(f"{cls.NAME}: the mask is {alpha.shape[1]}x{alpha.shape[0]} and the image {image.shape[1]}x{image.shape[0]}. Give a mask "
                                  "of the image's size.")
@@ -195,9 +197,10 @@ class CollageCanvas(io.ComfyNode):
                 raise ValueError(f'{cls.NAME}: background "{colour}" is no colour. Write it as #rrggbb: #969696 is grey.')
             rgb = torch.tensor([int(colour.strip()[i:i + 2], 16) for i in (1, 3, 5)]) / 255
             return rgb[:, None, None].expand(3, height, width)
+        image = image_of(cls.NAME, "background_image", image)
         if len(image) > 1:
             raise ValueError(f"{cls.NAME}: background_image is a batch of {len(image)}, and there is one background. Pick one (Get Image from Batch).")
-        picture = image[..., :3].cpu().float().movedim(-1, 1)
+        picture = image[..., :3].movedim(-1, 1)
         if picture.shape[2:] != (height, width):
             picture = comfy.utils.common_upscale(picture, width, height, "bicubic", "center").clamp(0, 1)
         return picture[0]

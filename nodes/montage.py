@@ -12,6 +12,7 @@ from ..patching.schedule import Window
 from ..patching.sites import parse_sites
 from ..patching.streams import check_together, streams_of
 from . import previews
+from .inputs import image_of, mask_of
 
 STACK = 32  # inputs of a stack; each may be a batch
 COLOURS = ["#%02x%02x%02x" % tuple(colour) for colour in (labels.palette(2 * STACK) * 255).round().int().tolist()]  # for the stroke editor
@@ -101,12 +102,12 @@ class GraphCutMontage(io.ComfyNode):
     @classmethod
     def pictures(cls, images, stack):
         """The images as one batch [N, H, W, 3], checked against the stack."""
-        batches = list(images.values())
+        batches = [image_of(cls.NAME, name, batch) for name, batch in images.items()]
         sizes = {tuple(batch.shape[1:3]) for batch in batches}
         if len(sizes) > 1:
             raise ValueError(f"{cls.NAME}: the images have different sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))}). Connect the "
                              "decoded latents, all of one size.")
-        pictures = torch.cat([batch[..., :3].cpu().float() for batch in batches])
+        pictures = torch.cat([batch[..., :3] for batch in batches])
         if len(pictures) != len(stack):
             raise ValueError(f"{cls.NAME}: {len(stack)} latents and {len(pictures)} images. Connect one image for each latent, in the same order.")
         (height, width), (h, w) = pictures.shape[1:3], stack[0].run.size
@@ -127,15 +128,17 @@ class GraphCutMontage(io.ComfyNode):
             raise ValueError(f"{cls.NAME}: base is {base}, but the strokes were painted for base {painted_base}. Set both to the same image.")
         marks = labels.draw(drawn, count, height, width)
         if stroke_masks is not None:
+            stroke_masks = mask_of(cls.NAME, "stroke_masks", stroke_masks)
             if stroke_masks.shape != marks.shape:
                 raise ValueError(f"{cls.NAME}: stroke_masks are {len(stroke_masks)} of {stroke_masks.shape[-1]}x{stroke_masks.shape[-2]}, and there are "
                                  f"{count} images of {width}x{height}. Give one mask of that size for each image (an empty one where you keep nothing).")
-            marks = torch.maximum(marks, stroke_masks.cpu().float())
+            marks = torch.maximum(marks, stroke_masks)
         if stroke_picture is not None:
+            stroke_picture = image_of(cls.NAME, "stroke_picture", stroke_picture)
             if stroke_picture.shape[1:3] != marks.shape[1:]:
                 raise ValueError(f"{cls.NAME}: stroke_picture is {stroke_picture.shape[2]}x{stroke_picture.shape[1]} and the images are "
                                  f"{width}x{height}. Use a picture of that size.")
-            marks = torch.maximum(marks, labels.from_picture(stroke_picture[0].cpu(), count))
+            marks = torch.maximum(marks, labels.from_picture(stroke_picture[0], count))
         twice = (marks > 0.5).sum(0) > 1
         if twice.any():
             y, x = twice.nonzero()[0].tolist()
@@ -270,14 +273,15 @@ class CompositeAttentionInject(io.ComfyNode):
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack, model)
         check_base(cls.NAME, base, len(stack))
-        if masks.ndim != 3 or len(masks) != len(stack):
-            raise ValueError(f"{cls.NAME}: {len(masks)} masks of shape {tuple(masks.shape[1:])} for {len(stack)} images. Give one mask for each "
+        masks = mask_of(cls.NAME, "masks", masks)
+        if len(masks) != len(stack):
+            raise ValueError(f"{cls.NAME}: {len(masks)} masks for {len(stack)} images. Give one mask for each "
                              "image, in their order.")
         try:
             window = Window(start, end, parse_sites(model, sites))
         except ValueError as error:
             raise ValueError(f"{cls.NAME}: sites: {error}") from None
-        recipe = CompositeAttention(window, stack, labels.from_masks(masks.cpu(), base), base, base_q, kv)
+        recipe = CompositeAttention(window, stack, labels.from_masks(masks, base), base, base_q, kv)
         run, row = stack[base]
         latent = {"samples": run.latent_image[row:row + 1]}
         if run.denoise_mask is not None:

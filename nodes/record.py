@@ -13,6 +13,7 @@ from ..kernels import inversion
 from ..patching.recipes import install
 from ..patching.session import taking_keys
 from ..patching.streams import INVERSION, LATENT_KEY, Evaluation, Recording, Run, Weights, recorded_conds
+from .inputs import finite
 
 MEBIBYTE = 2**20
 
@@ -77,7 +78,7 @@ class InvertImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, sigmas, conditioning):
-        samples = latent["samples"]
+        samples = finite(cls.NAME, "latent", latent["samples"])
         if len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas[:-1] <= sigmas[1:]).any():
             raise ValueError(f"{cls.NAME}: sigmas are {[round(s, 3) for s in sigmas.tolist()][:6]}: a descending schedule that ends in 0 was "
                              "expected. Use Basic Scheduler.")

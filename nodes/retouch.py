@@ -16,6 +16,7 @@ from ..patching.schedule import Window, position, step_of
 from ..patching.sites import parse_sites
 from ..patching.streams import LATENT_KEY, Recording, Stream, Weights, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
+from .inputs import mask_of
 
 CATEGORY = "montage/retouch"
 RUNNING = io.Custom("MONTAGE_RUNNING_MASK")
@@ -124,11 +125,6 @@ class RunningMask(NamedTuple):
     mode: str
 
 
-def single(mask):
-    """A MASK as [B, H, W] on the CPU."""
-    return mask.reshape(-1, *mask.shape[-2:]).cpu().float()
-
-
 class AdaptiveMaskBlend(io.ComfyNode):
     NAME = "Adaptive Mask Blend"
 
@@ -165,7 +161,7 @@ class AdaptiveMaskBlend(io.ComfyNode):
     def execute(cls, threshold, min_area, mode, latent=None, sam_mask=None):
         if sam_mask is None and mode in ("and", "sam"):
             raise ValueError(f'{cls.NAME}: mode "{mode}" needs sam_mask, and none is connected. Connect one, or set mode to or.')
-        segment = None if sam_mask is None else single(sam_mask)
+        segment = None if sam_mask is None else mask_of(cls.NAME, "sam_mask", sam_mask)
         found, size = torch.zeros(1 if segment is None else len(segment), 8, 8), (64, 64)
         if latent is not None:
             streams = streams_of(cls.NAME, [latent])
@@ -321,7 +317,7 @@ class MultiSourceSwap(io.ComfyNode):
     @classmethod
     def execute(cls, model, layout, reference, layout_end, mask_start, end, sites, mask=None, running_mask=None, layout_prompt=None, reference_prompt=None):
         layouts, references = (streams_of(f"{cls.NAME}: {name}", [latent]) for name, latent in (("layout", layout), ("reference", reference)))
-        mask = None if mask is None else single(mask).clamp(0, 1)
+        mask = None if mask is None else mask_of(cls.NAME, "mask", mask).clamp(0, 1)
         cls.check(model, layouts, references, mask, running_mask)
         try:
             found = parse_sites(model, sites)

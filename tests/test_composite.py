@@ -348,8 +348,8 @@ def test_other_loras_are_refused_and_the_same_are_not():
 
 
 @pytest.mark.parametrize("masks, base, sites, part", [
-    (MIXED[:1], 0, "all", r"1 masks of shape \(8, 8\) for 2 images"), (MIXED, 2, "all", r"base is image 2, and there are 2 images \(0 to 1\)"),
-    (MIXED, 0, "d9", "sites: .*no d9"), (torch.zeros(2, 1, 8, 8), 0, "all", "2 masks of shape"),
+    (MIXED[:1], 0, "all", "1 masks for 2 images"), (MIXED, 2, "all", r"base is image 2, and there are 2 images \(0 to 1\)"),
+    (MIXED, 0, "d9", "sites: .*no d9"),
 ])
 def test_wrong_inputs_say_what_is_wrong(masks, base, sites, part):
     with pytest.raises(ValueError, match=f"Composite Attention Inject: {part}"):
