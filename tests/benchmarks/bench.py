@@ -105,13 +105,12 @@ class Bench:
 
     def measure(self, cases, repeats=3):
         """{case: Cost} of {case: function}, round by round, so that a machine's moods fall on all alike."""
+        rows = {case: self.rows(function) for case, function in cases.items()}  # and warms up
         times = {case: [] for case in cases}
-        for repeat in range(repeats + 1):
+        for _ in range(repeats):
             for case, function in cases.items():
-                taken, _ = seconds(function)
-                if repeat:  # the first round warms up
-                    times[case].append(taken)
-        return {case: Cost(times[case], self.rows(function), peak(function)) for case, function in cases.items()}
+                times[case].append(seconds(function)[0])
+        return {case: Cost(times[case], rows[case], peak(function)) for case, function in cases.items()}
 
     def report(self, cases, repeats=3, plain="plain"):
         """Measures, and prints each case beside the plain one."""
