@@ -1,4 +1,4 @@
-"""The demo's contact sheet: one row for each workflow, its pictures in the order of their names.
+"""The demo's contact sheet: each workflow's pictures, in the order of their names.
 
     python sheet.py OUT.png < {"workflow name": ["picture.png", ...], ...}
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-SIZE, MARGIN, CAPTION = 256, 12, 18
+SIZE, MARGIN, CAPTION, COLUMNS = 256, 12, 18, 8
 
 
 def caption(path):
@@ -18,11 +18,11 @@ def caption(path):
 
 def sheet(rows):
     """rows: {title: [picture paths]} -> one RGB image."""
-    rows = {title: sorted(paths) for title, paths in rows.items() if paths}
-    height = MARGIN + len(rows) * (SIZE + 2 * CAPTION + MARGIN)
-    canvas = Image.new("RGB", (MARGIN + max(map(len, rows.values()), default=1) * (SIZE + MARGIN), height), "white")
+    lines = [(title if not start else "", sorted(paths)[start:start + COLUMNS]) for title, paths in rows.items() for start in range(0, len(paths), COLUMNS)]
+    width = max((len(paths) for _, paths in lines), default=1)
+    canvas = Image.new("RGB", (MARGIN + width * (SIZE + MARGIN), MARGIN + len(lines) * (SIZE + 2 * CAPTION + MARGIN)), "white")
     pen, y = ImageDraw.Draw(canvas), MARGIN
-    for title, paths in rows.items():
+    for title, paths in lines:
         pen.text((MARGIN, y), title, fill="black")
         for column, path in enumerate(paths):
             x = MARGIN + column * (SIZE + MARGIN)
