@@ -16,6 +16,7 @@ import node_helpers
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from .harmonise import check_shape
 from .schedule import position
 from .sites import sites_of
 
@@ -74,9 +75,7 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
     if not run.biases:
         raise ValueError("Collage Cross Attention: its MODEL is sampled without its CONDITIONING. Connect both to the sampler: the conditioning as positive.")
     for bias, _ in run.biases.values():
-        if abs(height * bias.size[1] - width * bias.size[0]) > bias.size[0] + bias.size[1]:  # more than a row or column of latent pixels
-            raise ValueError(f"{run.node}: the canvas is {bias.size[1]}x{bias.size[0]} and the latent {width}x{height}, another shape. Sample the encoded image "
-                             "of Collage Canvas, or a latent of its proportions.")
+        check_shape(run.node, bias.size, run.size)
     if guider.model_options.get("context_handler") is not None:
         raise ValueError(f"{run.node}: context windows cut the latent into pieces that do not match the canvas. Disconnect the context window node from this MODEL.")
     options = guider.model_options["transformer_options"]  # this run's own copy

@@ -161,6 +161,22 @@ def test_other_structures(name):
     assert (found - unbiased(clip, latent, **settings)).abs().max() > 0.01
 
 
+def test_twenty_layers_in_a_prompt_of_two_chunks(clip):
+    """Every layer's word has its own mask, on either side of the 77th token."""
+    things = "ball box star ring tree house cat dog bird fish car boat cup hat book shoe lamp chair flower leaf".split()
+    layers = ()
+    for number, thing in enumerate(things):
+        layers = layer(plain(RED), thing, x=(number % 5 + 0.5) / 5, y=(number // 5 + 0.5) / 4, scale=0.3, w_pos=0.6, w_neg=0.8, behind=layers)
+    collage = canvas(layers, width=96, height=64, prompt="word, " * 30 + ", ".join(things))[0]
+    positions = [1 + place + 2 * (place // 75) for place in range(60, 100, 2)]  # a chunk holds 75 tokens between its begin and its end
+    assert owned_tokens("", clip, collage) == {position: (number,) for number, position in enumerate(positions)}
+    latent, conditioning = empty(size=(8, 12)), clip.encode_from_tokens_scheduled(clip.tokenize(collage.prompt))
+    expected = sample(explicit(random_model("sd15-small"), collage, [(position,) for position in positions], None, 0.6, 0.8), latent,
+                      positive=conditioning)["samples"]
+    close(run(clip, latent, collage=collage), expected)
+    assert (expected - unbiased(clip, latent, prompt=collage.prompt)).abs().max() > 0.1
+
+
 # ---------------------------------------------------------------- laws
 
 @pytest.mark.parametrize("off", [dict(strength=0.0), dict(start=0.5, end=0.5), dict(collage="zero weights"), dict(collage="no words")])

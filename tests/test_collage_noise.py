@@ -3,10 +3,10 @@ import pytest
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from montage.kernels import collage as kernel
-from montage.nodes.collage import CollageControl, CollageNoise
+from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
 from nodes import ControlNetApplyAdvanced
 from sampling import NEGATIVE, empty, sample, sample_advanced, words
-from structures import control_net, random_model
+from structures import control_net, random_model, text_encoder
 from test_collage_canvas import BLUE, RED, canvas, layer, plain
 from test_composite import close
 from test_recording import same
@@ -201,14 +201,27 @@ def test_residuals_are_multiplied_by_the_map_in_both_halves(monkeypatch):
         close(mapped, plain_ * factor, 1e-5)
 
 
-def test_noise_and_control_and_bias_together():
-    from montage.nodes.collage import CollageCrossAttn
-    from structures import text_encoder
+@pytest.mark.parametrize("name", ["sd15-small", "sdxl-small"])
+def test_noise_and_control_and_bias_and_an_inpaint_mask_together(name):
+    """On two images that are not square: what is locked by noise 0 is kept bit for bit, what the latent's mask holds back up to rounding."""
+    layers = layer(plain(RED, 64, 48), "a red cat", x=0.25, scale=1.0, noise=0.8, control=0.25)
+    one = canvas(layer(plain(BLUE, 64, 48), "a blue dog", x=0.75, scale=1.0, noise=0.0, behind=layers), width=96, blur=3.0)[0]
+    mask = torch.ones(1, 1, 8, 12)
+    mask[..., :4, :] = 0
+    latent, (clip, plain_model) = start(2, (8, 12), noise_mask=mask), (text_encoder(name), random_model(name))
+    model, positive = CollageCrossAttn.execute(plain_model, clip, one, 1.0, "log log", 0.0, 1.0, "all").args
+    words_alone = clip.encode_from_tokens_scheduled(clip.tokenize(one.prompt))
+    negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
 
-    layers = layer(plain(RED, 64, 32), "a red cat", x=0.25, scale=1.0, noise=0.8)
-    one = canvas(layer(plain(BLUE, 64, 32), "a blue dog", x=0.75, scale=1.0, noise=0.0, behind=layers))[0]
-    model, positive = CollageCrossAttn.execute(random_model("sd15-small"), text_encoder("sd15-small"), one, 1.0, "log log", 0.0, 1.0, "all").args
-    hint = torch.rand(1, 64, 64, 3)
-    positive, negative = ControlNetApplyAdvanced().apply_controlnet(positive, NEGATIVE, control_net(), hint, 1.0, 0.0, 1.0)
-    out = harmonise(one, model=CollageControl.execute(model, one, 0.0).args[0], positive=positive, negative=negative)
-    assert same(out[..., 4:], start()["samples"][..., 4:]) and torch.isfinite(out).all()
+    def out(model, positive):
+        hint = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(5))
+        conditionings = ControlNetApplyAdvanced().apply_controlnet(positive, negative, control_net(name), hint, 1.0, 0.0, 1.0)
+        return harmonise(one, latent, model, 4.0, **dict(zip(("positive", "negative"), conditionings)))
+
+    both, clean = out(CollageControl.execute(model, one, 0.0).args[0], positive), latent["samples"]
+    assert same(both[..., 6:], clean[..., 6:])
+    close(both[:, :, :4], clean[:, :, :4], 1e-4)
+    free = both[:, :, 4:, :6]
+    assert torch.isfinite(free).all() and (free - clean[:, :, 4:, :6]).abs().min() > 1e-5
+    for other in (out(model, positive), out(CollageControl.execute(plain_model, one, 0.0).args[0], words_alone)):  # each of the two acts
+        assert (both - other).abs().max() > 1e-3
