@@ -107,14 +107,14 @@ class Session:
         if self.sigma_visit is None:  # a guider that does not go through predict_noise
             self.visit(float(timestep[0]))
         step = Step((*self.sigma_visit, self.calls), halves_of(self.guider.conds), self.acting(self.sigma_visit[0]))
+        evaluation = None if self.run is None else self.note(step, x, options)  # before we are in the options: a recording must not hold the MODEL
         if self.maps and self.calls == 0:  # further calls of a visit see attention that was disturbed on purpose
             for running in self.maps:
                 running.begin()
             options = self.patched(options, self.measure, "attn2_patch")
         self.calls += 1
-        if self.run is None:
+        if evaluation is None:
             return self.compute(executor, model, conds, x, timestep, options, step)
-        evaluation = self.note(step, x, options)
         result = self.compute(executor, model, conds, x, timestep, options, step, self.recorder(step, evaluation))
         self.budget -= evaluation.bytes
         if self.budget < 0:  # only the first can overshoot, since its size is not known before
