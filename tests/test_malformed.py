@@ -1,6 +1,8 @@
 """Pictures and masks that are none: each node says so in one sentence, which names the node and the input."""
 import pytest
 import torch
+from archive import schemas
+from comfy_api.latest import io
 from montage.nodes.collaborate import CollaborativeAttention
 from montage.nodes.collage import CollageLayer
 from montage.nodes.record import InvertImage
@@ -76,3 +78,16 @@ def test_masks_of_other_packs_are_taken(recorded):
     masks = masks_of(halves())
     own, theirs = (sample(*inject(recorded, given), steps=4)["samples"] for given in (masks, masks[:, None]))
     assert torch.equal(own, theirs)
+
+
+def nested(inputs):
+    for one in inputs:
+        yield one
+        for option in getattr(one, "options", None) or ():
+            yield from nested(getattr(option, "inputs", ()))
+
+
+def test_every_number_has_bounds():
+    """So that ComfyUI itself refuses an absurd one, by the node's id and the input's name, before anything runs."""
+    numbers = [(schema.node_id, one) for schema in schemas() for one in nested(schema.inputs) if isinstance(one, (io.Int.Input, io.Float.Input))]
+    assert numbers and not [(node, one.id) for node, one in numbers if one.min is None or one.max is None]
