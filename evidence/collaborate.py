@@ -16,7 +16,8 @@ from montage.nodes.retouch import MultiSourceSwap, TokenAttentionMap  # noqa: E4
 from sampling import sample  # noqa: E402
 from structures import demo_model  # noqa: E402
 
-SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 12, 3.0, 100, 920_000
+SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 920_000
+SWAPS, LOCKS, ADDITIONS, GENERATIONS = 40, 10, 24, 12  # samples
 DILATION, MARGIN = 5, 12  # pixels
 OURS, MASA = "MCA-Ctrl", "mutual self-attention (as MasaCtrl)"
 NEVER = (1.0, 1.0)
@@ -177,7 +178,7 @@ def sections(options):
     def size(count):
         return range(count // 10 if options.quick else count)
 
-    found = study.Study("collaborate-swap", options.folder).run(size(SAMPLES), measure_swap)
+    found = study.Study("collaborate-swap", options.folder).run(size(SWAPS), measure_swap)
     pairs = [Pair(number) for number in range(4)]
     pictures = [swaps(pair) for pair in pairs]
     yield study.Section("MCA-Ctrl: swapping a subject", "\n\n".join([
@@ -192,14 +193,14 @@ def sections(options):
         study.grid("collaborate-swap", [[*pair.pictures, *row.values()] for pair, row in zip(pairs, pictures)], ["subject", "picture", *pictures[0]]),
     ]))
 
-    found = study.Study("collaborate-lock", options.folder).run(size(SAMPLES // 5), measure_reconstruction)
+    found = study.Study("collaborate-lock", options.folder).run(size(LOCKS), measure_reconstruction)
     yield study.Section("MCA-Ctrl: what stays", "\n\n".join([
         f"PSNR (dB) outside the dilated edit mask, {len(found.samples)} pairs: against the picture itself, and against the autoencoder's round "
         "trip of it (-: all are equal to it there). *equal*: share of pictures that are the round trip bit for bit, everywhere.",
         found.table(psnr="the picture", near="its round trip", equal="equal"),
     ]))
 
-    found = study.Study("collaborate-addition", options.folder).run(size(SAMPLES // 2), measure_addition)
+    found = study.Study("collaborate-addition", options.folder).run(size(ADDITIONS), measure_addition)
     yield study.Section("MCA-Ctrl: adding a subject", "\n\n".join([
         f"The same subjects put into an empty place of the other picture, the place that they have in their own (of {len(found.samples)} pairs "
         "those in which it is empty). Inverted noise of an empty place leads back to the empty place; *fresh noise*, which the paper has not, "
@@ -209,7 +210,7 @@ def sections(options):
             "fresh noise", "the picture's noise (paper)", "present"), 1, "(ours)")]),
     ]))
 
-    found = study.Study("collaborate-generation", options.folder).run(size(SAMPLES // 2), measure_generation)
+    found = study.Study("collaborate-generation", options.folder).run(size(GENERATIONS), measure_generation)
     yield study.Section("MCA-Ctrl: generating with a subject", "\n\n".join([
         f"{len(found.samples)} new pictures of the subject on another background, from its words; the edited area comes from the running "
         "cross-attention map of those words (the strongest 30 %; *soft*: elsewhere as much as the map says). *right object* and *style error* as "

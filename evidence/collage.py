@@ -18,8 +18,9 @@ from sampling import sample  # noqa: E402
 from structures import demo_model  # noqa: E402
 from test_collage_canvas import canvas, layer  # noqa: E402
 
-SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 12, 3.0, 100, 920_000
-LEARNED, LEARNING_STEPS, LEARNING_RATE = 20, 60, 0.03  # samples of the study of tokens, and how each is learned
+SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 920_000
+PLACED, TRADED = 60, 30  # samples of the studies of places and of noise
+LEARNED, LEARNING_STEPS, LEARNING_RATE = 6, 60, 0.03  # samples of the study of tokens, and how each is learned
 FREE = 0.9  # noise of what may change freely: an object's place is then given by words and bias more than by the picture
 PLAIN, BIASED, DRAWN, KEPT_AWAY = "image-to-image (GH)", "+ cross-attention (GH+CA)", "CA, w_pos alone", "CA, w_neg alone"
 AREAS = "GH + ComfyUI's areas"
@@ -167,9 +168,9 @@ def likeness(collage, image, picture):
 
 def sections(options):
     tenth = 10 if options.quick else 1
-    yield placing(options, SAMPLES // tenth)
-    yield trading(options, SAMPLES // tenth)
-    yield looking(options, LEARNED // tenth)
+    yield placing(options, PLACED // tenth)
+    yield trading(options, TRADED // tenth)
+    yield looking(options, max(1, LEARNED // tenth))
 
 
 def placing(options, count):

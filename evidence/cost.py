@@ -14,8 +14,7 @@ from montage.evidence import study  # noqa: E402
 
 METHODS = {"Generative Photomontage": photomontage, "Collage Diffusion": collage, "MCA-Ctrl": collaborate, "Layout-and-Retouch": retouch}
 SIDE = 16  # of the latent: the structures are slow without a GPU
-MODELS = {"demo": (6, 3), "sd15": (2, 1), "sdxl": (2, 1)}  # name: (steps, rounds)
-FEWER = {photomontage: {"images": (2,)}, collage: {"layers": (9,)}}  # for SDXL
+MODELS = {"demo": (6, 3), "sd15": (2, 1)}  # name: (steps, rounds); SDXL in full size: tests/benchmarks, --models sdxl
 GROWTH = {"side of the latent": (8, 16, 32), "steps": (4, 8, 16), "images": (2, 4, 8), "layers": (2, 6, 20)}
 FOLLOWED = ("plain", "compose 2, cache", "compose 2, replay", "2 layers", "SAGI", "SALQ", "retouch")  # as side and steps grow
 
@@ -26,7 +25,7 @@ def beside_plain(key):
     steps, rounds = MODELS[name]
     on = bench.Bench(name, SIDE, steps)
     module = METHODS[method]
-    costs = on.measure(module.cases(on, **(FEWER.get(module, {}) if name == "sdxl" else {})), rounds)
+    costs = on.measure(module.cases(on), rounds)
     plain = costs["plain"]
     return {case: {"ratio": statistics.median(cost.seconds) / statistics.median(plain.seconds), "rows": cost.rows / steps,
                    "peak": cost.peak and cost.peak / plain.peak} for case, cost in costs.items()}
@@ -120,7 +119,7 @@ def sections(options):
     found = study.Study("cost", options.folder).run([f"{model}, {method}" for model in models for method in METHODS], beside_plain)
     yield study.Section("Cost: beside plain sampling", "\n\n".join([
         f"Time and peak memory as ratios to plain sampling of one image in the same run (latent {SIDE}x{SIDE}; {device}): the demo model, "
-        "median of three rounds, and SD1.5 and SDXL in full size with random weights, one round of two steps. *UNet rows a step*: 2 for one image with CFG.",
+        "median of three rounds, and SD1.5 in full size with random weights, one round of two steps, on a busy machine. SDXL: tests/benchmarks. *UNet rows a step*: 2 for one image with CFG.",
         *(comparison(found, method) for method in METHODS)]))
 
     counted, stored = (study.Study(name, options.folder).run(["all"], measure).samples["all"]

@@ -18,7 +18,8 @@ from sampling import cut, inject, recorder, sample, stack  # noqa: E402
 from scipy.ndimage import binary_erosion, distance_transform_edt  # noqa: E402
 from structures import demo_model  # noqa: E402
 
-SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 12, 3.0, 60, 910_000
+SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 910_000
+SAMPLES = {"own": 40, "one": 12}  # stacks, by their prompts
 BASE, COUNT, GRID = 0, 3, (SIZE // 8, SIZE // 8)
 MARGIN = 4  # pixels between a region's edge and what is measured in it (the paper's 512 pixels: 16)
 OURS = "composite (ours)"
@@ -156,8 +157,8 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
 
 
 def sections(options):
-    count = SAMPLES // 10 if options.quick else SAMPLES
     for prompts, title in (("own", "other words for every image, none for the base"), ("one", "the same words for all images")):
+        count = SAMPLES[prompts] // (10 if options.quick else 1)
         found = study.Study(f"photomontage-{prompts}", options.folder).run(range(count), measure(prompts))
         claims = [study.claim(what, found.difference(a, b, figure), sign, paper) for what, a, b, figure, sign, paper in CLAIMS]
         shown = []

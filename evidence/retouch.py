@@ -16,7 +16,7 @@ from montage.nodes.retouch import AdaptiveMaskBlend, MultiSourceSwap, StepBlendS
 from sampling import sample, sample_custom  # noqa: E402
 from structures import demo_model  # noqa: E402
 
-SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 10, 3.0, 60, 930_000
+SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 10, 3.0, 25, 930_000
 SWITCHES = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)  # lambda 1, of the schedule: at 10 steps each is whole steps, and so are the paper's lambda 2 and mask start
 SITES = "d@1,u@1"  # of the map: the demo model's 16x16 tokens, as many as SD1.5 has at 1/4 of its latent
 LEAST = 0.3  # threshold of the map
