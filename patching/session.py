@@ -138,6 +138,7 @@ class Session:
         if call not in self.run.options:
             self.run.options[call] = create_model_options_clone(options)
             del self.run.options[call]["transformer_options"][KEY]
+            self.run.options[call].pop("to_load_options", None)  # is for loading alone, and a blend's holds its MODELs
         self.run.evaluations[step.key] = Evaluation(x)
         return self.run.evaluations[step.key]
 

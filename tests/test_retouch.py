@@ -1,4 +1,6 @@
 """Layout-and-Retouch: two models in one run, and a target fed from a layout and a reference."""
+import gc
+import weakref
 from collections import Counter
 from functools import partial
 
@@ -256,6 +258,18 @@ def test_a_blended_run_can_be_recorded(sampler):
     (stream,) = streams_of("test", [result])
     assert {key[0] for key in stream.run.evaluations} == set(sigmas().tolist()[2:-1])
     assert stream.run.sampler == f"sample_{sampler}" and same(stream.run.final, result["samples"])
+
+
+def test_a_recording_of_a_blend_holds_no_model():
+    """Else gigabytes stay with a LATENT, and ComfyUI, which sees a model that nobody can unload, collects garbage before every load."""
+    model = build("sd15-small")
+    patched, latent, positive = TokenAttentionMap.execute(model, empty(), text_encoder(), "a red ball", "ball", "u@1-2").args
+    then = CFGGuider.execute(patched, positive, words(99), CFG).args[0]
+    kept, held = sample_custom(latent, blend(guider(model=model), then), sigmas())[0], weakref.ref(model.model)
+    comfy.model_management.unload_all_models()
+    del model, patched, then
+    gc.collect()
+    assert held() is None and streams_of("test", [kept])
 
 
 def test_models_must_share_a_latent():
