@@ -6,12 +6,11 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.model_patcher import create_model_options_clone
 from comfy_api.latest import io
 
 from ..kernels import inversion
 from ..patching.recipes import install
-from ..patching.session import taking_keys
+from ..patching.session import recorded_options, taking_keys
 from ..patching.streams import INVERSION, LATENT_KEY, Evaluation, Recording, Run, Weights, recorded_conds
 from .inputs import finite
 
@@ -99,7 +98,7 @@ class InvertImage(io.ComfyNode):
 def inversion_sampler(model, x, sigmas, extra_args, callback, disable, run):
     """A k-diffusion sampler over ascending sigmas, which fills `run` with the history that it finds."""
     run.conds = recorded_conds(model.inner_model.conds)
-    run.options = {0: create_model_options_clone(extra_args["model_options"])}
+    run.options = {0: recorded_options(extra_args["model_options"])}
     keyed = {**extra_args, "model_options": taking_keys(run, model.inner_model, extra_args["model_options"])}
     ones, history = x.new_ones(x.shape[0]), {}
 

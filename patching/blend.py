@@ -86,7 +86,6 @@ class Blend:
 
     def prepare(self, number, executor, model, noise_shape, conds, model_options, **kwargs):
         """The PREPARE_SAMPLING wrapper: loads the first model, and notes how to load the others."""
-        del model_options["transformer_options"]["wrappers"][WrappersMP.PREPARE_SAMPLING][KEY]  # a recording keeps these options, and need not keep us
         loaded = []  # ControlNets and the like, for ComfyUI to clean up
 
         def load():

@@ -136,9 +136,7 @@ class Session:
             self.run.conds = recorded_conds(self.guider.conds)
         call = step.key[2]
         if call not in self.run.options:
-            self.run.options[call] = create_model_options_clone(options)
-            del self.run.options[call]["transformer_options"][KEY]
-            self.run.options[call].pop("to_load_options", None)  # is for loading alone, and a blend's holds its MODELs
+            self.run.options[call] = recorded_options(options)
         self.run.evaluations[step.key] = Evaluation(x)
         return self.run.evaluations[step.key]
 
@@ -328,6 +326,16 @@ class Session:
             self.run.maps = {running.wanted.words: running.read().cpu() for running in self.maps if running.count}
             for recording in self.recordings:
                 recording.add(self.run)
+
+
+def recorded_options(options):
+    """A run's model options, for its replays. Without what holds the MODELs that it was sampled with: its Session, and what is for loading alone."""
+    options = create_model_options_clone(options)
+    options.pop("to_load_options", None)
+    transformer = options["transformer_options"]
+    transformer.pop(KEY, None)
+    transformer.get("wrappers", {}).pop(WrappersMP.PREPARE_SAMPLING, None)
+    return options
 
 
 def with_patch(options, patch, kind="attn1_patch"):

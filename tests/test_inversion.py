@@ -1,12 +1,16 @@
 """DDIM inversion, and inverted pictures in a stack."""
+import gc
+import weakref
+
+import comfy.model_management
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler
 from montage.kernels import inversion
 from montage.nodes.record import InvertImage
 from montage.patching.streams import streams_of, with_prompt
-from sampling import NEGATIVE, SIZE, STEPS, compose, cut, empty, halves, masks_of, record, sample, sample_advanced, words
-from structures import random_model
+from sampling import NEGATIVE, SIZE, STEPS, compose, cut, empty, halves, masks_of, record, recorder, sample, sample_advanced, words
+from structures import build, random_model
 from test_composite import STROKES, close, pictures, same
 from test_recording import run_of
 
@@ -141,6 +145,18 @@ def test_a_stream_may_have_a_prompt_of_its_own():
     assert same(recorded.run.conds["positive"][0]["model_conds"]["c_crossattn"].cond, words(1)[0][0])
     equal = with_prompt(recorded, random_model("sd15-small"), positive=NEGATIVE, negative=NEGATIVE)
     assert equal.run.served == {"positive": "positive", "negative": "positive"}
+
+
+def test_a_history_holds_no_model():
+    """Not even where another node's patches of the MODEL were at work in the inversion."""
+    model = build("sd15-small")
+    patched, _ = recorder(model, empty())
+    schedule = BasicScheduler.execute(model, "normal", STEPS, 1.0).args[0]
+    kept, held = InvertImage.execute(patched, empty(), schedule, words(1)).args[0], weakref.ref(model.model)
+    comfy.model_management.unload_all_models()
+    del model, patched
+    gc.collect()
+    assert held() is None and streams_of("test", [kept])
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 2.0, 0.0], [2.0, 1.0], [0.0], []])
