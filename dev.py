@@ -256,6 +256,17 @@ class Server:
             time.sleep(1)
         raise Failure(f"ComfyUI did not answer within {seconds} s; {self.log} says why.")
 
+    def end(self, queued, tick=lambda: None, seconds=float("inf"), pause=0.5):
+        """The history of a queued prompt, once it has ended, whichever way. tick: called while it has not."""
+        deadline = time.time() + seconds
+        while not (history := self.call(f"/history/{queued}").get(queued)):
+            self.alive()
+            if time.time() > deadline:
+                raise Failure(f"A prompt did not end within {seconds} s; {self.log} says why.")
+            tick()
+            time.sleep(pause)
+        return history
+
     def run(self, prompt, name):
         """Queue an API prompt, wait for its end, return what its nodes showed: {node id: outputs}."""
         try:
@@ -263,13 +274,7 @@ class Server:
         except urllib.error.HTTPError as refused:
             raise Failure(f"ComfyUI refused {name}: {refused.read().decode()[:2000]}") from None
         began = time.time()
-        while True:
-            self.alive()
-            history = self.call(f"/history/{queued}").get(queued)
-            if history:
-                break
-            show(f"{name}: {time.time() - began:.0f} s")
-            time.sleep(0.5)
+        history = self.end(queued, lambda: show(f"{name}: {time.time() - began:.0f} s"))
         if history["status"]["status_str"] != "success":
             errors = [data for kind, data in history["status"]["messages"] if kind == "execution_error"]
             raise Failure(f"{name} failed: {errors[0]['exception_message'] if errors else history['status']}")

@@ -24,8 +24,7 @@ def beside_plain(key):
     name, method = key.split(", ")
     steps, rounds = MODELS[name]
     on = bench.Bench(name, SIDE, steps)
-    module = METHODS[method]
-    costs = on.measure(module.cases(on), rounds)
+    costs = on.measure(METHODS[method].cases(on), rounds)
     plain = costs["plain"]
     return {case: {"ratio": statistics.median(cost.seconds) / statistics.median(plain.seconds), "rows": cost.rows / steps,
                    "peak": cost.peak and cost.peak / plain.peak} for case, cost in costs.items()}
@@ -49,14 +48,12 @@ def grown(variable):
     """{case: {value of the variable: seconds}} on the demo model."""
     found = {}
     for value in GROWTH[variable]:
+        on = bench.Bench("demo", value if variable == "side of the latent" else SIDE, value if variable == "steps" else 4)
         if variable == "images":
-            on = bench.Bench("demo", SIDE, 4)
             cases = {case.replace(f" {value},", ","): run for case, run in photomontage.cases(on, (value,)).items() if case.startswith("compose")}
         elif variable == "layers":
-            on = bench.Bench("demo", SIDE, 4)
             cases = {case.replace(f"{value} ", ""): run for case, run in collage.cases(on, (value,)).items() if case != "plain"}
         else:
-            on = bench.Bench("demo", **{"size": value, "steps": 4} if variable == "side of the latent" else {"size": SIDE, "steps": value})
             cases = {case: run for method in METHODS.values() for case, run in method.cases(on).items() if case in FOLLOWED}
         for case, cost in on.measure(cases, 2).items():
             found.setdefault(case, {})[str(value)] = statistics.median(cost.seconds)

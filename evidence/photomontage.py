@@ -5,8 +5,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
 
-import comfy.controlnet  # noqa: E402
-import comfy.utils  # noqa: E402
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -16,7 +14,7 @@ from montage.kernels import graphcut, labels  # noqa: E402
 from nodes import ControlNetApplyAdvanced  # noqa: E402
 from sampling import cut, inject, recorder, sample, stack  # noqa: E402
 from scipy.ndimage import binary_erosion, distance_transform_edt  # noqa: E402
-from structures import demo_model  # noqa: E402
+from structures import demo_control_net, demo_model  # noqa: E402
 
 SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 910_000
 SAMPLES = {"own": 40, "one": 12}  # stacks, by their prompts
@@ -33,10 +31,8 @@ class Stack:
         generator = torch.Generator().manual_seed(FIRST + number)
         scene = scenes.sample(1, generator, count=2)
         hint = scenes.layout(scene, SIZE).movedim(1, -1)
-        control = comfy.controlnet.load_controlnet_state_dict(
-            comfy.utils.load_torch_file(str(study.WEIGHTS / "demo-controlnet.safetensors")))
         captions = self.captions(scene, generator, prompts)
-        self.conditioning = [ControlNetApplyAdvanced().apply_controlnet(self.encode(caption), self.encode(""), control, hint, 1.0, 0.0, 1.0)
+        self.conditioning = [ControlNetApplyAdvanced().apply_controlnet(self.encode(caption), self.encode(""), demo_control_net(), hint, 1.0, 0.0, 1.0)
                              for caption in captions]
         self.seeds = [FIRST + COUNT * number + k for k in range(COUNT)]
         empty = {"samples": torch.zeros(1, 4, *GRID)}

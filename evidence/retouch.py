@@ -36,8 +36,9 @@ class Example:
 
     def __init__(self, number):
         self.model, self.clip, self.vae = demo_model()
-        self.number = number % scenes.PHOTOS  # of the photo
-        self.personal, self.photo = MontageDemoSubject.execute(self.model, self.number).args
+        photo = number % scenes.PHOTOS
+        self.personal, self.photo = MontageDemoSubject.execute(self.model, photo).args
+        self.inside = scenes.masks(scenes.photos()[0])[photo, 0]  # where the subject is in it
         self.scene = scenes.sample(1, torch.Generator().manual_seed(FIRST + number), count=1)
         self.place = int(self.scene.background[0])
         words = f"and {scenes.caption(self.scene, 0)}"
@@ -98,7 +99,7 @@ def figures(example, judge, picture, plain, layout, mask):
         shown["around"] = kept if np.isfinite(kept) else None
     if rest:
         x, y = min(rest, key=lambda one: one.shape != BALL).centre  # of those that are seen alike, the surest
-        area, photo, inside = disc((x, y)), np.asarray(example.photo[0]), scenes.masks(scenes.photos()[0])[example.number, 0]
+        area, photo, inside = disc((x, y)), np.asarray(example.photo[0]), example.inside
         shown |= {"x": x, "y": y, "colour": metrics.colour_distance(picture, area, photo, inside),
                   "texture": metrics.texture_similarity(picture, area, photo, inside)}
     return shown

@@ -95,8 +95,17 @@ def text_encoder(name="sd15-small", seed=3, embeddings=None):
 
 
 @functools.cache
-def demo_model():
-    """(MODEL, CLIP, VAE) of the demo model."""
+def demo():
     from montage.nodes.demo_model import MontageDemoModel
 
-    return tuple(MontageDemoModel.execute().args[:3])
+    return tuple(MontageDemoModel.execute().args)
+
+
+def demo_model():
+    """(MODEL, CLIP, VAE) of the demo model."""
+    return demo()[:3]
+
+
+def demo_control_net():
+    """Its ControlNet."""
+    return demo()[3]

@@ -70,12 +70,8 @@ def answer(server, prompt, seconds=120):  # noqa: F811
         said = json.load(refused)
         assert refused.code == 400 and (said["node_errors"] or said["error"]["message"]), said
         return None
-    deadline = time.time() + seconds
-    while not (history := server.call(f"/history/{queued}").get(queued)):
-        server.alive()
-        assert time.time() < deadline, f"no end within {seconds} s: {json.dumps(prompt)}"
-        time.sleep(0.05)
-    return next((data for kind, data in history["status"]["messages"] if kind == "execution_error"), None)
+    messages = server.end(queued, seconds=seconds, pause=0.05)["status"]["messages"]
+    return next((data for kind, data in messages if kind == "execution_error"), None)
 
 
 def test_no_prompt_gets_less_than_a_clear_answer(server):  # noqa: F811
@@ -106,9 +102,7 @@ def test_memory_stays_flat_over_many_runs_and_cancels(server):  # noqa: F811
         if chance.random() < 0.4:
             time.sleep(chance.random())
             server.call("/interrupt", {}, parse=False)
-        while not server.call(f"/history/{queued}").get(queued):
-            server.alive()
-            time.sleep(0.05)
+        server.end(queued, pause=0.05)
         taken.append(process.memory_info().rss)
     if RUNS >= 100:
         first, last = (statistics.median(taken[start:start + RUNS // 5]) for start in (RUNS // 5, -RUNS // 5))
