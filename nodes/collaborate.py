@@ -9,7 +9,7 @@ from ..patching.recipes import KEY, Branch, Patch, Recipe, begin_on, install
 from ..patching.schedule import Window
 from ..patching.sites import parse_sites
 from ..patching.streams import check_together, streams_of, with_prompt
-from .inputs import mask_of
+from .inputs import mask_of, numbers
 
 LATE = "u2-"  # the paper's layers 9 to 15: the decoder from its last block at a quarter of the latent on
 
@@ -266,6 +266,7 @@ class CollaborativeAttention(io.ComfyNode):
     @classmethod
     def execute(cls, model, subject, subject_mask, preset, dilation, background_lock, fresh_noise, order, map_share, map_form, condition=None,
                 edit_mask=None, subject_positive=None, condition_positive=None, negative=None):
+        numbers(cls.NAME, map_share=map_share, **{name: value for name, value in preset.items() if isinstance(value, float)})
         subject = cls.stream("subject", subject)
         condition = cls.stream("condition", condition) if condition else None
         check_together(cls.NAME, [stream for stream in (subject, condition) if stream], model, names=["the subject", "the condition"])

@@ -12,7 +12,7 @@ from ..patching.schedule import Window
 from ..patching.sites import parse_sites
 from ..patching.tokens import token_runs
 from . import previews
-from .inputs import image_of, mask_of
+from .inputs import image_of, mask_of, numbers
 
 CATEGORY = "montage/collage"
 LAYERS, COLLAGE = io.Custom("MONTAGE_LAYERS"), io.Custom("MONTAGE_COLLAGE")
@@ -95,6 +95,7 @@ class CollageLayer(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, text, x, y, scale, rotation, depth, w_pos, w_neg, noise, control, trim=True, collage=(), mask=None):
+        numbers(cls.NAME, x=x, y=y, scale=scale, rotation=rotation, w_pos=w_pos, w_neg=w_neg, noise=noise, control=control)
         picture = cls.picture(image, mask, trim)
         layer = Layer(str(cls.hidden.unique_id), picture, text.strip(), x, y, scale, rotation, depth, w_pos, w_neg, noise, control)
         return io.NodeOutput((*collage, layer))
@@ -168,6 +169,7 @@ class CollageCanvas(io.ComfyNode):
 
     @classmethod
     def execute(cls, collage, width, height, prompt, background, background_noise, blur, background_image=None):
+        numbers(cls.NAME, background_noise=background_noise, blur=blur)
         layers = tuple(sorted(collage, key=lambda layer: layer.depth))
         behind = cls.background(background, background_image, width, height)
         composite, masks = kernel.over(torch.stack([placed(layer, (height, width)) for layer in layers]), behind)
@@ -274,6 +276,7 @@ class CollageCrossAttn(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, collage, strength, growth, start, end, sites, conditioning=None):
+        numbers(cls.NAME, strength=strength, start=start, end=end)
         try:
             window = Window(start, end, parse_sites(model, sites))
         except ValueError as error:
@@ -325,6 +328,7 @@ class CollageNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, collage, dilation):
+        numbers(cls.NAME, dilation=dilation)
         return io.NodeOutput(harmonise.with_noise_map(model, cls.NAME, collage.noise, dilation), float(collage.noise.max()))
 
 
@@ -350,6 +354,7 @@ class CollageControl(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, collage, background):
+        numbers(cls.NAME, background=background)
         factors = torch.tensor([layer.control for layer in collage.layers])
         strength = torch.einsum("n,nhw->hw", factors, collage.masks) + background * (1 - collage.masks.sum(0))
         return io.NodeOutput(harmonise.with_control_map(model, cls.NAME, strength))

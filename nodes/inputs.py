@@ -1,4 +1,6 @@
-"""Pictures and masks as they come in: checked once, for every node that takes them."""
+"""Pictures, masks and numbers as they come in: checked once, for every node that takes them."""
+import math
+
 import torch
 
 
@@ -25,3 +27,10 @@ def finite(node, name, tensor):
         raise ValueError(f"{node}: {name} holds {int((~torch.isfinite(tensor)).sum())} values that are no numbers (NaN or infinite). A VAE in half precision "
                          "makes such pictures: start ComfyUI with --fp32-vae or use another VAE.")
     return tensor
+
+
+def numbers(node, **values):
+    """Raises ValueError for a value that is NaN: ComfyUI's bounds let one from the API through."""
+    for name, value in values.items():
+        if math.isnan(value):
+            raise ValueError(f"{node}: {name} is NaN, which is no number. Give a number.")

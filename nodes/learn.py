@@ -17,6 +17,7 @@ from ..patching import textual
 from ..patching.sites import unet_of
 from ..patching.tokens import token_runs
 from .collage import CATEGORY, COLLAGE, owned_tokens
+from .inputs import numbers
 
 TEMPLATES = "a photo of {}\n{}\na close-up photo of {}\na bright photo of {}\na dark photo of {}\na good photo of {}\na picture of {}\na rendition of {}"
 SHOW_EVERY = 25  # steps
@@ -71,6 +72,7 @@ class LearnLayerToken(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, collage, layer, name, steps, learning_rate, seed, preview_every, batch, vectors, init, templates, resume):
+        numbers(cls.NAME, learning_rate=learning_rate)
         unet_of(model)  # refuses what is none
         path = cls.path(clip, name)
         learned = cls.with_token(clip, collage, layer, name)

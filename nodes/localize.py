@@ -13,6 +13,7 @@ from comfy_api.latest import io
 
 from ..localize import Problem, boxes, files, pipeline
 from ..localize.vocabulary import split_phrases
+from .inputs import numbers
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class SubjectLocalize(io.ComfyNode):
     @classmethod
     def execute(cls, detector, image, phrase, box_threshold, text_threshold, choose, index, dilation, if_nothing_found,
                 detect_size, nms_threshold, segmenter=None):
+        numbers("SubjectLocalize", box_threshold=box_threshold, text_threshold=text_threshold, nms_threshold=nms_threshold)
         with said_by("SubjectLocalize"):
             if detector is None:
                 raise Problem("the loader has detector = none; choose a Grounding DINO file in Load Subject Localizer.")

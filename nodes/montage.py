@@ -12,7 +12,7 @@ from ..patching.schedule import Window
 from ..patching.sites import parse_sites
 from ..patching.streams import check_together, streams_of
 from . import previews
-from .inputs import image_of, mask_of
+from .inputs import image_of, mask_of, numbers
 
 STACK = 32  # inputs of a stack; each may be a batch
 COLOURS = ["#%02x%02x%02x" % tuple(colour) for colour in (labels.palette(2 * STACK) * 255).round().int().tolist()]  # for the stroke editor
@@ -70,6 +70,7 @@ class GraphCutMontage(io.ComfyNode):
     @classmethod
     def execute(cls, latents, images, base, lam, sigma, components, solver, unmarked_is_base,
                 strokes="", stroke_masks=None, stroke_picture=None):
+        numbers(cls.NAME, lam=lam, sigma=sigma)
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack)
         pictures = cls.pictures(images, stack)
@@ -270,6 +271,7 @@ class CompositeAttentionInject(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latents, masks, base, start, end, sites, base_q, kv):
+        numbers(cls.NAME, start=start, end=end)
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack, model)
         check_base(cls.NAME, base, len(stack))

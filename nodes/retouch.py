@@ -16,7 +16,7 @@ from ..patching.schedule import Window, position, step_of
 from ..patching.sites import parse_sites
 from ..patching.streams import LATENT_KEY, Recording, Stream, Weights, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
-from .inputs import mask_of
+from .inputs import mask_of, numbers
 
 CATEGORY = "montage/retouch"
 RUNNING = io.Custom("MONTAGE_RUNNING_MASK")
@@ -50,6 +50,7 @@ class StepBlendSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, then, switch, ramp):
+        numbers(cls.NAME, switch=switch, ramp=ramp)
         if isinstance(then, StepBlend):
             raise ValueError(f"{cls.NAME}: then is itself a Step Blend Sampler. Connect that one to first, and to then the guider that follows.")
         stages = first.stages if isinstance(first, StepBlend) else (Stage(first, 0.0, 0.0),)
@@ -159,6 +160,7 @@ class AdaptiveMaskBlend(io.ComfyNode):
 
     @classmethod
     def execute(cls, threshold, min_area, mode, latent=None, sam_mask=None):
+        numbers(cls.NAME, threshold=threshold, min_area=min_area)
         if sam_mask is None and mode in ("and", "sam"):
             raise ValueError(f'{cls.NAME}: mode "{mode}" needs sam_mask, and none is connected. Connect one, or set mode to or.')
         segment = None if sam_mask is None else mask_of(cls.NAME, "sam_mask", sam_mask)
@@ -316,6 +318,7 @@ class MultiSourceSwap(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, layout, reference, layout_end, mask_start, end, sites, mask=None, running_mask=None, layout_prompt=None, reference_prompt=None):
+        numbers(cls.NAME, layout_end=layout_end, mask_start=mask_start, end=end)
         layouts, references = (streams_of(f"{cls.NAME}: {name}", [latent]) for name, latent in (("layout", layout), ("reference", reference)))
         mask = None if mask is None else mask_of(cls.NAME, "mask", mask).clamp(0, 1)
         cls.check(model, layouts, references, mask, running_mask)

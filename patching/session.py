@@ -15,6 +15,7 @@ from .schedule import Visits, in_words, position
 from .sites import Site, sites_of, transformer_block
 from .streams import INVERSION, Evaluation, Half, Run, Weights, conds_of, halves_of, recorded_conds, rows_to_replay
 
+WHOLE = {"comfy_extras.nodes_pag": "Perturbed-Attention Guidance", "comfy_extras.nodes_sag": "Self-Attention Guidance"}  # they need the middle block's
 KEY = "montage"  # of our wrappers and attachments in a MODEL, and of the Session in a run's transformer options
 
 
@@ -56,6 +57,7 @@ class Session:
                 self.check_run(recipe, run)
             recipe.check(self)
         self.check_branches()
+        self.check_guidance()
 
     def acting(self, sigma):
         """The recipes in whose window an evaluation lies."""
@@ -72,6 +74,15 @@ class Session:
                         raise ValueError(f"{recipe.node}: at sigma {sigma:.4g} {owner[site].node} already feeds the attention of block {tuple(site)} "
                                          f"from several images, and that can be done once. Give the two nodes windows or sites that do not overlap.")
                     owner[site] = recipe
+
+    def check_guidance(self):
+        """Refuse guidance that would take one branch of the middle block's attention for all of it, whatever comes of that."""
+        for recipe in self.recipes:
+            if recipe.branches and any(site.block == "middle" for site in recipe.window.sites):
+                for function in self.guider.model_options.get("sampler_post_cfg_function", ()):
+                    if function.__module__ in WHOLE:
+                        raise ValueError(f"{recipe.node}: {WHOLE[function.__module__]} needs the middle block's attention in one piece, and here it is put "
+                                         f"together from several images. Disconnect it from this MODEL, or leave the middle block out of the sites.")
 
     def check_run(self, recipe, run):
         """Refuse a recorded run that a recipe cannot follow here."""

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_server import COMPOSITE, PHOTOMONTAGE, equal, picture, quick, server, workflow  # noqa: F401  server is a fixture
+from test_server import PHOTOMONTAGE, equal, picture, quick, server, workflow  # noqa: F401  server is a fixture
 from workbench import dev
 
 PROMPTS, RUNS = int(os.environ.get("MONTAGE_FUZZ", 40)), int(os.environ.get("MONTAGE_SOAK", 12))
@@ -89,7 +89,21 @@ def test_no_prompt_gets_less_than_a_clear_answer(server):  # noqa: F811
     changed = quick(workflow(PHOTOMONTAGE))
     changed["44"]["inputs"]["seed"] = 1  # not from the server's cache
     assert equal(picture(server, server.run(changed, "after")), reference)
-    assert COMPOSITE in changed
+
+
+def test_every_number_that_is_none_is_refused_by_name(server):  # noqa: F811
+    tried = set()
+    for prompt in prompts().values():
+        for node, content in prompt.items():
+            info = server.call(f"/object_info/{content['class_type']}")[content["class_type"]]
+            kinds = {**info["input"]["required"], **info["input"].get("optional", {})}
+            for key in content["inputs"]:
+                if info["python_module"] == "custom_nodes.montage" and kinds.get(key, [None])[0] == "FLOAT" and (content["class_type"], key) not in tried:
+                    tried.add((content["class_type"], key))
+                    wrong = copy.deepcopy(prompt)
+                    wrong[node]["inputs"][key] = float("nan")
+                    assert f"{info['display_name']}: {key} is NaN" in answer(server, wrong)["exception_message"]
+    assert len(tried) > 20
 
 
 def test_memory_stays_flat_over_many_runs_and_cancels(server):  # noqa: F811

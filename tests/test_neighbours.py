@@ -11,8 +11,9 @@ import comfy.model_management
 import comfy.multigpu
 import pytest
 import torch
+from montage.nodes.collaborate import CollaborativeAttention
 from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
-from montage.nodes.retouch import TokenAttentionMap
+from montage.nodes.retouch import MultiSourceSwap, TokenAttentionMap
 from montage.patching.streams import streams_of
 from neighbours import (adapter, context_windows, controlled, differential, freeu, function_wrapper, hypertile, late, lora, lora_hook, nag, noise, pag,
                         replaced_attention, sag, scaled_queries, tome)
@@ -167,6 +168,29 @@ def weighed_alike(model, name):
     return weighed(model, name, (1.0, 1.0)), without(model, name, positive=controlled(words(1)))
 
 
+def swapping(model, name, edit_mask=halves((128, 128)).float()):
+    """SAGI in the first half of the steps, SALQ in the second."""
+    subject, condition = recorded(name)
+    windows = {"preset": "custom", "sagi_start": 0.0, "sagi_end": 0.5, "sagi_sites": "all", "salq_start": 0.5, "salq_end": 1.0, "salq_sites": "all"}
+    model, latent = CollaborativeAttention.execute(model, subject, 1 - edit_mask, windows, 0, True, False, "SAGI first", 0.3, "soft", condition, edit_mask).args
+    return Patched(model, {**start_of(NEIGHBOURS[name]), **latent})  # the LATENT has no noise mask: a user sets one
+
+
+def swapping_nothing(model, name):
+    """Nothing to edit, all of the picture locked."""
+    return swapping(model, name, torch.zeros(128, 128)), recorded(name)[1]["samples"]
+
+
+def retouching(model, name, layout_end=0.5):
+    layout, reference = recorded(name)
+    return Patched(*MultiSourceSwap.execute(model, layout, reference, layout_end, 0.6, 1.0, "all").args, {"positive": words(2)})
+
+
+def retouching_nothing(model, name):
+    """The layout's to the end."""
+    return retouching(model, name, 1.0), recorded(name)[0]["samples"]
+
+
 class Patcher(NamedTuple):
     """patch: what the node makes of a MODEL that has images recorded beside a neighbour. identity: the same where it must
     change nothing, with what is then sampled, bit for bit. display: its name in messages. changes: whether it changes what
@@ -182,6 +206,8 @@ PATCHERS = {
     "FeatureRecorder": Patcher("Feature Recorder", recording, recording_nothing, changes=False),
     "TokenAttentionMap": Patcher("Token Attention Map", measuring, measuring_nothing, changes=False),
     "CompositeAttentionInject": Patcher("Composite Attention Inject", composing, composing_nothing, recorded=True),
+    "CollaborativeAttention": Patcher("Collaborative Attention", swapping, swapping_nothing, recorded=True),
+    "MultiSourceSwap": Patcher("Multi Source Swap", retouching, retouching_nothing, recorded=True),
     "CollageCrossAttn": Patcher("Collage Cross Attention", biased, biased_by_nothing),
     "CollageNoise": Patcher("Collage Noise", harmonised, harmonised_alike),
     "CollageControl": Patcher("Collage Control", weighed, weighed_alike),
@@ -192,8 +218,10 @@ REFUSED = {  # (node, neighbour): what the message says
     ("FeatureRecorder", "context windows"): WINDOWS,
     ("TokenAttentionMap", "context windows"): WINDOWS,
     ("CompositeAttentionInject", "context windows"): WINDOWS,
-    ("CompositeAttentionInject", "a LoRA hook"): "Apply the LoRA to the MODEL instead",
-    ("CollageCrossAttn", "context windows"): WINDOWS,
+    **{(node, "context windows"): WINDOWS for node in ("CollaborativeAttention", "MultiSourceSwap", "CollageCrossAttn")},
+    **{(node, "a LoRA hook"): "Apply the LoRA to the MODEL instead" for node in ("CompositeAttentionInject", "CollaborativeAttention", "MultiSourceSwap")},
+    **{("CollaborativeAttention", guidance): "in one piece, .*Disconnect it" for guidance in ("PAG", "SAG")},
+    **{("CollaborativeAttention", cut): "Disconnect HyperTile, ToMe" for cut in ("HyperTile", "ToMe")},
 }
 ITS_OWN = {("CollageControl", "ControlNet")}  # a node that is nothing without that neighbour
 PAIRS = [(node, name) for node in PATCHERS for name in NEIGHBOURS if not name.startswith("nothing") and (node, name) not in ITS_OWN]

@@ -194,7 +194,7 @@ def test_errors_reach_the_api_in_one_sentence(server, change, part):
 def test_a_batch_is_spread_over_two_servers_and_each_gives_the_same(server, tmp_path):
     prompt, env = tmp_path / "prompt.json", dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
     prompt.write_text(json.dumps(quick(workflow(PHOTOMONTAGE))))
-    with dev.running_server(env, tmp_path, "--cpu", "--disable-api-nodes") as second:
+    with dev.running_server(env, tmp_path, "--cpu", "--disable-api-nodes", "--fast", "fp16_accumulation") as second:  # whose owner likes it fast
         second.base = tmp_path
         assert equal(*(picture(each, each.run(quick(workflow(PHOTOMONTAGE)), "the same")) for each in (server, second)))
         spread = subprocess.run([sys.executable, ROOT / "docs" / "many_machines.py", prompt, server.url, second.url, "--runs", "4", "--output", tmp_path / "found"],
