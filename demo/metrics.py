@@ -179,10 +179,11 @@ def judge(seen: tuple[int, float, list[Found]], background: int, objects: list[W
 
 
 def placed(found: Found | None, mask) -> bool:
-    """Whether an object stands in a region: its centre is inside the mask."""
+    """Whether an object stands in a region: its centre is inside the mask, or in a hole of it (a ring's is)."""
+    from scipy.ndimage import binary_fill_holes
     if found is None:
         return False
-    inside = _inside(mask)
+    inside = binary_fill_holes(_inside(mask))
     h, w = inside.shape
     return bool(inside[min(int(found.centre[1] * h), h - 1), min(int(found.centre[0] * w), w - 1)])
 

@@ -17,8 +17,8 @@ from sampling import sample  # noqa: E402
 from structures import demo_model  # noqa: E402
 
 SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 920_000
-SWAPS, LOCKS, ADDITIONS, GENERATIONS = 40, 10, 24, 12  # samples
-DILATION, MARGIN = 5, 12  # pixels
+SWAPS, LOCKS, ADDITIONS, GENERATIONS = 100, 10, 40, 40  # samples
+DILATION = 5  # pixels
 OURS, MASA = "MCA-Ctrl", "mutual self-attention (as MasaCtrl)"
 NEVER = (1.0, 1.0)
 
@@ -29,7 +29,7 @@ class Pair:
     def __init__(self, number):
         self.model, self.clip, self.vae = demo_model()
         self.seed, generator = FIRST + number, torch.Generator().manual_seed(FIRST + number)
-        self.drawn = scenes.sample(2, generator, count=1)
+        self.drawn = self.draw(generator)
         self.drawn.shape[1, 0] = self.drawn.shape[0, 0]  # as in DreamEditBench, of one kind
         if self.drawn.colour[0, 0] == self.drawn.colour[1, 0]:  # but not of one look
             self.drawn.colour[1, 0] = (self.drawn.colour[1, 0] + 1) % len(scenes.COLOURS)
@@ -41,6 +41,10 @@ class Pair:
         sigmas = BasicScheduler.execute(self.model, "normal", STEPS, 1.0).args[0]
         self.encoded = self.vae.encode(self.pictures)
         self.history, self.noise = InvertImage.execute(self.model, {"samples": self.encoded}, sigmas, self.empty).args
+
+    def draw(self, generator):
+        """The scenes of subject and picture."""
+        return scenes.sample(2, generator, count=1)
 
     def encode(self, text):
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
@@ -84,6 +88,17 @@ class Pair:
         return self.decode(self.sampled(model, latent, positive))
 
 
+class Apart(Pair):
+    """A subject whose place is empty in the other picture: the two stand on opposite sides."""
+
+    def draw(self, generator):
+        drawn = super().draw(generator)
+        drawn.radius[:, 0] = 0.15 + 0.04 * torch.rand(2, generator=generator)
+        x, (y, other_y) = torch.randint(2, (), generator=generator) / 2 + 0.25, 0.25 + torch.rand(2, generator=generator) / 2
+        drawn.centre[:, 0] = torch.stack([torch.stack([x, y]), torch.stack([1 - x, other_y])])
+        return drawn
+
+
 def swaps(pair):
     """{name: picture} of the method, its ablations, and what the prompt alone does."""
     return {
@@ -121,10 +136,8 @@ def measure_swap(number):
 
 
 def measure_addition(number):
-    """The subject in an empty place, which is its own in its picture; nothing where the picture has its object there."""
-    pair, reading = Pair(number), reader.load()
-    if (pair.subject_mask & regions.dilate(pair.object_mask, MARGIN)).any():
-        return {}
+    """The subject in an empty place, which is its own in its picture."""
+    pair, reading = Apart(number), reader.load()
     found = {}
     for name, fresh in (("the picture's noise (paper)", False), ("fresh noise", True)):
         picture = pair.edited(mask=pair.subject_mask, lock=True, fresh=fresh)
@@ -202,8 +215,7 @@ def sections(options):
 
     found = study.Study("collaborate-addition", options.folder).run(size(ADDITIONS), measure_addition)
     yield study.Section("MCA-Ctrl: adding a subject", "\n\n".join([
-        f"The same subjects put into an empty place of the other picture, the place that they have in their own (of {len(found.samples)} pairs "
-        "those in which it is empty). Inverted noise of an empty place leads back to the empty place; *fresh noise*, which the paper has not, "
+        f"{len(found.samples)} subjects put into an empty place of the other picture, the place that they have in their own. Inverted noise of an empty place leads back to the empty place; *fresh noise*, which the paper has not, "
         "begins the edited area with the sampler's own. Figures as above.",
         found.table(**FIGURES),
         study.markdown(study.CLAIMS, [study.claim("with fresh noise the right object is there more often", found.difference(

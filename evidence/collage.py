@@ -19,11 +19,12 @@ from structures import demo_model  # noqa: E402
 from test_collage_canvas import canvas, layer  # noqa: E402
 
 SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 920_000
-PLACED, TRADED = 60, 30  # samples of the studies of places and of noise
+PLACED, TRADED = 100, 30  # samples of the studies of places and of noise
+CROWD, CELLS = 192, 3  # pixels of the canvas of many layers along a side, and the cells in which they stand
 LEARNED, LEARNING_STEPS, LEARNING_RATE = 6, 60, 0.03  # samples of the study of tokens, and how each is learned
 FREE = 0.9  # noise of what may change freely: an object's place is then given by words and bias more than by the picture
 PLAIN, BIASED, DRAWN, KEPT_AWAY = "image-to-image (GH)", "+ cross-attention (GH+CA)", "CA, w_pos alone", "CA, w_neg alone"
-AREAS = "GH + ComfyUI's areas"
+AREAS, PASTED = "GH + ComfyUI's areas", "the layers themselves"
 LEVELS = (0.0, 0.3, 0.6, 0.9)
 WORDS, TOKEN, OTHERS = "words alone (GH+CA)", "+ learned token (GH+CA+TI)", "+ another layer's token"
 
@@ -31,19 +32,28 @@ WORDS, TOKEN, OTHERS = "words alone (GH+CA)", "+ learned token (GH+CA+TI)", "+ a
 class Example:
     """A collage of a scene's own objects, each a layer where it stands in the scene."""
 
+    size = SIZE
+
     def __init__(self, number, count):
         self.model, self.clip, self.vae = demo_model()
-        generator = torch.Generator().manual_seed(FIRST + number)
-        self.scene, self.count, self.seed = scenes.sample(1, generator, count=count), count, FIRST + number
+        self.count, self.seed = count, FIRST + number
+        self.draw(torch.Generator().manual_seed(self.seed))
+
+    def draw(self, generator):
+        self.scene = scenes.sample(1, generator, count=self.count)
+        self.prompt = scenes.caption(self.scene, 0)
+
+    def layer(self, slot):
+        """(its picture [size, size, 4], its words)."""
+        return scenes.cutouts(self.scene, slot, SIZE).movedim(1, -1), scenes.phrase(self.scene, 0, slot)
 
     def collage(self, noises=None, w_pos=0.4, w_neg=0.7):
         """(Collage, the composite). noises: of each layer."""
         last = ()
         for slot in range(self.count):
-            picture = scenes.cutouts(self.scene, slot, SIZE).movedim(1, -1)
-            last = layer(picture, scenes.phrase(self.scene, 0, slot), trim=False, w_pos=w_pos, w_neg=w_neg, noise=(noises or [FREE] * self.count)[slot],
-                         behind=last, node=str(slot))
-        return canvas(last, SIZE, SIZE, scenes.caption(self.scene, 0), background_noise=FREE, blur=3.0)[:2]
+            picture, words = self.layer(slot)
+            last = layer(picture, words, trim=False, w_pos=w_pos, w_neg=w_neg, noise=(noises or [FREE] * self.count)[slot], behind=last, node=str(slot))
+        return canvas(last, self.size, self.size, self.prompt, background_noise=FREE, blur=3.0)[:2]
 
     def encoded(self, image):
         return {"samples": self.vae.encode(image)}
@@ -69,27 +79,60 @@ class Example:
         return latent, self.vae.decode(latent)[0].clamp(0, 1)
 
 
+class Crowd(Example):
+    """A collage of 4 to 9 objects of one style, each in a cell of its own: more than any scene of the model's training holds."""
+
+    size = CROWD
+
+    def __init__(self, number):
+        super().__init__(number, 4 + number % 6)
+
+    def draw(self, generator):
+        drawn = scenes.sample(self.count, generator, count=1)
+        drawn.style[:] = drawn.style[:1]
+        drawn.centre[:, 0] = 0.5
+        drawn.radius[:, 0] = 0.14 + 0.03 * torch.rand(self.count, generator=generator)
+        cells = torch.randperm(CELLS ** 2, generator=generator)[:self.count]
+        cell = self.size // CELLS
+        corners = torch.stack([cells % CELLS, cells // CELLS], 1) * cell + cell // 2 + torch.randint(-6, 7, (self.count, 2), generator=generator)
+        self.scene, self.places = drawn, corners.tolist()
+        background = list(scenes.BACKGROUNDS.values())[drawn.background[0]]
+        self.prompt = f"{' and '.join(self.layer(slot)[1] for slot in range(self.count))} {background}"
+
+    def layer(self, slot):
+        x, y = (place - SIZE // 2 for place in self.places[slot])
+        drawn = scenes.cutouts(self.scene.take(slice(slot, slot + 1)), 0, SIZE)
+        whole = torch.nn.functional.pad(drawn, (x, self.size - SIZE - x, y, self.size - SIZE - y))  # what is negative is cut off
+        return whole.movedim(1, -1), scenes.phrase(self.scene, slot, 0)
+
+    def found(self, collage, picture):
+        """Shares of the layers whose object the reader finds where the layer is: in its colour, and in its shape too."""
+        placed = shaped = 0
+        for slot, mask in enumerate(collage.masks):
+            left, top = (min(max(place - SIZE // 2, 0), self.size - SIZE) for place in self.places[slot])
+            part = (slice(top, top + SIZE), slice(left, left + SIZE))  # of the size that the reader knows
+            _, _, objects = metrics.look(judge(), picture[part])
+            right = [one for one in objects if one.colour == self.scene.colour[slot, 0] and metrics.placed(one, mask[part])]
+            placed += bool(right)
+            shaped += any(one.shape == self.scene.shape[slot, 0] for one in right)
+        return {"placed": placed / self.count, "shaped": shaped / self.count}
+
+
 def places(number):
-    """The objects of three layers, with and without the bias and its two halves."""
-    return {name: found(Example(number, 3), picture) for name, picture in placements(number).items()}
+    """The objects of 4 to 9 layers, with and without the bias and its two halves."""
+    return {name: Crowd(number).found(*variant) for name, variant in placements(number).items()}
 
 
 @functools.cache  # the pictures that are measured are shown
 def placements(number):
-    example, pictures = Example(number, 3), {}
+    """{variant: (Collage, picture)}."""
+    example = Crowd(number)
+    collage, image = example.collage()
+    found = {PASTED: (collage, image[0])}
     for name, weights in ((PLAIN, {}), (BIASED, {}), (DRAWN, {"w_neg": 0.0}), (KEPT_AWAY, {"w_pos": 0.0}), (AREAS, {})):
         collage, image = example.collage(**weights)
-        pictures[name] = example.sampled(collage, image, bias=name not in (PLAIN, AREAS), areas=name == AREAS)[1]
-    return pictures
-
-
-def found(example, picture):
-    """Shares of the layers whose object the reader finds where the layer is: in its colour, and in its shape too."""
-    seen = metrics.judge(metrics.look(judge(), picture), example.scene.background[0].item(), metrics.wanted(example.scene, 0))
-    masks = scenes.masks(example.scene, SIZE)[0]
-    there = [metrics.placed(one, mask) for one, mask in zip(seen.objects, masks)]
-    coloured = [a and b for a, b in zip(there, seen.colour)]
-    return {"placed": sum(coloured) / len(there), "shaped": sum(a and b for a, b in zip(coloured, seen.shape)) / len(there)}
+        found[name] = collage, example.sampled(collage, image, bias=name not in (PLAIN, AREAS), areas=name == AREAS)[1]
+    return found
 
 
 @functools.cache
@@ -182,14 +225,12 @@ def placing(options, count):
         ("w_neg alone helps", KEPT_AWAY, PLAIN, "placed"),
         ("CA puts more objects where their layers are than ComfyUI's areas (at a cost that does not grow with the layers)", BIASED, AREAS, "placed"),
     )]
-    shown = []
-    for number in range(min(4, count)):
-        example = Example(number, 3)
-        shown.append([example.collage()[1][0], *placements(number).values()])
+    shown = [[picture for _, picture in placements(number).values()] for number in range(min(4, count))]
     return study.Section("Collage Diffusion: objects where their layers are", "\n\n".join([
-        f"{count} collages of three layers on grey (the demo model knows no more; the paper has 4 to 9), a prompt of all their words, noise {FREE} everywhere, "
-        "so that little of the input is left. The share of layers whose object the reader finds with its centre in the layer, of the right colour "
-        "(*in its place*), and of the right shape too. The paper shows pictures and gives no numbers.",
+        f"{count} collages of 4 to 9 layers on a grey canvas of {CROWD}x{CROWD} pixels (the demo model was trained on scenes of one to three objects at "
+        f"{SIZE}x{SIZE}), a prompt of all their words, noise {FREE} everywhere, so that little of the input is left. The share of layers whose object the "
+        "reader finds with its centre in the layer, of the right colour (*in its place*), and of the right shape too; *the layers themselves* is the share "
+        "it finds in the input. The paper shows pictures and gives no numbers.",
         found.table(placed="in its place", shaped="and in its shape"), study.markdown(study.CLAIMS, claims),
         study.grid("collage-places", shown, ["layers", "GH", "GH+CA", "w_pos alone", "w_neg alone", "areas"])]))
 
