@@ -24,6 +24,7 @@ from .tokens import content, is_id, same
 
 MADE_BY = "montage_learned_token"  # key of our own entry in the file's metadata
 BETAS, WEIGHT_DECAY, MOST_GRADIENT = (0.9, 0.999), 1e-2, 1.0  # the authors'
+PATIENCE = 4  # steps without a usable gradient, at the start, before that is an error
 
 
 class Row(NamedTuple):
@@ -148,6 +149,9 @@ def learn(token, path, model, clip, task, steps, learning_rate, batch, done):
                 if all(torch.isfinite(row.grad).all() for row in rows):
                     torch.nn.utils.clip_grad_norm_(rows, MOST_GRADIENT)
                     token.optimizer.step()
+                elif not token.optimizer.state and len(token.losses) >= PATIENCE:
+                    raise ValueError("Learn Layer Token: every gradient holds values that are no numbers, so nothing can be learned. Start ComfyUI with "
+                                     "--force-fp32, or use a checkpoint in another precision.")
                 token.losses.append(round(sum(losses) / batch, 5))
                 done()
     finally:
@@ -212,10 +216,13 @@ def checkpointed(unet):
     def cheap(forward):
         return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
+    before = [vars(block).get("forward") for block in blocks]  # another pack's own, or none
     for block in blocks:
         block.forward = cheap(block.forward)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, before):
             del block.forward
+            if forward:
+                block.forward = forward

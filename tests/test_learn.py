@@ -1,4 +1,6 @@
 """Textual inversion of a layer: what it learns and what it leaves, cancelling and going on, and the embedding that comes of it."""
+import functools
+
 import comfy.model_management
 import comfy.utils
 import pytest
@@ -171,6 +173,22 @@ def test_half_precision_learns(tmp_path):
 
 
 # ---------------------------------------------------------------- the node
+
+def test_a_model_that_gives_no_numbers_is_an_error(tmp_path):
+    clip, model = text_encoder("sd15-small", embeddings=str(tmp_path)), build("sd15-small")
+    model.model.diffusion_model.out[0].weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="^Learn Layer Token: every gradient .*--force-fp32"):
+        learned(begun(clip), tmp_path, clip, 20, model=model)
+
+
+def test_another_packs_own_forward_stays():
+    unet = build("sd15-small").model.diffusion_model
+    block = next(part for part in unet.modules() if isinstance(part, textual.ResBlock))
+    block.forward = own = functools.partial(type(block).forward, block)
+    with textual.checkpointed(unet):
+        assert block.forward is not own
+    assert block.forward is own
+
 
 @pytest.fixture
 def clip(tmp_path):
