@@ -8,6 +8,7 @@ import { NodeEditor, button, claim, fill, make, setAddress, toolbar } from "./wi
 const RADIUS = { least: 20, most: 1500, first: 250, step: 1.2 };
 const MANY = 12; // images, from which on the thumbnails are small
 const NO_PICTURES = { names: [], size: null, regions: null };
+const UNSEEN = [512, 512]; // fine enough that strokes of different images do not meet before their size is known
 
 export class StrokeEditor extends NodeEditor {
   /**
@@ -172,7 +173,7 @@ export class StrokeEditor extends NodeEditor {
     if (this.released) return;
     this.painting.followBase(this.node.base());
     this.view.image = Math.max(0, Math.min(this.view.image, this.count() - 1));
-    this.drawing.resize(this.pictures.size ?? this.painting.paintedOn.size ?? [1, 1]);
+    this.drawing.resize(this.pictures.size ?? this.painting.paintedOn.size ?? UNSEEN);
     if (!this.pen.stroke) this.drawing.show(this.painting.strokes, this.view.image, (image) => this.colourOf(image));
     this.renderImages();
     this.renderTools();

@@ -389,6 +389,8 @@ describe("what is not as it should be", () => {
     assert.match(await page.locator(".montage-hint").textContent(), /Queue once/);
     await page.locator(".montage-stage > canvas").click({ force: true });
     assert.equal(await value(), "");
+    await mount({ count: 0, text: '{"v":1,"base":0,"strokes":[{"k":0,"r":300,"p":[1500,1000,1500,9000]},{"k":1,"r":300,"p":[8500,1000,8500,9000]}]}' });
+    assert.doesNotMatch(await status(), /both painted/);
   });
 
   test("a text that cannot be read is kept until it is cleared", async () => {
