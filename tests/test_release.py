@@ -86,8 +86,16 @@ def test_every_input_and_output_has_a_tooltip_and_every_node_a_help_page():
             assert one.tooltip, f"{schema.node_id}.{one.id}"
         page = ROOT / "web" / "docs" / f"{schema.node_id}.md"
         assert page.is_file(), f"{schema.node_id} has no help page"
-        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        assert pictures, f"{page.name} shows no picture"
+        for picture in pictures:
             assert (page.parent / picture).is_file(), f"{page.name} shows {picture}, which is not there"
+
+
+def test_every_workflow_has_a_thumbnail_and_a_twin():
+    folder = ROOT / "example_workflows"
+    flows = {path.stem for path in folder.glob("*.json")}
+    assert len(flows) >= 10 and flows == {path.stem for path in folder.glob("*.jpg")} == {path.stem for path in (folder / "api").glob("*.json")}
 
 
 def test_every_help_page_belongs_to_a_node():
