@@ -10,7 +10,7 @@ from comfy_extras.nodes_custom_sampler import BasicScheduler  # noqa: E402
 from montage.demo import metrics, reader, scenes  # noqa: E402
 from montage.evidence import study  # noqa: E402
 from montage.kernels import regions  # noqa: E402
-from montage.nodes.collaborate import CollaborativeAttention  # noqa: E402
+from montage.nodes.collaborate import PRESETS, CollaborativeAttention  # noqa: E402
 from montage.nodes.record import InvertImage  # noqa: E402
 from montage.nodes.retouch import MultiSourceSwap, TokenAttentionMap  # noqa: E402
 from sampling import sample  # noqa: E402
@@ -19,8 +19,9 @@ from structures import demo_model  # noqa: E402
 SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 920_000
 SWAPS, LOCKS, ADDITIONS, GENERATIONS = 100, 10, 40, 40  # samples
 DILATION = 5  # pixels
-OURS, MASA = "MCA-Ctrl", "mutual self-attention (as MasaCtrl)"
+OURS, NOTEBOOK, MASA = "MCA-Ctrl", "with the notebook's windows", "mutual self-attention (as MasaCtrl)"
 NEVER = (1.0, 1.0)
+UNIFORM = PRESETS["paper swap"]  # "Uniform", of which the paper's ablation is
 
 
 class Pair:
@@ -101,12 +102,14 @@ class Apart(Pair):
 
 def swaps(pair):
     """{name: picture} of the method, its ablations, and what the prompt alone does."""
+    windows = {"sagi": UNIFORM.sagi, "salq": UNIFORM.salq}
     return {
-        OURS: pair.edited(),
-        "without SALQ": pair.edited(salq=NEVER),
-        "without SAGI": pair.edited(sagi=NEVER, salq=(0.0, 1.0)),
-        "without dilation": pair.edited(dilation=0),
-        "SALQ first": pair.edited(order="SALQ first"),
+        OURS: pair.edited(**windows),
+        "without SALQ": pair.edited(**windows | {"salq": NEVER}),
+        "without SAGI": pair.edited(**windows | {"sagi": NEVER}),
+        "without dilation": pair.edited(**windows, dilation=0),
+        "SALQ first": pair.edited(**windows, order="SALQ first"),
+        NOTEBOOK: pair.edited(),
         MASA: pair.mutual(),
         "neither: the prompt alone": pair.decode(pair.sampled(pair.model, {"samples": pair.noise["samples"][1:]})),
     }
@@ -196,7 +199,8 @@ def sections(options):
     pictures = [swaps(pair) for pair in pairs]
     yield study.Section("MCA-Ctrl: swapping a subject", "\n\n".join([
         f"{len(found.samples)} pairs of rendered scenes of one object each, of one shape and two colours, both inverted over {STEPS} steps; the "
-        "subject of the one replaces the object of the other, by the notebook's settings with true masks. *right object*: share in which an "
+        "subject of the one replaces the object of the other, by the paper's uniform settings (SAGI to 0.4 of the steps, SALQ to 0.96) with true masks; one "
+        "row by the released notebook's (SAGI to 0.1). *right object*: share in which an "
         "object of the subject's colour and shape stands inside the edit mask. *colour distance* (CIE Lab, less is nearer) and *texture "
         "likeness* compare the edited area with the subject, *style error* what words do not say (shade, light, outline, the texture's direction "
         "and size; 0 equal, 1/3 unrelated). *background* is the PSNR (dB) outside the dilated edit mask against the picture itself, without the "
