@@ -89,6 +89,7 @@ def test_no_prompt_gets_less_than_a_clear_answer(server):  # noqa: F811
     changed = quick(workflow(PHOTOMONTAGE))
     changed["44"]["inputs"]["seed"] = 1  # not from the server's cache
     assert equal(picture(server, server.run(changed, "after")), reference)
+    assert "memory leak" not in server.log.read_text(errors="replace")  # ComfyUI's words for a model that somebody holds
 
 
 def test_every_number_that_is_none_is_refused_by_name(server):  # noqa: F811
