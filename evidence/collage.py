@@ -21,7 +21,7 @@ from test_collage_canvas import canvas, layer  # noqa: E402
 SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 920_000
 PLACED, TRADED = 100, 30  # samples of the studies of places and of noise
 CROWD, CELLS = 192, 3  # pixels of the canvas of many layers along a side, and the cells in which they stand
-LEARNED, LEARNING_STEPS, LEARNING_RATE = 6, 60, 0.03  # samples of the study of tokens, and how each is learned
+LEARNED, LEARNING_STEPS, LEARNING_RATE = 24, 60, 0.03  # samples of the study of tokens, and how each is learned
 FREE = 0.9  # noise of what may change freely: an object's place is then given by words and bias more than by the picture
 PLAIN, BIASED, DRAWN, KEPT_AWAY = "image-to-image (GH)", "+ cross-attention (GH+CA)", "CA, w_pos alone", "CA, w_neg alone"
 AREAS, PASTED = "GH + ComfyUI's areas", "the layers themselves"
