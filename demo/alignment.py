@@ -26,7 +26,7 @@ class Heads(nn.Module):
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """(n, 64, h, w) -> by output (n, h, w, c)."""
-        maps = self.net(features).movedim(1, -1).split(list(_OUTPUTS.values()), -1)
+        maps = self.net(features).float().movedim(1, -1).split(list(_OUTPUTS.values()), -1)
         return dict(zip(_OUTPUTS, maps))
 
 
@@ -51,5 +51,5 @@ def loss(maps: dict[str, Tensor], scenes: Scenes, owner: Tensor) -> Tensor:
     visible = torch.zeros_like(maps["style"])
     visible[named] = shown(texture[named], colour[named])
     visible[..., _TINT] = (~covered).float()
-    error = (maps["style"].float() - encode_style(scenes.style)[:, None, None]) ** 2
+    error = (maps["style"] - encode_style(scenes.style)[:, None, None]) ** 2
     return total + (visible * error).sum((0, 1, 2)).div(visible.sum((0, 1, 2)).clamp(min=1)).mean()

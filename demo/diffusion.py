@@ -24,7 +24,16 @@ def alphas_bar() -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """(n, tokens, channels) each -> (n, tokens of q, channels), over HEADS heads."""
     q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))
+    if q.is_cpu and q.dtype == torch.bfloat16 and not causal:  # there PyTorch's fused attention is slow backwards
+        return (((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1) @ v).transpose(1, 2).flatten(2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+class GroupNorm(nn.GroupNorm):
+    """In single precision, for accuracy and because PyTorch's CPU kernel for bfloat16 is slow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
 
 
 def _zero(layer: nn.Module) -> nn.Module:
@@ -40,9 +49,9 @@ def _conv(n_in: int, n_out: int, stride: int = 1) -> nn.Conv2d:
 class ResBlock(nn.Module):
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, n_in), nn.SiLU(), _conv(n_in, n_out))
+        self.in_layers = nn.Sequential(GroupNorm(32, n_in), nn.SiLU(), _conv(n_in, n_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * WIDTH, n_out))
-        self.out_layers = nn.Sequential(nn.GroupNorm(32, n_out), nn.SiLU(), nn.Identity(), _zero(_conv(n_out, n_out)))
+        self.out_layers = nn.Sequential(GroupNorm(32, n_out), nn.SiLU(), nn.Identity(), _zero(_conv(n_out, n_out)))
         self.skip_connection = nn.Identity() if n_in == n_out else nn.Conv2d(n_in, n_out, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -98,7 +107,7 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels)])
         self.proj_out = _zero(nn.Conv2d(channels, channels, 1))
@@ -182,7 +191,7 @@ class UNet(Encoder):
                 if level and i == RES_BLOCKS:
                     layers.append(Upsample(channels))
                 self.output_blocks.append(nn.ModuleList(layers))
-        self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), _zero(_conv(channels, 4)))
+        self.out = nn.Sequential(GroupNorm(32, channels), nn.SiLU(), _zero(_conv(channels, 4)))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor, control: list[Tensor] | None = None) -> Tensor:
         """x (n, 4, h, w), t (n,) in 0..999, context (n, 77, 64), control as ControlNet returns it -> v."""

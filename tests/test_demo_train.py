@@ -103,6 +103,19 @@ torch.save({"steps": steps, "seen": seen}, Path(sys.argv[1]) / f"rank{dist.get_r
     assert torch.equal(one["seen"][after], two["seen"][after]) and (one["seen"][after] != 0).all()
 
 
+def test_bfloat16_teaches_the_same(tmp_path):
+    """On a CPU it goes through an attention of its own."""
+    def gradient(*more):
+        trainer = train.Trainer(train.arguments(["--device", "cpu", "--init", str(train.HERE / "weights"), "--runs", str(tmp_path), *more]))
+        ids = train.tokenise(["a red ball on grass", "a blue star at night"])
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        trainer.denoising_loss(latents, lambda: trainer.text(ids), torch.Generator().manual_seed(0)).backward()
+        return torch.cat([value.grad.flatten() for value in (*trainer.unet.parameters(), *trainer.text.parameters()) if value.requires_grad])
+
+    assert torch.nn.functional.cosine_similarity(gradient("--no-bf16"), gradient("--bf16"), dim=0) > 0.99
+    assert "True" not in train.arguments(["--bf16"]).command
+
+
 def test_the_lesson_on_the_side_knows_what_the_picture_shows():
     drawn = scenes.sample(32, torch.Generator().manual_seed(0), fancy=0.2)
     owner = alignment.owners(drawn, 16)
