@@ -207,6 +207,8 @@ def sections(options):
         "background lock, as printed in the paper. DINO, CLIP and ImageReward are not checkable without pretrained networks.",
         found.table(**FIGURES, psnr="background"),
         study.markdown(study.CLAIMS, [study.claim(what, found.difference(a, b, figure), sign, paper) for what, a, b, figure, sign, paper in CLAIMS]),
+        "Where the paper's order of the backgrounds is not found: it measures their likeness by DINO, and an edit that does less keeps more of it; PSNR here "
+        "counts the drift of every pixel, which SALQ holds back, since it feeds the background from the condition in the later steps.",
         study.grid("collaborate-swap", [[*pair.pictures, *row.values()] for pair, row in zip(pairs, pictures)], ["subject", "picture", *pictures[0]]),
     ]))
 
