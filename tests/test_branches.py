@@ -6,7 +6,7 @@ from montage.patching.branches import Branch, join
 from montage.patching.recipes import Recipe, install
 from montage.patching.schedule import Window
 from montage.patching.sites import sites_of
-from neighbours import pag, replaced_attention, scaled_queries
+from neighbours import replaced_attention, scaled_queries
 from sampling import SIZE, STEPS, empty, inject, sample
 from structures import random_model
 from test_composite import MIXED, close, two
@@ -124,8 +124,10 @@ def test_what_cuts_the_tokens_or_gives_another_shape_is_named():
     model, latent = getattr(tiled, "args", tiled)[0], empty(size=(32, 32))
     with pytest.raises(ValueError, match="Halved: another node cuts the tokens of block .*Disconnect HyperTile"):
         sample(split_model(model=model), latent)
+    values = random_model("sd15-small").clone()
+    values.set_model_attn1_replace(lambda q, k, v, extra: v, "middle", 0)
     with pytest.raises(ValueError, match=r"Doubled: another node replaces the self-attention of block \('middle', 0, 0\)"):
-        sample(split_model(Uneven, model=pag(random_model("sd15-small"))), empty(size=(16, 16)))
+        sample(split_model(Uneven, model=values), empty(size=(16, 16)))
 
 
 class Uneven(Halved):
