@@ -13,8 +13,8 @@ import retouch  # noqa: E402
 from montage.evidence import study  # noqa: E402
 
 METHODS = {"Generative Photomontage": photomontage, "Collage Diffusion": collage, "MCA-Ctrl": collaborate, "Layout-and-Retouch": retouch}
-SIDE = 16  # of the latent: the structures are slow without a GPU
-MODELS = {"demo": (6, 3), "sd15": (2, 1)}  # name: (steps, rounds); SDXL in full size: tests/benchmarks, --models sdxl
+SIDE = 16  # of the demo model's latent
+MODELS = {"demo": (SIDE, 6, 3), "sd15": (32, 2, 2), "sdxl": (16, 2, 1)}  # name: (side of the latent, steps, rounds); the structures are slow without a GPU
 GROWTH = {"side of the latent": (8, 16, 32), "steps": (4, 8, 16), "images": (2, 4, 8), "layers": (2, 6, 20)}
 FOLLOWED = ("plain", "compose 2, cache", "compose 2, replay", "2 layers", "SAGI", "SALQ", "retouch")  # as side and steps grow
 
@@ -22,8 +22,8 @@ FOLLOWED = ("plain", "compose 2, cache", "compose 2, replay", "2 layers", "SAGI"
 def beside_plain(key):
     """{case: figures} of one model and method. key: "model, method"."""
     name, method = key.split(", ")
-    steps, rounds = MODELS[name]
-    on = bench.Bench(name, SIDE, steps)
+    side, steps, rounds = MODELS[name]
+    on = bench.Bench(name, side, steps)
     costs = on.measure(METHODS[method].cases(on), rounds)
     plain = costs["plain"]
     return {case: {"ratio": statistics.median(cost.seconds) / statistics.median(plain.seconds), "rows": cost.rows / steps,
@@ -115,8 +115,9 @@ def sections(options):
     device = "GPU, fp16" if bench.CUDA else "CPU, fp32, processor time"
     found = study.Study("cost", options.folder).run([f"{model}, {method}" for model in models for method in METHODS], beside_plain)
     yield study.Section("Cost: beside plain sampling", "\n\n".join([
-        f"Time and peak memory as ratios to plain sampling of one image in the same run (latent {SIDE}x{SIDE}; {device}): the demo model, "
-        "median of three rounds, and SD1.5 in full size with random weights, one round of two steps, on a busy machine. SDXL: tests/benchmarks. *UNet rows a step*: 2 for one image with CFG.",
+        f"Time and peak memory as ratios to plain sampling of one image in the same run ({device}): the demo model, and SD1.5 and SDXL in full size "
+        f"with random weights ({'; '.join(f'{model}: latent {side}x{side}, {steps} steps, median of {rounds}' for model, (side, steps, rounds) in MODELS.items())}). "
+        "*UNet rows a step*: 2 for one image with CFG.",
         *(comparison(found, method) for method in METHODS)]))
 
     counted, stored = (study.Study(name, options.folder).run(["all"], measure).samples["all"]

@@ -234,6 +234,25 @@ def test_a_collage_runs(server, name, expected):
     assert collage.size == (128, 128) and len(collage.getcolors(1 << 24)) > 1000 and not equal(without, collage)
 
 
+@pytest.mark.parametrize("name", ["a first collage", "a collage with a noise for each layer", "a collage with a learned look",
+                                  "one object of a collage again and again", "subject swap", "subject addition", "subject generation",
+                                  "an existing picture in the stack"])
+def test_a_workflow_runs_on_the_structure_of_sdxl(server, name):
+    prompt = quick(workflow(f"Montage - {name} (demo model)"))
+    loader, = (number for number, node in prompt.items() if node["class_type"] == "MontageDemoModel")
+    for node in prompt.values():
+        for key, value in node["inputs"].items():
+            if value in ([loader, 0], [loader, 1]):  # its MODEL and CLIP, not its VAE
+                node["inputs"][key] = ["sdxl", value[1]]
+        if node["class_type"] == "LearnLayerToken":
+            node["inputs"].update(steps=2, preview_every=0, name="sdxl")
+        if "amount" in node["inputs"]:
+            node["inputs"]["amount"] = 2
+    prompt["sdxl"] = {"class_type": "MontageTestStructure", "inputs": {"name": "sdxl-small"}}
+    found = pictures(server, server.run(prompt, name))
+    assert all(len(picture.getcolors(1 << 24)) > 100 for kind, those in found.items() if "labels" not in kind for picture in those)
+
+
 def test_one_object_is_made_again_while_all_others_stay(server):
     prompt = quick(workflow("Montage - one object of a collage again and again (demo model)"))
     for node in prompt.values():

@@ -1,11 +1,28 @@
-"""A custom node pack for the tests' own server: takes one output out of ComfyUI's cache, as memory pressure would."""
+"""A custom node pack for the tests' own server: takes one output out of ComfyUI's cache, as memory pressure would, and
+loads a structure with random weights."""
 import gc
+import sys
+from pathlib import Path
 
+import folder_paths
 from aiohttp import web
 from execution import PromptExecutor
 from server import PromptServer
 
-NODE_CLASS_MAPPINGS = {}
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from structures import STRUCTURES, random_model, text_encoder  # noqa: E402
+
+
+class Structure:
+    """MODEL and CLIP of one of the tests' small structures."""
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"name": (list(STRUCTURES),)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL", "CLIP"), "load", "testing"
+
+    def load(self, name):
+        return random_model(name), text_encoder(name, embeddings=folder_paths.get_folder_paths("embeddings"))
+
+
+NODE_CLASS_MAPPINGS = {"MontageTestStructure": Structure}
 
 
 @PromptServer.instance.routes.post("/montage_test/evict/{node}")
