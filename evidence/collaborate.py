@@ -233,7 +233,9 @@ def sections(options):
     yield study.Section("MCA-Ctrl: generating with a subject", "\n\n".join([
         f"{len(found.samples)} new pictures of the subject on another background, from its words; the edited area comes from the running "
         "cross-attention map of those words (the strongest 30 %; *soft*: elsewhere as much as the map says). *right object* and *style error* as "
-        "above, wherever it stands. *its place given*: the subject's own mask instead of the map.",
+        "above, wherever it stands. *its place given*: the subject's own mask instead of the map. What falls short "
+        "is the outline: a subject fills its area, and the strongest 30 % of a map are larger and rounder than most objects here (third row below). Its own "
+        "place is often not where the words draw: there the method changes less.",
         found.table(present=FIGURES["present"], style=FIGURES["style"]),
         study.markdown(study.CLAIMS, [study.claim(what, found.difference(f"subject, {form} map", "the prompt alone", figure), sign, paper)
                                       for form in ("soft", "hard") for what, figure, sign, paper in (

@@ -117,7 +117,8 @@ def sections(options):
     yield study.Section("Cost: beside plain sampling", "\n\n".join([
         f"Time and peak memory as ratios to plain sampling of one image in the same run ({device}): the demo model, and SD1.5 and SDXL in full size "
         f"with random weights ({'; '.join(f'{model}: latent {side}x{side}, {steps} steps, median of {rounds}' for model, (side, steps, rounds) in MODELS.items())}). "
-        "*UNet rows a step*: 2 for one image with CFG.",
+        "*UNet rows a step*: 2 for one image with CFG. On latents this small what a call costs apart from its arithmetic weighs most; tests/benchmarks take "
+        "others (`--size 64`: 512 pixels).",
         *(comparison(found, method) for method in METHODS)]))
 
     counted, stored = (study.Study(name, options.folder).run(["all"], measure).samples["all"]
