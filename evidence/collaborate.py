@@ -81,12 +81,12 @@ class Pair:
         """The condition's picture out of its noise, at CFG 1 with the prompt that it was inverted with."""
         return self.sampled(self.model, {"samples": self.noise["samples"][1:]}, self.empty, 1.0)
 
-    def generated(self, form=None, place=None):
-        """A new picture of the prompt: with the subject where its words draw, or in a place that is given (a mask), or without it."""
+    def generated(self, form=None, **inputs):
+        """A new picture of the prompt: with the subject where its words draw or in an edit_mask, or without it."""
         empty = {"samples": torch.zeros(1, 4, SIZE // 8, SIZE // 8)}
         model, latent, positive = TokenAttentionMap.execute(self.model, empty, self.clip, self.prompt, self.words, "d@2-4,u@2-4").args
         if form:
-            model, _ = self.collaborating(model, sagi=(0.02, 0.1), form=form, **({} if place is None else {"edit_mask": place.float()}))
+            model, _ = self.collaborating(model, sagi=(0.02, 0.1), form=form, **inputs)
         return self.decode(self.sampled(model, latent, positive))
 
 
@@ -114,6 +114,12 @@ def swaps(pair):
         MASA: pair.mutual(),
         "neither: the prompt alone": pair.decode(pair.sampled(pair.model, {"samples": pair.noise["samples"][1:]})),
     }
+
+
+def generations(pair):
+    """{name: picture} of the prompt alone, and with the subject."""
+    return {"the prompt alone": pair.generated(), "subject, soft map": pair.generated("soft"), "subject, hard map": pair.generated("hard"),
+            GIVEN: pair.generated("hard", edit_mask=pair.subject_mask.float())}
 
 
 def likeness(pair, picture, seen, inside):
@@ -152,8 +158,7 @@ def measure_addition(number):
 def measure_generation(number):
     pair, reading = Pair(number), reader.load()
     found = {}
-    for name, *where in (("the prompt alone",), ("subject, soft map", "soft"), ("subject, hard map", "hard"), (GIVEN, "hard", pair.subject_mask)):
-        picture = pair.generated(*where)
+    for name, picture in generations(pair).items():
         found[name] = likeness(pair, picture, metrics.look(reading, picture)[2], torch.ones(SIZE, SIZE))
     return found
 
@@ -244,8 +249,7 @@ def sections(options):
                                           (f"{form} map: the right object is still there", "present", 1, "CLIP-T .302 (IP-Adapter .265)"))]
                        + [study.claim("the right object is there more often where its place is given than by the soft map", found.difference(
                            GIVEN, "subject, soft map", "present"), 1, "(ours)")]),
-        study.grid("collaborate-generation", [[pair.pictures[0], *(pair.generated(form) for form in (None, "soft", "hard")),
-                                               pair.generated("hard", pair.subject_mask)] for pair in pairs],
+        study.grid("collaborate-generation", [[pair.pictures[0], *generations(pair).values()] for pair in pairs],
                    ["subject", "the prompt alone", "soft", "hard", "place given"]),
     ]))
 

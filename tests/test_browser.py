@@ -2,12 +2,11 @@
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
-from workbench import dev
+from workbench import dev, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 WEB_TESTS = ROOT / "tests" / "web"
@@ -66,9 +65,8 @@ def browser():
 def server(browser):
     if not WEIGHTS.exists():
         unavailable(f"the tests on ComfyUI's page need {WEIGHTS.relative_to(ROOT)}")
-    env = dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
     with tempfile.TemporaryDirectory(prefix="montage-web-", ignore_cleanup_errors=True) as base:
-        with dev.running_server(env, Path(base), "--cpu", "--disable-api-nodes") as server:
+        with serving(Path(base)) as server:
             yield server
 
 

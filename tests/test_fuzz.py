@@ -8,7 +8,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 import urllib.error
 
@@ -17,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_server import PHOTOMONTAGE, equal, picture, quick, server, workflow  # noqa: F401  server is a fixture
-from workbench import dev
+from workbench import dev, serving
 
 PROMPTS, RUNS = int(os.environ.get("MONTAGE_FUZZ", 40)), int(os.environ.get("MONTAGE_SOAK", 12))
 FLAT = 1.02  # of memory, over a long row of runs
@@ -37,9 +36,8 @@ def prompts():
     found = {name: quick(prompt, steps=2) for name, prompt in dev.demo_workflows()}
     for prompt in found.values():
         for node in prompt.values():
-            node["inputs"].update({key: 2 for key in ("amount", "preview_every") if key in node["inputs"]})
             if node["class_type"] == "LearnLayerToken":
-                node["inputs"]["steps"] = 2
+                node["inputs"]["preview_every"] = 2
     return found
 
 
@@ -115,8 +113,7 @@ def tidy(tmp_path):
     ComfyUI's usual one keeps the key of every node that a cancelled prompt did not reach, and a key tells all of the
     node's ancestors: its own nodes alone grow by half a megabyte a cancel, which would hide what is ours.
     """
-    env = dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
-    with dev.running_server(env, tmp_path, "--cpu", "--disable-api-nodes", "--cache-classic") as running:
+    with serving(tmp_path, "--cache-classic") as running:
         yield running
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
-from workbench import dev
+from workbench import dev, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "example_workflows"
@@ -27,6 +27,10 @@ def quick(prompt, steps=3):
     for node in prompt.values():
         if node["class_type"] in ("KSampler", "BasicScheduler"):
             node["inputs"]["steps"] = steps
+        if node["class_type"] == "LearnLayerToken":
+            node["inputs"].update(steps=2, preview_every=0)
+        if "amount" in node["inputs"]:
+            node["inputs"]["amount"] = 2
     return prompt
 
 
@@ -35,9 +39,7 @@ def server(tmp_path_factory):
     base = tmp_path_factory.mktemp("comfy")
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / "testing_pack").symlink_to(ROOT / "tests" / "testing_pack")
-    env = dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
-    with dev.running_server(env, base, "--cpu", "--disable-api-nodes") as running:
-        running.base = base
+    with serving(base) as running:
         yield running
 
 
@@ -192,10 +194,9 @@ def test_errors_reach_the_api_in_one_sentence(server, change, part):
 
 
 def test_a_batch_is_spread_over_two_servers_and_each_gives_the_same(server, tmp_path):
-    prompt, env = tmp_path / "prompt.json", dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
+    prompt = tmp_path / "prompt.json"
     prompt.write_text(json.dumps(quick(workflow(PHOTOMONTAGE))))
-    with dev.running_server(env, tmp_path, "--cpu", "--disable-api-nodes", "--fast", "fp16_accumulation") as second:  # whose owner likes it fast
-        second.base = tmp_path
+    with serving(tmp_path, "--fast", "fp16_accumulation") as second:  # whose owner likes it fast
         assert equal(*(picture(each, each.run(quick(workflow(PHOTOMONTAGE)), "the same")) for each in (server, second)))
         spread = subprocess.run([sys.executable, ROOT / "docs" / "many_machines.py", prompt, server.url, second.url, "--runs", "4", "--output", tmp_path / "found"],
                                 capture_output=True, text=True)
@@ -225,9 +226,6 @@ def pictures(server, outputs):
 ])
 def test_a_collage_runs(server, name, expected):
     prompt = quick(workflow(name))
-    for node in prompt.values():
-        if node["class_type"] == "LearnLayerToken":
-            node["inputs"].update(steps=2, preview_every=0)
     found = pictures(server, server.run(prompt, name))
     assert sorted(found) == expected
     *_, without, collage = (found[picture][0] for picture in expected if "loss" not in picture)
@@ -245,9 +243,7 @@ def test_a_workflow_runs_on_the_structure_of_sdxl(server, name):
             if value in ([loader, 0], [loader, 1]):  # its MODEL and CLIP, not its VAE
                 node["inputs"][key] = ["sdxl", value[1]]
         if node["class_type"] == "LearnLayerToken":
-            node["inputs"].update(steps=2, preview_every=0, name="sdxl")
-        if "amount" in node["inputs"]:
-            node["inputs"]["amount"] = 2
+            node["inputs"]["name"] = "sdxl"
     prompt["sdxl"] = {"class_type": "MontageTestStructure", "inputs": {"name": "sdxl-small"}}
     found = pictures(server, server.run(prompt, name))
     assert all(len(picture.getcolors(1 << 24)) > 100 for kind, those in found.items() if "labels" not in kind for picture in those)
@@ -255,9 +251,6 @@ def test_a_workflow_runs_on_the_structure_of_sdxl(server, name):
 
 def test_one_object_is_made_again_while_all_others_stay(server):
     prompt = quick(workflow("Montage - one object of a collage again and again (demo model)"))
-    for node in prompt.values():
-        if node["class_type"] in ("RepeatLatentBatch", "RepeatImageBatch"):
-            node["inputs"]["amount"] = 2
     found = pictures(server, server.run(prompt, "again"))
     before = found["again-2-first"][0]
     for step, box in ((4, (64, 0, 128, 64)), (6, (46, 56, 120, 128))):  # where the new object lies, with the blur around it
@@ -300,9 +293,7 @@ def full_size(tmp_path_factory):
              for part, shape in (("up", (1280, 1)), ("down", (1, 1280)))}
     comfy.utils.save_torch_file(lora, str(base / "models/loras/my-subject.safetensors"))
     Image.effect_noise((64, 64), 80).convert("RGB").save(base / "input/example.png")
-    env = dev.Environment(sys.executable, os.environ["COMFYUI_PATH"], ours=False)
-    with dev.running_server(env, base, "--cpu", "--disable-api-nodes") as running:
-        running.base = base
+    with serving(base) as running:
         yield running
 
 
