@@ -157,10 +157,8 @@ def measure_addition(number):
 
 def measure_generation(number):
     pair, reading = Pair(number), reader.load()
-    found = {}
-    for name, picture in generations(pair).items():
-        found[name] = likeness(pair, picture, metrics.look(reading, picture)[2], torch.ones(SIZE, SIZE))
-    return found
+    return {name: likeness(pair, picture, metrics.look(reading, picture)[2], torch.ones(SIZE, SIZE))
+            for name, picture in generations(pair).items()}
 
 
 def measure_reconstruction(number):
