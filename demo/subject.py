@@ -41,7 +41,7 @@ class LoRA:
             hook.remove()
 
 
-def train(trainer, budget: Budget) -> dict:
+def train(trainer, budget: Budget) -> None:
     """Trains embedding, then LoRA, each with half the budget, and writes both as ComfyUI loads them."""
     drawn, pictures = photos(trainer.args.size)
     with torch.no_grad():
@@ -49,11 +49,11 @@ def train(trainer, budget: Budget) -> dict:
     half = Budget(budget.seconds / 2, budget.steps)
     trainer.unet.requires_grad_(False)
     trainer.text.requires_grad_(False)
-    figures = {"embedding": _embedding(trainer, drawn, latents, half), "lora": _lora(trainer, drawn, latents, half)}
-    return figures
+    _embedding(trainer, drawn, latents, half)
+    _lora(trainer, drawn, latents, half)
 
 
-def _embedding(trainer, drawn, latents, budget) -> dict:
+def _embedding(trainer, drawn, latents, budget) -> None:
     table = trainer.text.text_model.embeddings["token_embedding"]
     word = table.weight[-1].detach().repeat(VECTORS, 1).requires_grad_()
     ids = tokenise(captions(drawn, " ".join(["?"] * VECTORS))).to(trainer.device)
@@ -67,12 +67,11 @@ def _embedding(trainer, drawn, latents, budget) -> dict:
             return trainer.text.encode(embedded)
         return trainer.denoising_loss(latents[rows], context, generator)
 
-    figures = trainer.fit("embedding", {"word": word}, loss_of, budget, lr=2e-2, warmup=10)
-    trainer.save({"clip_l": word}, "demo-subject-embedding", figures=figures)
-    return figures
+    trainer.fit("embedding", {"word": word}, loss_of, budget, lr=2e-2, warmup=10)
+    trainer.save({"clip_l": word}, "demo-subject-embedding", "embedding")
 
 
-def _lora(trainer, drawn, latents, budget) -> dict:
+def _lora(trainer, drawn, latents, budget) -> None:
     """Half of every batch is the subject, half is the world as it was, which the LoRA should leave alone."""
     known, tokens = trainer.latents()
     ids = tokenise(captions(drawn, LORA_WORD)).to(trainer.device)
@@ -87,9 +86,8 @@ def _lora(trainer, drawn, latents, budget) -> dict:
         words = torch.cat([ids[rows], tokens[others, 0].long()])
         return trainer.denoising_loss(x[mix], lambda: trainer.text(words[mix]), generator)
 
-    figures = trainer.fit("lora", lora.factors, loss_of, budget, lr=6e-3, warmup=10)
+    trainer.fit("lora", lora.factors, loss_of, budget, lr=6e-3, warmup=10)
     lora.remove()
     state = {f"diffusion_model.{key}": value.half() for key, value in lora.factors.items()}
     state |= {key.replace("lora_up.weight", "alpha"): torch.tensor(float(RANK)) for key in list(state) if "lora_up" in key}
-    trainer.save(state, "demo-subject-lora", figures=figures)
-    return figures
+    trainer.save(state, "demo-subject-lora", "lora")

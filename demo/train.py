@@ -6,6 +6,7 @@ the same command goes on from the last one. The weights are written to demo/weig
 """
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -72,18 +73,19 @@ class Trainer:
         for part, share in PARTS.items():
             if part in self.args.only:
                 budget = Budget(60 * self.args.minutes * share, self.args.steps)
-                self.figures[part] = getattr(self, f"train_{part}")(budget) | {"command": self.args.command}
+                getattr(self, f"train_{part}")(budget)
                 if not self.rank:
                     self.figures_file.write_text(json.dumps(self.figures, indent=1))
             elif part in self.parameters and (self.runs / f"{part}.safetensors").exists():
                 restore(self.runs / f"{part}.safetensors", self.parameters[part])
 
-    def fit(self, name, parameters, loss_of, budget, lr, **kwargs) -> dict:
-        return fit(name, self.runs, parameters, loss_of, budget, lr, self.args.seed, **kwargs)
+    def fit(self, name, parameters, loss_of, budget, lr, **kwargs) -> None:
+        self.figures[name] = {"command": self.args.command, "processes": self.world}
+        self.figures[name] |= fit(name, self.runs, parameters, loss_of, budget, lr, self.args.seed, **kwargs)
 
     # ------------------------------------------------------------------------------------------ parts
 
-    def train_autoencoder(self, budget: Budget) -> dict:
+    def train_autoencoder(self, budget: Budget) -> None:
         _, pictures = self.pictures(self.args.pictures)
         crop, batch = self.args.crop, self.args.batch
 
@@ -101,15 +103,14 @@ class Trainer:
             scale = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean() + F.relu(z.abs() - 2.8).mean()
             return error.abs().mean() + 5 * error.square().mean() + 0.5 * edges + 0.02 * scale
 
-        figures = self.fit("autoencoder", self.parameters["autoencoder"], loss_of, budget, self.args.lr_auto)
+        self.fit("autoencoder", self.parameters["autoencoder"], loss_of, budget, self.args.lr_auto)
         with torch.no_grad(), self.autocast():
             x = pictures[:64].float() / 255
             error = (self.auto.decode(self.auto.encode(x)).float() - x).square().mean((1, 2, 3))
-        figures["psnr"] = round((-10 * error.log10()).mean().item(), 2)
-        print("autoencoder", figures, flush=True)
-        return figures
+        self.figures["autoencoder"]["psnr"] = round((-10 * error.log10()).mean().item(), 2)
+        print("autoencoder", self.figures["autoencoder"], flush=True)
 
-    def train_diffusion(self, budget: Budget) -> dict:
+    def train_diffusion(self, budget: Budget) -> None:
         latents, tokens = self.latents()
         drawn, owner = self.known_scenes()
         empty = tokenise([""]).to(self.device)
@@ -126,11 +127,11 @@ class Trainer:
                 maps = self.heads(seen["features"])
             return loss + ALIGNMENT * alignment.loss(maps, drawn.take(rows), owner[rows])
 
-        figures = self.fit("diffusion", self.parameters["diffusion"], loss_of, budget, self.args.lr, show=self.show)
+        self.fit("diffusion", self.parameters["diffusion"], loss_of, budget, self.args.lr, show=self.show)
         listener.remove()
-        return figures | {"scenes": len(latents)}
+        self.figures["diffusion"]["scenes"] = len(latents)
 
-    def train_controlnet(self, budget: Budget) -> dict:
+    def train_controlnet(self, budget: Budget) -> None:
         latents, tokens = self.latents()
         hints = torch.cat([(scenes.layout(part.to(self.device), self.args.size) * 255).byte()[:, :1]
                            for number in range(min(self.args.shards, self.args.hints))
@@ -148,14 +149,13 @@ class Trainer:
             return self.denoising_loss(latents[rows].float(), lambda: self.text(ids), generator, hint)
 
         self.unet.requires_grad_(False)
-        figures = self.fit("controlnet", self.parameters["controlnet"], loss_of, budget, self.args.lr / 2)
+        self.fit("controlnet", self.parameters["controlnet"], loss_of, budget, self.args.lr / 2)
         self.unet.requires_grad_(True)
-        return figures
 
-    def train_subject(self, budget: Budget) -> dict:
-        return subject.train(self, budget)
+    def train_subject(self, budget: Budget) -> None:
+        subject.train(self, budget)
 
-    def train_reader(self, budget: Budget) -> dict:
+    def train_reader(self, budget: Budget) -> None:
         drawn, pictures = self.pictures(self.args.pictures)
         drawn = drawn.to(self.device)
 
@@ -171,7 +171,7 @@ class Trainer:
             with self.autocast():
                 return reader.loss(self.judge, x, drawn.take(rows))
 
-        return self.fit("reader", self.parameters["reader"], loss_of, budget, self.args.lr * 2)
+        self.fit("reader", self.parameters["reader"], loss_of, budget, self.args.lr * 2)
 
     # ------------------------------------------------------------------------------------------- data
 
@@ -234,9 +234,11 @@ class Trainer:
     # -------------------------------------------------------------------------------------- diffusion
 
     def denoising_loss(self, x0: Tensor, context_of, generator, hint: Tensor | None = None) -> Tensor:
-        """Mean squared error of v at times spread evenly over the batch."""
+        """Mean squared error of v at times spread over the batch, twice as dense in the middle as on average: there the
+        objects' textures are decided, which the denoiser learns last."""
         n = len(x0)
-        spread = (torch.arange(n, device=self.device) + torch.rand(n, generator=generator, device=self.device)) / n
+        even = (torch.arange(n, device=self.device) + torch.rand(n, generator=generator, device=self.device)) / n
+        spread = even + (2 * math.pi * even).sin() / (4 * math.pi)
         t = (spread * diffusion.TIMESTEPS).long().clamp(max=diffusion.TIMESTEPS - 1)
         noise = torch.randn(x0.shape, generator=generator, device=self.device)
         a, b = self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
@@ -296,13 +298,8 @@ class Trainer:
         self.text.load_state_dict(text)
         autoencoder.load_taesd(self.auto, under("first_stage_model."))
 
-    def metadata(self, **more) -> dict[str, str]:
-        facts = {"license": "Apache-2.0", "command": self.args.command, "seed": self.args.seed, "size": self.args.size,
-                 "trained on": self.args.trained_on, "figures": self.figures} | more
-        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
-
     def write(self) -> None:
-        """The weights as ComfyUI's loaders read them, in half precision."""
+        """What has been trained as ComfyUI's loaders read it, in half precision."""
         state = {f"model.diffusion_model.{k}": v for k, v in self.unet.state_dict().items()}
         words = {f"cond_stage_model.transformer.{k}": v for k, v in self.text.state_dict().items()}
         rows = words["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
@@ -314,16 +311,17 @@ class Trainer:
         state["first_stage_model.vae_shift"] = torch.tensor(0.0)
         state["cond_stage_model.token_ids"] = torch.tensor(TOKEN_IDS, dtype=torch.int32)
         state["v_pred"] = torch.tensor([])
-        self.save(state, "demo-model")
+        self.save(state, "demo-model", "autoencoder", "diffusion")
         for part, module in (("controlnet", self.controlnet), ("reader", self.judge)):
-            if part in self.figures:
-                halves = {key: value.half() for key, value in module.state_dict().items()}
-                self.save(halves, f"demo-{part}")
+            self.save({key: value.half() for key, value in module.state_dict().items()}, f"demo-{part}", part)
 
-    def save(self, tensors: dict[str, Tensor], name: str, **metadata) -> None:
-        """Writes one file of weights; of several processes the first does."""
-        if not self.rank:
-            save_safely(tensors, self.weights / f"{name}.safetensors", self.metadata(**metadata))
+    def save(self, tensors: dict[str, Tensor], name: str, *parts: str) -> None:
+        """Writes one file of weights, if any of its parts was trained, and how; of several processes the first does."""
+        figures = {part: self.figures[part] for part in parts if part in self.figures}
+        if figures and not self.rank:
+            metadata = {"license": "Apache-2.0", "command": list(figures.values())[-1]["command"], "seed": str(self.args.seed),
+                        "size": str(self.args.size), "trained on": self.args.trained_on, "figures": json.dumps(figures)}
+            save_safely(tensors, self.weights / f"{name}.safetensors", metadata)
 
 
 def save_grid(pictures: Tensor, path: Path, columns: int, quality: int = 85) -> None:

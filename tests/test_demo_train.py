@@ -1,4 +1,5 @@
 """The one command that trains it all: it runs, it writes what ComfyUI loads, and a kill costs nothing."""
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from montage.demo import alignment, autoencoder, diffusion, fit, reader, scenes, subject, train
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 PARTS = ["autoencoder", "diffusion", "controlnet", "subject", "reader"]
@@ -53,6 +55,16 @@ def test_everything_is_trained_and_comfyui_loads_it(trained):
         assert [torch.is_tensor(token) for token in tokens[:5]] == [False, False, True, True, False]
 
 
+def test_a_file_tells_how_it_was_trained(trained):
+    for name, parts in (("demo-model", {"autoencoder", "diffusion"}), ("demo-subject-lora", {"lora"}), ("demo-reader", {"reader"})):
+        with safe_open(trained / f"{name}.safetensors", "pt") as opened:
+            told = opened.metadata()
+        figures = json.loads(told["figures"])
+        assert figures.keys() == parts
+        assert all(figure["steps"] == 1 for figure in figures.values())
+        assert told["command"].startswith("python demo/train.py --steps 1 ") and str(trained.parent) not in told["command"]
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     part = "autoencoder"
     whole = command(tmp_path / "whole", 3, [part])
@@ -69,6 +81,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
         command(tmp_path / "cut", 3, [part])
     again = command(tmp_path / "cut", 3, [part])
 
+    assert [file.name for file in (tmp_path / "whole" / "weights").iterdir()] == ["demo-model.safetensors"], "only what was trained"
     assert again.figures[part]["steps"] == whole.figures[part]["steps"] == 3
     for key, value in whole.parameters[part].items():
         assert torch.equal(value, again.parameters[part][key]), key
@@ -101,6 +114,16 @@ torch.save({"steps": steps, "seen": seen}, Path(sys.argv[1]) / f"rank{dist.get_r
     before, after = fit.MEET_EVERY - 1, fit.MEET_EVERY
     assert not torch.equal(one["seen"][before], two["seen"][before])
     assert torch.equal(one["seen"][after], two["seen"][after]) and (one["seen"][after] != 0).all()
+
+
+def test_noise_levels_are_twice_as_dense_in_the_middle(tmp_path):
+    trainer = train.Trainer(train.arguments(["--device", "cpu", "--runs", str(tmp_path)]))
+    seen = []
+    trainer.unet = lambda x, t, context, control: (seen.append(t), x)[1]
+    trainer.denoising_loss(torch.zeros(4000, 4, 1, 1), lambda: None, torch.Generator().manual_seed(0))
+    density = torch.histogram(seen[0].double(), 100, range=(0.0, 1000.0)).hist / 40
+    assert abs(density[49:51].mean() - 2) < 0.1 and abs(density[[0, -1]].mean() - 2 / 3) < 0.05
+    assert 0 <= seen[0].min() and seen[0].max() <= 999
 
 
 def test_bfloat16_teaches_the_same(tmp_path):
