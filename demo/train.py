@@ -297,6 +297,9 @@ class Trainer:
         text[table] = torch.stack([known.get(token, rows[-1]) for token in TOKEN_IDS] + [rows[-1]])
         self.text.load_state_dict(text)
         autoencoder.load_taesd(self.auto, under("first_stage_model."))
+        # The denoiser knows these latents: of the autoencoder only the decoder learns on.
+        self.auto.encoder.requires_grad_(False)
+        self.parameters["autoencoder"] = dict(self.auto.decoder.named_parameters(prefix="decoder"))
 
     def write(self) -> None:
         """What has been trained as ComfyUI's loaders read it, in half precision."""

@@ -23,9 +23,8 @@ Means with 95 % intervals; a claim is *reproduced* when the interval of the pair
 What the papers measure with pretrained networks (LPIPS, CLIP, DINO, ImageReward) or with people cannot be measured here, where
 there are none: the nearest measure that needs none stands in its place, and is named.
 
-Fewer samples than one would wish: no GPU was at hand. And the demo model is trained too little for some claims: feeding it another run's keys
-and values does not yet move what no caption says (*swap* in demo/README.md), so that what the methods say of a subject's finer look is mostly
-not decided here, while colours, places, seams and backgrounds are. The formulas themselves are tested against the papers' written out.
+Fewer samples than one would wish: no GPU was at hand. How well the demo model draws what it is told, and how far style travels through its
+self-attention, is in demo/README.md. The formulas themselves are tested against the papers' written out.
 """
 
 

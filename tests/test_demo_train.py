@@ -20,8 +20,8 @@ def learning(inference):
         yield
 
 
-def command(folder, steps, parts):
-    return train.main(["--runs", str(folder / "runs"), "--weights", str(folder / "weights"), "--device", "cpu", "--only", *parts,
+def command(folder, steps, parts, *more):
+    return train.main([*more, "--runs", str(folder / "runs"), "--weights", str(folder / "weights"), "--device", "cpu", "--only", *parts,
                        "--steps", str(steps), "--shards", "1", "--hints", "1", "--pictures", "64", "--batch", "2", "--size", "64"])
 
 
@@ -87,6 +87,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
         assert torch.equal(value, again.parameters[part][key]), key
     fresh = train.Trainer(whole.args).parameters[part]
     assert any(not torch.equal(value, fresh[key]) for key, value in whole.parameters[part].items())
+
+
+def test_further_training_keeps_the_latents_that_the_denoiser_knows(tmp_path):
+    before = train.Trainer(train.arguments(["--device", "cpu", "--init", str(train.HERE / "weights"), "--runs", str(tmp_path)])).auto.state_dict()
+    after = command(tmp_path, 1, ["autoencoder"], "--init", str(train.HERE / "weights")).auto.state_dict()
+    changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(value, after[key])}
+    assert changed == {"decoder"}
 
 
 @pytest.mark.slow
