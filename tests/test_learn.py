@@ -250,14 +250,14 @@ def test_a_cancel_in_the_node_is_a_cancel_of_the_queue(clip, tmp_path):
 
     def hook(value, total, preview, node_id=None):
         shown.append((value, total, preview))
-        if value == 2:
+        if value == 1:  # ComfyUI leaves out later ones that follow too fast
             comfy.model_management.interrupt_current_processing()
 
     comfy.utils.set_progress_bar_global_hook(hook)
     try:
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             learn(clip, steps=4)
-        assert steps_done(tmp_path) == 2
+        assert steps_done(tmp_path) == 1
         learn(clip, steps=3, preview_every=3)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
