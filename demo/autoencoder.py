@@ -3,6 +3,7 @@
 ComfyUI fixes TAESD at 64 channels. On a CPU that is too slow to train, so the network here may be slimmer;
 `taesd_state` pads the missing channels and blocks with zeros, which changes no output.
 """
+
 import re
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 LATENT = 4
 FULL_WIDTH = 64
 # Channels and residual blocks at 1/1, 1/2, 1/4 and 1/8 of the image.
-FULL = dict(widths=(64, 64, 64, 64), encoder_blocks=(1, 3, 3, 3), decoder_blocks=(1, 3, 3, 3))
-SLIM = dict(widths=(16, 32, 48, 64), encoder_blocks=(0, 1, 2, 2), decoder_blocks=(1, 1, 2, 3))
+FULL = {"widths": (64, 64, 64, 64), "encoder_blocks": (1, 3, 3, 3), "decoder_blocks": (1, 3, 3, 3)}
+SLIM = {"widths": (16, 32, 48, 64), "encoder_blocks": (0, 1, 2, 2), "decoder_blocks": (1, 1, 2, 3)}
 
 
 class Block(nn.Module):
@@ -35,13 +36,18 @@ class Autoencoder(nn.Module):
         super().__init__()
         encoder = [_conv(3, widths[0]), *_blocks(widths[0], encoder_blocks[0], 1)]
         for level in (1, 2, 3):
-            encoder += [_conv(widths[level - 1], widths[level], stride=2, bias=False),
-                        *_blocks(widths[level], encoder_blocks[level], 3)]
+            encoder += [
+                _conv(widths[level - 1], widths[level], stride=2, bias=False),
+                *_blocks(widths[level], encoder_blocks[level], 3),
+            ]
         self.encoder = nn.Sequential(*encoder, _conv(widths[3], LATENT))
         decoder = [Squash(), _conv(LATENT, widths[3]), nn.ReLU()]
         for level in (3, 2, 1):
-            decoder += [*_blocks(widths[level], decoder_blocks[level], 3), nn.Upsample(scale_factor=2),
-                        _conv(widths[level], widths[level - 1], bias=False)]
+            decoder += [
+                *_blocks(widths[level], decoder_blocks[level], 3),
+                nn.Upsample(scale_factor=2),
+                _conv(widths[level], widths[level - 1], bias=False),
+            ]
         self.decoder = nn.Sequential(*decoder, *_blocks(widths[0], decoder_blocks[0], 1), _conv(widths[0], 3))
         nn.init.constant_(self.decoder[-1].bias, 0.5)
 
@@ -78,8 +84,9 @@ def taesd_state(model: Autoencoder) -> dict[str, Tensor]:
 
 def load_taesd(model: Autoencoder, state: dict[str, Tensor]) -> None:
     """Reads what `taesd_state` wrote into a model of the same or smaller widths."""
-    model.load_state_dict({key: state[_rename(key)][tuple(slice(n) for n in value.shape)]
-                           for key, value in model.state_dict().items()})
+    model.load_state_dict(
+        {key: state[_rename(key)][tuple(slice(n) for n in value.shape)] for key, value in model.state_dict().items()}
+    )
 
 
 def _rename(key: str) -> str:

@@ -3,6 +3,7 @@
 The structure is SD1.x's at a fifth of its width: `demo-model.safetensors` runs in ComfyUI's own classes,
 and a test holds the two to the same output. Training then needs torch alone.
 """
+
 import math
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTH, CONTEXT, HEADS, TOKENS = 64, 64, 4, 77
-MULTIPLIERS = (1, 1, 2, 2)           # channels at latent, 1/2, 1/4, 1/8 resolution
+MULTIPLIERS = (1, 1, 2, 2)  # channels at latent, 1/2, 1/4, 1/8 resolution
 ATTENTION = (True, True, True, False)
 RES_BLOCKS = 2
 TIMESTEPS = 1000
@@ -18,7 +19,7 @@ TIMESTEPS = 1000
 
 def alphas_bar() -> Tensor:
     """(1000,) SD1.x's noise schedule: the share of the image's variance left at each timestep."""
-    return torch.cumprod(1 - torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, TIMESTEPS, dtype=torch.float64) ** 2, 0).float()
+    return torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2, 0).float()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
@@ -169,7 +170,8 @@ class Encoder(nn.Module):
                 self.input_blocks.append(nn.ModuleList([Downsample(channels)]))
                 self.skips.append(channels)
         self.middle_block = nn.ModuleList(
-            [ResBlock(channels, channels), SpatialTransformer(channels), ResBlock(channels, channels)])
+            [ResBlock(channels, channels), SpatialTransformer(channels), ResBlock(channels, channels)]
+        )
 
     def embed_time(self, t: Tensor) -> Tensor:
         frequencies = torch.exp(-math.log(10000) * torch.arange(WIDTH // 2, device=t.device) / (WIDTH // 2))
@@ -237,7 +239,8 @@ class TextLayer(nn.Module):
         super().__init__()
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(CONTEXT), nn.LayerNorm(CONTEXT)
         self.self_attn = nn.ModuleDict(
-            {name: nn.Linear(CONTEXT, CONTEXT) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+            {name: nn.Linear(CONTEXT, CONTEXT) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        )
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(CONTEXT, 4 * CONTEXT), "fc2": nn.Linear(4 * CONTEXT, CONTEXT)})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -254,8 +257,9 @@ class TextEncoder(nn.Module):
     def __init__(self, vocabulary: int):
         super().__init__()
         self.text_model = model = nn.Module()
-        model.embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(vocabulary, CONTEXT),
-                                          "position_embedding": nn.Embedding(TOKENS, CONTEXT)})
+        model.embeddings = nn.ModuleDict(
+            {"token_embedding": nn.Embedding(vocabulary, CONTEXT), "position_embedding": nn.Embedding(TOKENS, CONTEXT)}
+        )
         model.encoder = nn.ModuleDict({"layers": nn.ModuleList([TextLayer() for _ in range(2)])})
         model.final_layer_norm = nn.LayerNorm(CONTEXT)
         self.text_projection = nn.Linear(CONTEXT, CONTEXT, bias=False)  # ComfyUI reads it; nothing uses it

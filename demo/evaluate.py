@@ -4,6 +4,7 @@ ComfyUI's folder in COMFYUI_PATH.
 Everything is drawn by ComfyUI's own samplers with the shipped weights and judged by the reader, which is
 itself measured first, on renders that no training has seen.
 """
+
 import argparse
 import json
 import sys
@@ -17,7 +18,7 @@ if not __package__:  # started as a script: find the rest as the package that th
 import torch
 from torch import Tensor
 
-from . import metrics, reader, sampling, scenes, subject
+from . import detector, metrics, sampling, scenes, subject
 from .train import save_grid
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +32,7 @@ class Evaluation:
         self.args = args
         self.models = sampling.load(args.weights and Path(args.weights) / "demo-model.safetensors")
         self.weights = Path(args.weights) if args.weights else HERE / "weights"
-        self.reader = reader.load(self.weights / "demo-reader.safetensors")
+        self.reader = detector.load(self.weights / "demo-reader.safetensors")
 
     def draw(self, captions, first_seed: int, **kwargs) -> Tensor:
         seeds = range(first_seed, first_seed + len(captions))
@@ -48,17 +49,31 @@ class Evaluation:
         with torch.inference_mode():
             coded = torch.cat([vae.decode(vae.encode(part)) for part in sharp.split(50)]).clamp(0, 1)
         psnr = -10 * ((coded - sharp) ** 2).mean((1, 2, 3)).log10().mean().item()
-        return {"renders": self.score(drawn, sharp), "after the autoencoder": self.score(drawn, coded),
-                "autoencoder psnr": psnr,
-                "style": {name: self.style_of_truth(drawn, picture) for name, picture in
-                          (("renders", sharp), ("after the autoencoder", coded))}}
+        return {
+            "renders": self.score(drawn, sharp),
+            "after the autoencoder": self.score(drawn, coded),
+            "autoencoder psnr": psnr,
+            "style": {
+                name: self.style_of_truth(drawn, picture)
+                for name, picture in (("renders", sharp), ("after the autoencoder", coded))
+            },
+        }
 
     def score(self, drawn: scenes.Scenes, pictures: Tensor) -> dict:
         """Shares of right answers over all scenes, by number of objects asked for, and how many there were."""
-        verdicts = [metrics.judge(metrics.look(self.reader, picture), drawn.background[i].item(), metrics.wanted(drawn, i))
-                    for i, picture in enumerate(pictures)]
-        return {name: _shares([v for v in verdicts if len(v.objects) in counts])
-                for name, counts in (("all", (1, 2, 3)), ("one object", (1,)), ("two objects", (2,)), ("three objects", (3,)))}
+        verdicts = [
+            metrics.judge(metrics.look(self.reader, picture), drawn.background[i].item(), metrics.wanted(drawn, i))
+            for i, picture in enumerate(pictures)
+        ]
+        return {
+            name: _shares([v for v in verdicts if len(v.objects) in counts])
+            for name, counts in (
+                ("all", (1, 2, 3)),
+                ("one object", (1,)),
+                ("two objects", (2,)),
+                ("three objects", (3,)),
+            )
+        }
 
     def style_of_truth(self, drawn, pictures) -> dict:
         """The reader's own error in every style variable, by matching what it finds with the scene."""
@@ -66,8 +81,11 @@ class Evaluation:
         for i, picture in enumerate(pictures):
             verdict = metrics.judge(metrics.look(self.reader, picture), 0, metrics.wanted(drawn, i))
             slots = [slot for slot in range(scenes.MOST_OBJECTS) if drawn.shape[i, slot] >= 0]
-            errors += [metrics.style_errors(found, metrics.truth(drawn, i, slot))
-                       for slot, found in zip(slots, verdict.objects) if found]
+            errors += [
+                metrics.style_errors(found, metrics.truth(drawn, i, slot))
+                for slot, found in zip(slots, verdict.objects)
+                if found
+            ]
         return _means(errors)
 
     # ------------------------------------------------------------------------------------- the model
@@ -95,13 +113,22 @@ class Evaluation:
             for i in range(0, n, 8):
                 rows = slice(i, min(i + 8, n))
                 seeds = [*range(HELD_OUT + i, HELD_OUT + rows.stop), *range(HELD_OUT + n + i, HELD_OUT + n + rows.stop)]
-                pictures.append(sampling.draw(patched, captions[rows] * 2, seeds, steps=self.args.steps)[rows.stop - i:])
+                pictures.append(
+                    sampling.draw(patched, captions[rows] * 2, seeds, steps=self.args.steps)[rows.stop - i :]
+                )
             seconds[parts] = torch.cat(pictures)
-        save_grid(torch.cat([x[:8] for x in (first, *seconds.values())]).movedim(-1, 1), self.args.pictures / "swap.jpg", 8)
+        save_grid(
+            torch.cat([x[:8] for x in (first, *seconds.values())]).movedim(-1, 1), self.args.pictures / "swap.jpg", 8
+        )
         errors = {name: self.apart(drawn, first, pictures) for name, pictures in seconds.items()}
         # Pair by pair, because pairs differ more from each other than what is fed changes them.
-        changes = {f"{name} - none": [{variable: e[variable] - e0[variable] for variable in e if variable in e0}
-                                      for e, e0 in zip(errors[name], errors["none"])] for name in ("kv", "qkv")}
+        changes = {
+            f"{name} - none": [
+                {variable: e[variable] - e0[variable] for variable in e if variable in e0}
+                for e, e0 in zip(errors[name], errors["none"])
+            ]
+            for name in ("kv", "qkv")
+        }
         return {name: _means(rows) for name, rows in (errors | changes).items()}
 
     def apart(self, drawn, first: Tensor, second: Tensor) -> list[dict[str, float]]:
@@ -110,7 +137,11 @@ class Evaluation:
         for i in range(len(first)):
             seen = [metrics.look(self.reader, pictures[i]) for pictures in (first, second)]
             a, b = (metrics.judge(s, 0, metrics.wanted(drawn, i)).objects[0] for s in seen)
-            errors.append(metrics.style_errors(b, a) | {"tint": reader.style_error("tint", seen[0][1], seen[1][1])} if a and b else {})
+            errors.append(
+                metrics.style_errors(b, a) | {"tint": detector.style_error("tint", seen[0][1], seen[1][1])}
+                if a and b
+                else {}
+            )
         return errors
 
     def agreement(self) -> dict:
@@ -119,16 +150,25 @@ class Evaluation:
         drawn = self.striped(2, HELD_OUT + 3)
         captions = [scenes.caption(drawn, i) for i in range(len(drawn.radius))]
         model, *rest = self.models
-        kinds = {"working": model, "each token alone": sampling.narrow_self_attention(model),
-                 "off": sampling.silence_self_attention(model)}
+        kinds = {
+            "working": model,
+            "each token alone": sampling.narrow_self_attention(model),
+            "off": sampling.silence_self_attention(model),
+        }
         result, shown = {}, []
         for name, patched in kinds.items():
-            pictures = sampling.draw((patched, *rest), captions, range(HELD_OUT, HELD_OUT + len(captions)), steps=self.args.steps)
+            pictures = sampling.draw(
+                (patched, *rest), captions, range(HELD_OUT, HELD_OUT + len(captions)), steps=self.args.steps
+            )
             shown.append(pictures[:8])
-            found = [metrics.judge(metrics.look(self.reader, picture), 0, metrics.wanted(drawn, i))
-                     for i, picture in enumerate(pictures)]
+            found = [
+                metrics.judge(metrics.look(self.reader, picture), 0, metrics.wanted(drawn, i))
+                for i, picture in enumerate(pictures)
+            ]
             pairs = [verdict.objects for verdict in found if verdict.present]
-            result[name] = _means([metrics.style_errors(*pair) for pair in pairs]) | {"present": len(pairs) / len(found)}
+            result[name] = _means([metrics.style_errors(*pair) for pair in pairs]) | {
+                "present": len(pairs) / len(found)
+            }
             if name == "working":
                 strangers = [metrics.style_errors(a[0], b[1]) for a, b in zip(pairs, pairs[1:] + pairs[:1])]
                 result["chance"] = _means(strangers)
@@ -140,7 +180,7 @@ class Evaluation:
         drawn = scenes.sample(20 * self.args.n, torch.Generator().manual_seed(seed), count=count)
         hued = (drawn.colour[:, :count] < list(scenes.COLOURS).index("white")).all(1)
         drawn.texture[:, :count] = scenes.TEXTURES.index("striped")
-        return drawn.take(hued.nonzero()[:self.args.pairs, 0])
+        return drawn.take(hued.nonzero()[: self.args.pairs, 0])
 
     # ------------------------------------------------------------------------- what comes with the model
 
@@ -148,19 +188,26 @@ class Evaluation:
         """Does every object stand where the layout's outline is? With the hint and without."""
         import comfy.controlnet
         import comfy.utils
+
         net = comfy.controlnet.load_controlnet_state_dict(
-            comfy.utils.load_torch_file(str(self.weights / "demo-controlnet.safetensors")))
+            comfy.utils.load_torch_file(str(self.weights / "demo-controlnet.safetensors"))
+        )
         drawn = scenes.sample(self.args.pairs, torch.Generator().manual_seed(HELD_OUT + 4), count=2)
         captions = [scenes.caption(drawn, i) for i in range(len(drawn.radius))]
         hints = scenes.layout(drawn).movedim(1, -1)
         result, shown = {}, [hints[:8]]
         for name in ("with the hint", "without"):
-            control = [(net, hints[i:i + 1]) if name == "with the hint" else None for i in range(len(captions))]
-            pictures = torch.cat([self.draw([caption], HELD_OUT + i, control=control[i]) for i, caption in enumerate(captions)])
+            control = [(net, hints[i : i + 1]) if name == "with the hint" else None for i in range(len(captions))]
+            pictures = torch.cat(
+                [self.draw([caption], HELD_OUT + i, control=control[i]) for i, caption in enumerate(captions)]
+            )
             seen = [metrics.look(self.reader, picture)[2] for picture in pictures]
             # A ring's centre is empty: what counts is the filled square about each centre.
-            placed = [any(metrics.placed(found, _about(drawn, i, slot)) for found in seen[i])
-                      for i in range(len(seen)) for slot in range(2)]
+            placed = [
+                any(metrics.placed(found, _about(drawn, i, slot)) for found in seen[i])
+                for i in range(len(seen))
+                for slot in range(2)
+            ]
             result[name] = sum(placed) / len(placed)
             shown.append(pictures[:8])
         save_grid(torch.cat(shown).movedim(-1, 1), self.args.pictures / "controlnet.jpg", 8)
@@ -170,24 +217,31 @@ class Evaluation:
         """The subject by embedding and by LoRA: colour and texture against its photos, next to no teaching."""
         import comfy.sd
         import comfy.utils
+
         drawn, photos = subject.photos()
         photos, masks = photos.movedim(1, -1), scenes.masks(drawn)[:, 0]
         model, clip, vae = self.models
         clip.tokenizer.clip_l.embedding_directory = str(self.weights)
         lora = comfy.utils.load_torch_file(str(self.weights / "demo-subject-lora.safetensors"))
         taught = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
-        kinds = {"neither": (model, "ball"), "embedding": (model, "embedding:demo-subject-embedding ball"),
-                 "LoRA": (taught, f"{subject.LORA_WORD} ball")}
+        kinds = {
+            "neither": (model, "ball"),
+            "embedding": (model, "embedding:demo-subject-embedding ball"),
+            "LoRA": (taught, f"{subject.LORA_WORD} ball"),
+        }
         result, shown = {}, [photos]
         for name, (patched, words) in kinds.items():
-            captions = [f"a {words} {place}" for place in list(scenes.BACKGROUNDS.values()) * 4][:self.args.pairs]
-            pictures = sampling.draw((patched, clip, vae), captions, range(HELD_OUT, HELD_OUT + len(captions)), steps=self.args.steps)
+            captions = [f"a {words} {place}" for place in list(scenes.BACKGROUNDS.values()) * 4][: self.args.pairs]
+            pictures = sampling.draw(
+                (patched, clip, vae), captions, range(HELD_OUT, HELD_OUT + len(captions)), steps=self.args.steps
+            )
             seen = [metrics.look(self.reader, picture)[2] for picture in pictures]
             discs = [(picture, _disc(found[0])) for picture, found in zip(pictures, seen) if found]
             result[name] = {
                 "colour distance": _mean([metrics.colour_distance(p, m, photos[0], masks[0]) for p, m in discs]),
                 "texture similarity": _mean([metrics.texture_similarity(p, m, photos[0], masks[0]) for p, m in discs]),
-                "found": len(discs) / len(pictures)}
+                "found": len(discs) / len(pictures),
+            }
             shown.append(pictures[:8])
         save_grid(torch.cat(shown).movedim(-1, 1), self.args.pictures / "subject.jpg", 8)
         return result
@@ -200,7 +254,7 @@ def _about(drawn, row: int, slot: int, size: int = 128) -> Tensor:
     return ((at - y).abs() < reach)[:, None] & ((at - x).abs() < reach)[None]
 
 
-def _disc(found: reader.Found, radius: float = 0.15, size: int = 128) -> Tensor:
+def _disc(found: detector.Found, radius: float = 0.15, size: int = 128) -> Tensor:
     at = (torch.arange(size) + 0.5) / size
     return torch.hypot(at[None] - found.centre[0], at[:, None] - found.centre[1]) < radius
 
@@ -210,24 +264,35 @@ def _mean(values) -> float | None:
 
 
 def _shares(verdicts: list[metrics.Verdict]) -> dict:
-    objects = {field: [right for v in verdicts for right in getattr(v, field)] for field in ("colour", "shape", "texture")}
-    return {"scenes": len(verdicts), "background": _mean([v.background for v in verdicts]),
-            **{field: _mean(rights) for field, rights in objects.items()},
-            "present": _mean([v.present for v in verdicts]),
-            "present in shape": _mean([v.present and all(v.shape) for v in verdicts]),
-            "spare": _mean([v.spare for v in verdicts])}
+    objects = {
+        field: [right for v in verdicts for right in getattr(v, field)] for field in ("colour", "shape", "texture")
+    }
+    return {
+        "scenes": len(verdicts),
+        "background": _mean([v.background for v in verdicts]),
+        **{field: _mean(rights) for field, rights in objects.items()},
+        "present": _mean([v.present for v in verdicts]),
+        "present in shape": _mean([v.present and all(v.shape) for v in verdicts]),
+        "spare": _mean([v.spare for v in verdicts]),
+    }
 
 
 def _means(errors: list[dict[str, float]]) -> dict:
-    """Mean of every variable, and over all of SHOWN together, each with half the width of its 95 % confidence interval."""
+    """Mean of every variable, and over all of SHOWN together, each with half the width of its 95 % confidence
+    interval.
+    """
     errors = [e for e in errors if e]
     columns = {name: torch.tensor([e[name] for e in errors if name in e]) for name in scenes.STYLE}
     columns["all"] = torch.tensor([_mean([e[name] for name in SHOWN if name in e]) for e in errors])
-    return {"pairs": len(errors)} | {name: [column.mean().item(), 1.96 * column.std().item() / len(column) ** 0.5]
-                                     for name, column in columns.items() if len(column) > 1}
+    return {"pairs": len(errors)} | {
+        name: [column.mean().item(), 1.96 * column.std().item() / len(column) ** 0.5]
+        for name, column in columns.items()
+        if len(column) > 1
+    }
 
 
 # --------------------------------------------------------------------------------------------- the README
+
 
 def _percent(value) -> str:
     return "-" if value is None else f"{100 * value:.1f} %"
@@ -240,15 +305,24 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _score_table(scores: dict[str, dict]) -> str:
     fields = ["scenes", "background", "colour", "shape", "texture", "present", "present in shape"]
-    rows = [[name, str(s["scenes"]), *(_percent(s[field]) for field in fields[1:]), f"{s['spare']:.2f}"]
-            for name, s in scores.items() if s["scenes"]]
+    rows = [
+        [name, str(s["scenes"]), *(_percent(s[field]) for field in fields[1:]), f"{s['spare']:.2f}"]
+        for name, s in scores.items()
+        if s["scenes"]
+    ]
     return _table(["", *fields, "objects nobody asked for, per scene"], rows)
 
 
 def _style_table(results: dict[str, dict]) -> str:
     names = [name for name in (*scenes.STYLE, "all") if any(name in result for result in results.values())]
-    rows = [[kind, str(result["pairs"]), *(f"{result[n][0]:.3f} ± {result[n][1]:.3f}" if n in result else "-" for n in names)]
-            for kind, result in results.items()]
+    rows = [
+        [
+            kind,
+            str(result["pairs"]),
+            *(f"{result[n][0]:.3f} ± {result[n][1]:.3f}" if n in result else "-" for n in names),
+        ]
+        for kind, result in results.items()
+    ]
     return _table(["", "pairs", *names], rows)
 
 
@@ -257,24 +331,46 @@ def tables(results: dict) -> dict[str, str]:
     blocks = {}
     if "judge" in results:
         judged = results["judge"]
-        blocks["judge"] = _score_table({name: judged[name]["all"] for name in ("renders", "after the autoencoder")}) \
-            + "\n\n" + _style_table(judged["style"]) + f"\n\nAutoencoder: {judged['autoencoder psnr']:.2f} dB PSNR on these renders."
+        blocks["judge"] = (
+            _score_table({name: judged[name]["all"] for name in ("renders", "after the autoencoder")})
+            + "\n\n"
+            + _style_table(judged["style"])
+            + f"\n\nAutoencoder: {judged['autoencoder psnr']:.2f} dB PSNR on these renders."
+        )
     if "prompts" in results:
         score = results["prompts"]["score"]
-        goals = ["goal", "", *(_percent(TARGETS[f]) for f in ("background", "colour", "shape", "texture")), "85.0 % (two objects)", "", ""]
-        blocks["prompts"] = f"{_score_table(score)}\n| {' | '.join(goals)} |\n\n{results['prompts']['seconds']:.2f} CPU-seconds an image."
+        goals = [
+            "goal",
+            "",
+            *(_percent(TARGETS[f]) for f in ("background", "colour", "shape", "texture")),
+            "85.0 % (two objects)",
+            "",
+            "",
+        ]
+        blocks["prompts"] = (
+            f"{_score_table(score)}\n| {' | '.join(goals)} |\n\n{results['prompts']['seconds']:.2f} CPU-seconds an"
+            " image."
+        )
     for name in ("swap", "agreement"):
         if name in results:
             blocks[name] = _style_table(results[name])
     if "agreement" in results:
         kinds = {kind: r["present"] for kind, r in results["agreement"].items() if "present" in r}
-        blocks["agreement"] += "\n\nBoth objects present: " + ", ".join(f"{kind} {_percent(p)}" for kind, p in kinds.items()) + "."
+        blocks["agreement"] += (
+            "\n\nBoth objects present: " + ", ".join(f"{kind} {_percent(p)}" for kind, p in kinds.items()) + "."
+        )
     if "controlnet" in results:
-        blocks["controlnet"] = _table(["objects that stand in their outline", ""], [[k, _percent(v)] for k, v in results["controlnet"].items()])
+        blocks["controlnet"] = _table(
+            ["objects that stand in their outline", ""], [[k, _percent(v)] for k, v in results["controlnet"].items()]
+        )
     if "subject" in results:
-        blocks["subject"] = _table(["taught by", "colour distance to a photo", "texture similarity", "object found"],
-                                   [[k, f"{v['colour distance']:.1f}", f"{v['texture similarity']:.3f}", _percent(v["found"])]
-                                    for k, v in results["subject"].items()])
+        blocks["subject"] = _table(
+            ["taught by", "colour distance to a photo", "texture similarity", "object found"],
+            [
+                [k, f"{v['colour distance']:.1f}", f"{v['texture similarity']:.3f}", _percent(v["found"])]
+                for k, v in results["subject"].items()
+            ],
+        )
     return blocks
 
 

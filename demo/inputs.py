@@ -1,5 +1,6 @@
 """Pictures to feed the pack with: scenes, cut-outs with alpha, the subject's photos, a ControlNet layout.
 `python demo/inputs.py FOLDER` writes them as PNG; the same files every time."""
+
 import sys
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from . import scenes, subject
 
 SEED = 2026
 # One style for all, so that pieces of different pictures could belong together.
-STYLE = dict(hue=0.0, brightness=0.1, angle=0.12, period=14 / 128, tint=0.0, light=0.62, outline=2 / 128)
+STYLE = {
+    "hue": 0.0,
+    "brightness": 0.1,
+    "angle": 0.12,
+    "period": 14 / 128,
+    "tint": 0.0,
+    "light": 0.62,
+    "outline": 2 / 128,
+}
 
 
 def objects() -> scenes.Scenes:
@@ -42,6 +51,7 @@ def pictures(size: int = 128) -> dict[str, Tensor]:
 
 def write(folder: Path, size: int = 128) -> list[Path]:
     from PIL import Image
+
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, picture in pictures(size).items():

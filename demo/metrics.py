@@ -3,13 +3,14 @@
 A picture is (h, w, 3) in [0, 1], one row of a ComfyUI IMAGE, as tensor or array; a mask is (h, w) in [0, 1]
 and counts where it is above one half. Every function takes any size.
 """
+
 from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .reader import Found, Reader, read, shows, style_error
+from .detector import Found, Reader, read, shows, style_error
 from .scenes import MOST_OBJECTS, STYLE_NAMES, Scenes
 
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
@@ -28,6 +29,7 @@ def _inside(mask) -> np.ndarray:
 
 # ----------------------------------------------------------------------------------- picture to picture
 
+
 def masked_psnr(picture, reference, mask) -> float:
     """Peak signal-to-noise ratio in dB over the masked pixels; infinite when they are equal."""
     inside = _inside(mask)
@@ -43,14 +45,17 @@ def background_psnr(picture, reference, mask) -> float:
 def masked_ssim(picture, reference, mask) -> float:
     """Structural similarity (scikit-image's, 7x7 windows), its map averaged over the masked pixels; 1 = equal."""
     from skimage.metrics import structural_similarity
-    _, similarity = structural_similarity(_picture(picture), _picture(reference), data_range=1.0, channel_axis=-1, full=True)
+
+    _, similarity = structural_similarity(
+        _picture(picture), _picture(reference), data_range=1.0, channel_axis=-1, full=True
+    )
     return float(similarity[_inside(mask)].mean())
 
 
 class SeamGradient(NamedTuple):
     score: float  # mean Sobel magnitude of luminance on the seam
-    low: float    # the smallest and
-    high: float   # the largest the sources have at the same pixels
+    low: float  # the smallest and
+    high: float  # the largest the sources have at the same pixels
 
     @property
     def in_range(self) -> bool:
@@ -84,16 +89,19 @@ def _boundary(labels: np.ndarray) -> np.ndarray:
 
 def _gradient(picture) -> np.ndarray:
     from skimage.filters import sobel
+
     return sobel(_picture(picture) @ LUMINANCE)
 
 
 # ------------------------------------------------------------------------------------- region to region
+
 
 def colour_distance(picture, mask, reference, reference_mask) -> float:
     """How far apart the colours of two regions are, whatever their place and shape, in units of CIE Lab (2 is
     about the least one sees): the earth mover's distance of each channel's distribution, as one length."""
     from scipy.stats import wasserstein_distance
     from skimage.color import rgb2lab
+
     ours = rgb2lab(_picture(picture))[_inside(mask)]
     theirs = rgb2lab(_picture(reference))[_inside(reference_mask)]
     return float(np.linalg.norm([wasserstein_distance(ours[:, c], theirs[:, c]) for c in range(3)]))
@@ -111,6 +119,7 @@ def _edges(picture, mask, directions: int = 36, flat: float = 0.02) -> tuple[np.
     """Histogram of edge directions and mean edge strength inside the region, at unit contrast."""
     from scipy.ndimage import binary_erosion
     from skimage.filters import sobel_h, sobel_v
+
     inside = _inside(mask)
     # The region's own outline is no texture. Contrast below `flat` is noise and not blown up.
     core = binary_erosion(inside, iterations=4)
@@ -126,8 +135,10 @@ def _edges(picture, mask, directions: int = 36, flat: float = 0.02) -> tuple[np.
 
 # --------------------------------------------------------------------------------------- what it shows
 
+
 class Wanted(NamedTuple):
     """An object that a prompt asks for, by index into COLOURS, TEXTURES and SHAPES."""
+
     colour: int
     texture: int
     shape: int
@@ -135,12 +146,13 @@ class Wanted(NamedTuple):
 
 class Verdict(NamedTuple):
     """A picture against what its prompt asked for; lists are in the prompt's order."""
+
     background: bool
     objects: list[Found | None]  # what stands for each wanted object, None where nothing does
     colour: list[bool]
     texture: list[bool]
     shape: list[bool]
-    spare: int                   # objects nobody asked for
+    spare: int  # objects nobody asked for
 
     @property
     def present(self) -> bool:
@@ -150,8 +162,11 @@ class Verdict(NamedTuple):
 
 def wanted(scenes: Scenes, row: int) -> list[Wanted]:
     """What the caption of a scene asks for."""
-    return [Wanted(*(field[row, slot].item() for field in (scenes.colour, scenes.texture, scenes.shape)))
-            for slot in range(MOST_OBJECTS) if scenes.shape[row, slot] >= 0]
+    return [
+        Wanted(*(field[row, slot].item() for field in (scenes.colour, scenes.texture, scenes.shape)))
+        for slot in range(MOST_OBJECTS)
+        if scenes.shape[row, slot] >= 0
+    ]
 
 
 def look(reader: Reader, picture) -> tuple[int, float, list[Found]]:
@@ -168,12 +183,15 @@ def judge(seen: tuple[int, float, list[Found]], background: int, objects: list[W
 
     def agreement(chosen):
         pairs = [(f, w) for f, w in zip(chosen, objects) if f is not None]
-        return sum(100 * (f.colour == w.colour) + 10 * (f.shape == w.shape) + (f.texture == w.texture) + 0.1 for f, w in pairs)
+        return sum(
+            100 * (f.colour == w.colour) + 10 * (f.shape == w.shape) + (f.texture == w.texture) + 0.1 for f, w in pairs
+        )
 
     best = max(permutations(slots, len(objects)), key=agreement)
 
     def right(field):
         return [f is not None and getattr(f, field) == getattr(w, field) for f, w in zip(best, objects)]
+
     spare = len(found) - sum(f is not None for f in best)
     return Verdict(where == background, list(best), right("colour"), right("texture"), right("shape"), spare)
 
@@ -181,6 +199,7 @@ def judge(seen: tuple[int, float, list[Found]], background: int, objects: list[W
 def placed(found: Found | None, mask) -> bool:
     """Whether an object stands in a region: its centre is inside the mask, or in a hole of it (a ring's is)."""
     from scipy.ndimage import binary_fill_holes
+
     if found is None:
         return False
     inside = binary_fill_holes(_inside(mask))
@@ -190,16 +209,22 @@ def placed(found: Found | None, mask) -> bool:
 
 def truth(scenes: Scenes, row: int, slot: int) -> Found:
     """An object of a scene as a perfect reader would see it."""
-    return Found(1.0, tuple(scenes.centre[row, slot].tolist()),
-                 *(field[row, slot].item() for field in (scenes.shape, scenes.colour, scenes.texture)),
-                 dict(zip(STYLE_NAMES, scenes.style[row].tolist())))
+    return Found(
+        1.0,
+        tuple(scenes.centre[row, slot].tolist()),
+        *(field[row, slot].item() for field in (scenes.shape, scenes.colour, scenes.texture)),
+        dict(zip(STYLE_NAMES, scenes.style[row].tolist())),
+    )
 
 
 def style_errors(found: Found, source: Found) -> dict[str, float]:
     """Error of each unnamed style variable that both objects show: 0 = the same, 1 = as far as can be; two
     unrelated objects are 1/3 apart on average, 1/2 in angle and light."""
-    return {name: style_error(name, found.style[name], source.style[name]) for name in STYLE_NAMES
-            if all(shows(name, object.texture, object.colour) for object in (found, source))}
+    return {
+        name: style_error(name, found.style[name], source.style[name])
+        for name in STYLE_NAMES
+        if all(shows(name, object.texture, object.colour) for object in (found, source))
+    }
 
 
 def style_agreement(found: list[Found]) -> list[dict[str, float]]:

@@ -1,4 +1,5 @@
 """Draws with the demo model in ComfyUI's own classes and samplers, many different prompts at once."""
+
 import os
 import sys
 
@@ -14,8 +15,10 @@ def start_comfyui(path: str | None = None) -> None:
     if path:
         sys.path.insert(0, path)
     import comfy.options
+
     comfy.options.enable_args_parsing(False)
     import comfy.cli_args
+
     comfy.cli_args.args.cpu = not torch.cuda.is_available()
 
 
@@ -23,9 +26,10 @@ def load(path=None):
     """The demo model as ComfyUI's (MODEL, CLIP, VAE)."""
     import comfy.sd
 
-    from . import family
-    family.register()
-    return comfy.sd.load_checkpoint_guess_config(str(path or family.WEIGHTS))[:3]
+    from . import supported_model
+
+    supported_model.register()
+    return comfy.sd.load_checkpoint_guess_config(str(path or supported_model.WEIGHTS))[:3]
 
 
 def encode(clip, captions: list[str]) -> list:
@@ -36,20 +40,34 @@ def encode(clip, captions: list[str]) -> list:
 
 def noise(seeds, side: int = 16) -> Tensor:
     """(n, 4, side, side), row i from seed i alone."""
-    return torch.cat([torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
+    return torch.cat(
+        [torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    )
 
 
 @torch.inference_mode()
 def sample(model, clip, captions: list[str], start: Tensor, control=None, steps: int = STEPS) -> Tensor:
     """Latents (n, 4, h, w) of n captions from n starting noises. control: (ControlNet, hints (n, h, w, 3))."""
     import comfy.sample
+
     positive, negative = encode(clip, captions), encode(clip, [""])
     if control:
         net = control[0].copy().set_cond_hint(control[1].movedim(-1, 1), 1.0)
         for conditioning in (positive, negative):
             conditioning[0][1] |= {"control": net, "control_apply_to_uncond": False}
-    return comfy.sample.sample(model, start, steps, GUIDANCE, SAMPLER, SCHEDULER, positive, negative,
-                               torch.zeros_like(start), disable_pbar=True, seed=0)
+    return comfy.sample.sample(
+        model,
+        start,
+        steps,
+        GUIDANCE,
+        SAMPLER,
+        SCHEDULER,
+        positive,
+        negative,
+        torch.zeros_like(start),
+        disable_pbar=True,
+        seed=0,
+    )
 
 
 @torch.inference_mode()
@@ -58,7 +76,7 @@ def draw(models, captions: list[str], seeds, batch: int = 16, **kwargs) -> Tenso
     model, clip, vae = models
     pictures = []
     for i in range(0, len(captions), batch):
-        latents = sample(model, clip, captions[i:i + batch], noise(seeds[i:i + batch]), **kwargs)
+        latents = sample(model, clip, captions[i : i + batch], noise(seeds[i : i + batch]), **kwargs)
         pictures.append(vae.decode(latents))
     return torch.cat(pictures)
 
@@ -66,6 +84,7 @@ def draw(models, captions: list[str], seeds, batch: int = 16, **kwargs) -> Tenso
 def swap_self_attention(model, parts: str):
     """A MODEL for batches of n sources followed by n targets: each target's self-attention inputs are replaced
     by its source's, only what feeds keys and values ("kv") or queries too ("qkv")."""
+
     def patch(q, k, v, extra_options):
         halves = len(extra_options["cond_or_uncond"])
 
@@ -73,7 +92,9 @@ def swap_self_attention(model, parts: str):
             x = x.unflatten(0, (halves, 2, -1)).clone()
             x[:, 1] = x[:, 0]
             return x.flatten(0, 2)
+
         return swapped(q) if parts == "qkv" else q, swapped(k), swapped(v)
+
     patched = model.clone()
     patched.set_model_attn1_patch(patch)
     return patched
@@ -88,8 +109,10 @@ def silence_self_attention(model):
 
 def narrow_self_attention(model):
     """A MODEL in which every token attends to itself alone: the layers work, but nothing travels."""
+
     def own_value(q, k, v, extra_options):
         return v
+
     patched = model.clone()
     for site in attention_sites(model):
         patched.set_model_attn1_replace(own_value, *site)
@@ -99,7 +122,12 @@ def narrow_self_attention(model):
 def attention_sites(model) -> list[tuple[str, int]]:
     """(block, number) of every self-attention layer, as set_model_attn1_replace names them."""
     from comfy.ldm.modules.attention import SpatialTransformer
+
     net = model.model.diffusion_model
     blocks = (("input", net.input_blocks), ("middle", [net.middle_block]), ("output", net.output_blocks))
-    return [(name, i) for name, group in blocks for i, block in enumerate(group)
-            if any(isinstance(layer, SpatialTransformer) for layer in block)]
+    return [
+        (name, i)
+        for name, group in blocks
+        for i, block in enumerate(group)
+        if any(isinstance(layer, SpatialTransformer) for layer in block)
+    ]

@@ -5,6 +5,7 @@ A caption tells the background and every object's colour, texture and shape. It 
 distant places must agree on is left to self-attention, so appearance can be measured as an error in these
 numbers, whatever the positions.
 """
+
 import math
 from typing import NamedTuple
 
@@ -12,13 +13,25 @@ import torch
 from torch import Tensor
 
 COLOURS = {
-    "red": (214, 40, 58), "green": (40, 160, 60), "blue": (40, 80, 215), "yellow": (245, 225, 40),
-    "purple": (145, 50, 180), "orange": (245, 125, 25), "white": (240, 240, 240), "black": (28, 28, 32),
+    "red": (214, 40, 58),
+    "green": (40, 160, 60),
+    "blue": (40, 80, 215),
+    "yellow": (245, 225, 40),
+    "purple": (145, 50, 180),
+    "orange": (245, 125, 25),
+    "white": (240, 240, 240),
+    "black": (28, 28, 32),
 }
 SHAPES = ("ball", "box", "star", "ring", "tree", "house")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
-BACKGROUNDS = {"sky": "in the sky", "grass": "on grass", "sand": "on sand", "night": "at night",
-               "brick": "by a brick wall", "snow": "on snow"}
+BACKGROUNDS = {
+    "sky": "in the sky",
+    "grass": "on grass",
+    "sand": "on sand",
+    "night": "at night",
+    "brick": "by a brick wall",
+    "snow": "on snow",
+}
 MOST_OBJECTS = 3
 
 # Looks without words of their own (indices after those that have one): the personalised subject's, and a family
@@ -30,16 +43,20 @@ _FANCY = (255 * torch.rand(24, 2, 3, generator=torch.Generator().manual_seed(1))
 _PALETTE = [*COLOURS.values(), (20, 150, 150), *(first for first, _ in _FANCY)]
 # Textures are drawn in a second colour: near white unless that would not show.
 _SECOND = {"white": (115, 115, 128), "yellow": (140, 90, 26)}
-_SECOND_PALETTE = [*(_SECOND.get(name, (247, 247, 247)) for name in COLOURS), (240, 110, 170), *(second for _, second in _FANCY)]
+_SECOND_PALETTE = [
+    *(_SECOND.get(name, (247, 247, 247)) for name in COLOURS),
+    (240, 110, 170),
+    *(second for _, second in _FANCY),
+]
 
 # Lengths are fractions of the image's side, angles are turns.
 STYLE = {
-    "hue": (-0.033, 0.033),        # shift of every object's hue
-    "brightness": (-1.0, 1.0),     # every object's colour mixed towards black (-1) or white (+1)
-    "angle": (0.0, 0.5),           # direction of the stripes, dots and checks: a line has half a turn
+    "hue": (-0.033, 0.033),  # shift of every object's hue
+    "brightness": (-1.0, 1.0),  # every object's colour mixed towards black (-1) or white (+1)
+    "angle": (0.0, 0.5),  # direction of the stripes, dots and checks: a line has half a turn
     "period": (12 / 128, 24 / 128),
-    "tint": (-1.0, 1.0),           # of the background, cold to warm
-    "light": (0.0, 1.0),           # where every object's shading comes from
+    "tint": (-1.0, 1.0),  # of the background, cold to warm
+    "light": (0.0, 1.0),  # where every object's shading comes from
     "outline": (0.5 / 128, 4.5 / 128),
 }
 STYLE_NAMES = tuple(STYLE)
@@ -48,13 +65,14 @@ RADII = torch.tensor([(0.20, 0.30), (0.165, 0.225), (0.13, 0.18)])  # by number 
 
 class Scenes(NamedTuple):
     """n scenes as data. Slots without an object hold -1 in shape, colour and texture."""
+
     background: Tensor  # (n,) index into BACKGROUNDS
-    shape: Tensor       # (n, 3)
-    colour: Tensor      # (n, 3) all different within a scene
-    texture: Tensor     # (n, 3)
-    centre: Tensor      # (n, 3, 2) x right, y down, fractions of the side
-    radius: Tensor      # (n, 3)
-    style: Tensor       # (n, 7) in the order and units of STYLE
+    shape: Tensor  # (n, 3)
+    colour: Tensor  # (n, 3) all different within a scene
+    texture: Tensor  # (n, 3)
+    centre: Tensor  # (n, 3, 2) x right, y down, fractions of the side
+    radius: Tensor  # (n, 3)
+    style: Tensor  # (n, 7) in the order and units of STYLE
 
     def take(self, index) -> "Scenes":
         return Scenes(*(field[index] for field in self))
@@ -72,6 +90,7 @@ class Scenes(NamedTuple):
 def sample(n: int, generator: torch.Generator, count: int | None = None, fancy: float = 0.0) -> Scenes:
     """n random scenes on the CPU; count fixes the number of objects (else 1, 2 or 3: 40, 45 or 15 %), fancy is the
     share of objects in a look without a word."""
+
     def uniform(*size):
         return torch.rand(*size, generator=generator)
 
@@ -122,8 +141,11 @@ def _places(radius: Tensor, absent: Tensor, generator: torch.Generator, tries: i
 def subject(n: int, generator: torch.Generator) -> Scenes:
     """n photos of the personalised subject: one ball in a colour and texture no caption can name."""
     scenes = sample(n, generator, count=1)
-    for field, value in ((scenes.shape, SHAPES.index("ball")), (scenes.colour, SUBJECT_COLOUR),
-                         (scenes.texture, SUBJECT_TEXTURE)):
+    for field, value in (
+        (scenes.shape, SHAPES.index("ball")),
+        (scenes.colour, SUBJECT_COLOUR),
+        (scenes.texture, SUBJECT_TEXTURE),
+    ):
         field[:, 0] = value
     # The subject looks the same in every photo; only its light and place are the photo's own.
     return scenes.with_style(hue=0.0, brightness=0.0, angle=0.0, period=16 / 128, outline=2.5 / 128)
@@ -138,12 +160,13 @@ def photos(size: int = 128) -> tuple[Scenes, Tensor]:
 
 # ---------------------------------------------------------------------------------------------- words
 
+
 def phrase(scenes: Scenes, row: int, slot: int, name: str | None = None) -> str:
     """'a red striped ball'; a name stands for colour and texture: 'a <name> ball'."""
     texture, colour = scenes.texture[row, slot].item(), scenes.colour[row, slot].item()
     if not name and colour >= len(COLOURS):
         name = "fancy"
-    words = [name] if name else [list(COLOURS)[colour], *TEXTURES[1:][texture - 1:texture]]
+    words = [name] if name else [list(COLOURS)[colour], *TEXTURES[1:][texture - 1 : texture]]
     return " ".join(["an" if words[0][0] in "aeiou" else "a", *words, SHAPES[scenes.shape[row, slot]]])
 
 
@@ -155,6 +178,7 @@ def caption(scenes: Scenes, row: int, backwards: bool = False, name: str | None 
 
 
 # --------------------------------------------------------------------------------------------- pixels
+
 
 def render(scenes: Scenes, size: int = 128, generator: torch.Generator | None = None) -> Tensor:
     """(n, 3, size, size) in [0, 1], on the scenes' device. The generator draws clouds, blades and stars."""
@@ -179,7 +203,7 @@ def cutouts(scenes: Scenes, slot: int = 0, size: int = 128) -> Tensor:
     image = torch.zeros(len(scenes.radius), 3, size, size, device=scenes.radius.device)
     for rows, colour, alpha in _layers(scenes, slot, size):
         image[rows] = image[rows] + alpha[:, None] * (colour - image[rows])
-    mask = masks(scenes, size)[:, slot:slot + 1]
+    mask = masks(scenes, size)[:, slot : slot + 1]
     return torch.cat([(image / mask.clamp(min=1e-6)).clamp(0, 1), mask], 1)
 
 
@@ -295,7 +319,7 @@ def _surface(scenes: Scenes, slot: int, x: Tensor, y: Tensor, style: dict[str, T
     along = (x * torch.cos(turn) + y * torch.sin(turn)) / period
     across = (y * torch.cos(turn) - x * torch.sin(turn)) / period
     striped = across % 1 < 0.42
-    dotted = ((along + 0.5) % 1 - 0.5) ** 2 + ((across + 0.5) % 1 - 0.5) ** 2 < 0.29 ** 2
+    dotted = ((along + 0.5) % 1 - 0.5) ** 2 + ((across + 0.5) % 1 - 0.5) ** 2 < 0.29**2
     checkered = ((along / 0.7).floor() + (across / 0.7).floor()) % 2 == 0
     turned, distance = torch.atan2(y, x), torch.hypot(x, y) / period
     swirled = torch.sin(3 * turned + 3 * distance) > 0
@@ -313,11 +337,14 @@ def _restyle(rgb: Tensor, hue: Tensor, brightness: Tensor) -> Tensor:
     cos, sin = torch.cos(a), torch.sin(a)
     one, root = (1 - cos) / 3, sin / math.sqrt(3)
     r, g, b = rgb.split(1, 1)
-    rgb = torch.cat([
-        r * (cos + one) + g * (one - root) + b * (one + root),
-        r * (one + root) + g * (cos + one) + b * (one - root),
-        r * (one - root) + g * (one + root) + b * (cos + one),
-    ], 1).clamp(0, 1)
+    rgb = torch.cat(
+        [
+            r * (cos + one) + g * (one - root) + b * (one + root),
+            r * (one + root) + g * (cos + one) + b * (one - root),
+            r * (one - root) + g * (one + root) + b * (cos + one),
+        ],
+        1,
+    ).clamp(0, 1)
     return torch.where(brightness > 0, rgb + 0.28 * brightness * (1 - rgb), rgb * (1 + 0.32 * brightness))
 
 

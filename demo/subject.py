@@ -1,17 +1,18 @@
 """The personalised subject: a look without words, taught from a few photos, once as the embedding of a new
 word (textual inversion) and once as a LoRA of the denoiser's attention."""
+
 import torch
 from torch import Tensor, nn
 
 from . import diffusion, scenes
-from .fit import Budget
 from .scenes import photos
+from .training_loop import Budget
 from .vocabulary import UNKNOWN, tokenise
 
-VECTORS = 2          # of the learned word
-RANK = 4             # of the LoRA
+VECTORS = 2  # of the learned word
+RANK = 4  # of the LoRA
 BATCH = 8
-LORA_WORD = "sks"    # no caption uses it: its embedding is every unknown word's
+LORA_WORD = "sks"  # no caption uses it: its embedding is every unknown word's
 
 
 def captions(drawn: scenes.Scenes, name: str) -> list[str]:
@@ -31,9 +32,12 @@ class LoRA:
 
     def _add(self, name: str, layer: nn.Linear, generator) -> None:
         device = layer.weight.device
-        down = torch.randn(RANK, layer.in_features, generator=generator).to(device) / layer.in_features ** 0.5
+        down = torch.randn(RANK, layer.in_features, generator=generator).to(device) / layer.in_features**0.5
         up = torch.zeros(layer.out_features, RANK, device=device)
-        self.factors |= {f"{name}.lora_down.weight": down.requires_grad_(), f"{name}.lora_up.weight": up.requires_grad_()}
+        self.factors |= {
+            f"{name}.lora_down.weight": down.requires_grad_(),
+            f"{name}.lora_up.weight": up.requires_grad_(),
+        }
         self.hooks.append(layer.register_forward_hook(lambda _, inputs, out: out + inputs[0] @ down.T @ up.T))
 
     def remove(self) -> None:
@@ -65,6 +69,7 @@ def _embedding(trainer, drawn, latents, budget) -> None:
             embedded = table(ids[rows])
             embedded[ids[rows] == UNKNOWN] = word.repeat(len(rows), 1).to(embedded.dtype)
             return trainer.text.encode(embedded)
+
         return trainer.denoising_loss(latents[rows], context, generator)
 
     trainer.fit("embedding", {"word": word}, loss_of, budget, lr=2e-2, warmup=10)
@@ -89,5 +94,7 @@ def _lora(trainer, drawn, latents, budget) -> None:
     trainer.fit("lora", lora.factors, loss_of, budget, lr=6e-3, warmup=10)
     lora.remove()
     state = {f"diffusion_model.{key}": value.half() for key, value in lora.factors.items()}
-    state |= {key.replace("lora_up.weight", "alpha"): torch.tensor(float(RANK)) for key in list(state) if "lora_up" in key}
+    state |= {
+        key.replace("lora_up.weight", "alpha"): torch.tensor(float(RANK)) for key in list(state) if "lora_up" in key
+    }
     trainer.save(state, "demo-subject-lora", "lora")

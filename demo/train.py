@@ -4,6 +4,7 @@ Autoencoder, denoiser with its text encoder, ControlNet, personalised subject, a
 them all. On a GPU when there is one (a few minutes), else on the CPU (hours). Checkpoints lie in demo/runs;
 the same command goes on from the last one. The weights are written to demo/weights.
 """
+
 import argparse
 import json
 import math
@@ -22,8 +23,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import alignment, autoencoder, diffusion, reader, scenes, subject
-from .fit import Budget, fit, ranks, restore, save_safely
+from . import autoencoder, auxiliary_head, detector, diffusion, scenes, subject
+from .training_loop import Budget, fit, ranks, restore, save_safely
 from .vocabulary import TOKEN_IDS, tokenise
 
 HERE = Path(__file__).resolve().parent
@@ -31,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 PARTS = {"autoencoder": 0.14, "diffusion": 0.60, "controlnet": 0.12, "subject": 0.04, "reader": 0.10}
 SHARD = 1024  # scenes in one file of cached latents
 GUIDANCE = 3.0
-FANCY = 0.12     # share of objects without words for their look
+FANCY = 0.12  # share of objects without words for their look
 ALIGNMENT = 0.1  # weight of the lesson on the side
 
 
@@ -49,14 +50,17 @@ class Trainer:
         self.unet = self._place(diffusion.UNet())
         self.text = self._place(diffusion.TextEncoder(len(TOKEN_IDS) + 1))
         self.controlnet = self._place(diffusion.ControlNet())
-        self.heads = self._place(alignment.Heads())
-        self.judge = self._place(reader.Reader())
+        self.heads = self._place(auxiliary_head.Heads())
+        self.judge = self._place(detector.Reader())
         unet = {f"unet.{key}": value for key, value in self.unet.named_parameters()}
         text = {f"text.{key}": value for key, value in self.text.named_parameters() if value.requires_grad}
         heads = {f"heads.{key}": value for key, value in self.heads.named_parameters()}
-        self.parameters = {"autoencoder": dict(self.auto.named_parameters()), "diffusion": unet | text | heads,
-                           "controlnet": dict(self.controlnet.named_parameters()),
-                           "reader": dict(self.judge.named_parameters())}
+        self.parameters = {
+            "autoencoder": dict(self.auto.named_parameters()),
+            "diffusion": unet | text | heads,
+            "controlnet": dict(self.controlnet.named_parameters()),
+            "reader": dict(self.judge.named_parameters()),
+        }
         self.started: set[str] = set()  # parts that go on from earlier weights
         if args.init:
             self.load(Path(args.init))
@@ -100,7 +104,11 @@ class Trainer:
             error = y.float() - x
             edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
             # The denoiser wants channels of unit variance, and few values where the decoder's tanh is flat.
-            scale = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean() + F.relu(z.abs() - 2.8).mean()
+            scale = (
+                z.mean((0, 2, 3)).square().mean()
+                + (z.std((0, 2, 3)) - 1).square().mean()
+                + F.relu(z.abs() - 2.8).mean()
+            )
             return error.abs().mean() + 5 * error.square().mean() + 0.5 * edges + 0.02 * scale
 
         self.fit("autoencoder", self.parameters["autoencoder"], loss_of, budget, self.args.lr_auto)
@@ -125,7 +133,7 @@ class Trainer:
             loss = self.denoising_loss(latents[rows].float(), lambda: self.text(ids), generator)
             with self.autocast():
                 maps = self.heads(seen["features"])
-            return loss + ALIGNMENT * alignment.loss(maps, drawn.take(rows), owner[rows])
+            return loss + ALIGNMENT * auxiliary_head.loss(maps, drawn.take(rows), owner[rows])
 
         self.fit("diffusion", self.parameters["diffusion"], loss_of, budget, self.args.lr, show=self.show)
         listener.remove()
@@ -133,9 +141,13 @@ class Trainer:
 
     def train_controlnet(self, budget: Budget) -> None:
         latents, tokens = self.latents()
-        hints = torch.cat([(scenes.layout(part.to(self.device), self.args.size) * 255).byte()[:, :1]
-                           for number in range(min(self.args.shards, self.args.hints))
-                           for part in self._parts(self.shard(number))])
+        hints = torch.cat(
+            [
+                (scenes.layout(part.to(self.device), self.args.size) * 255).byte()[:, :1]
+                for number in range(min(self.args.shards, self.args.hints))
+                for part in self._parts(self.shard(number))
+            ]
+        )
         empty = tokenise([""]).to(self.device)
         if "controlnet" not in self.started:
             copied = {k: v for k, v in self.unet.state_dict().items() if k in self.controlnet.state_dict()}
@@ -169,7 +181,7 @@ class Trainer:
             x = pictures[rows].float() / 255
             x = x + 0.02 * torch.randn(x.shape, generator=generator, device=self.device)
             with self.autocast():
-                return reader.loss(self.judge, x, drawn.take(rows))
+                return detector.loss(self.judge, x, drawn.take(rows))
 
         self.fit("reader", self.parameters["reader"], loss_of, budget, self.args.lr * 2)
 
@@ -177,12 +189,20 @@ class Trainer:
 
     def shard(self, number: int) -> scenes.Scenes:
         """The scenes of one file of latents: they depend on seed and number alone."""
-        return scenes.sample(SHARD, torch.Generator().manual_seed(1_000_000 * (self.args.seed + 1) + number), fancy=FANCY)
+        return scenes.sample(
+            SHARD, torch.Generator().manual_seed(1_000_000 * (self.args.seed + 1) + number), fancy=FANCY
+        )
 
     def known_scenes(self) -> tuple[scenes.Scenes, Tensor]:
         """What the cached latents show, and which object covers each of their places."""
         drawn = [self.shard(number) for number in range(self.args.shards)]
-        owner = torch.cat([alignment.owners(part.to(self.device), self.args.size // 8) for shard in drawn for part in self._parts(shard)])
+        owner = torch.cat(
+            [
+                auxiliary_head.owners(part.to(self.device), self.args.size // 8)
+                for shard in drawn
+                for part in self._parts(shard)
+            ]
+        )
         return scenes.Scenes(*map(torch.cat, zip(*drawn))).to(self.device), owner
 
     def _parts(self, drawn: scenes.Scenes, size: int = 64):
@@ -190,15 +210,16 @@ class Trainer:
 
     def _render(self, drawn: scenes.Scenes, seed: int) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(seed)
-        return torch.cat([scenes.render(part.to(self.device), self.args.size, generator) for part in self._parts(drawn)]).contiguous(
-            memory_format=torch.channels_last)
+        return torch.cat(
+            [scenes.render(part.to(self.device), self.args.size, generator) for part in self._parts(drawn)]
+        ).contiguous(memory_format=torch.channels_last)
 
     def pictures(self, n: int) -> tuple[scenes.Scenes, Tensor]:
         """n scenes, other than those of `shard`, and their pictures (n, 3, s, s) uint8."""
         drawn = scenes.sample(n, torch.Generator().manual_seed(self.args.seed + 7), fancy=FANCY)
         pictures = torch.empty(n, 3, self.args.size, self.args.size, dtype=torch.uint8, device=self.device)
         for i, part in enumerate(self._parts(drawn)):
-            pictures[64 * i:64 * i + 64] = (self._render(part, self.args.seed + 7 + i) * 255 + 0.5).byte()
+            pictures[64 * i : 64 * i + 64] = (self._render(part, self.args.seed + 7 + i) * 255 + 0.5).byte()
         return drawn, pictures
 
     def _crops(self, pictures: Tensor, n: int, size: int, generator) -> Tensor:
@@ -222,8 +243,10 @@ class Trainer:
                 drawn = self.shard(number)
                 with torch.no_grad(), self.autocast():
                     latents = torch.cat([self.auto.encode(x) for x in self._render(drawn, number).split(64)])
-                words = [tokenise([scenes.caption(drawn, row, backwards) for row in range(SHARD)])
-                         for backwards in (False, True)]
+                words = [
+                    tokenise([scenes.caption(drawn, row, backwards) for row in range(SHARD)])
+                    for backwards in (False, True)
+                ]
                 save_safely({"latents": latents.half(), "tokens": torch.stack(words, 1).short()}, path)
                 print(f"latents {number + 1} of {self.args.shards}", flush=True)
         if self.world > 1:
@@ -270,10 +293,12 @@ class Trainer:
     def show(self, step: int) -> None:
         """A grid of samples of the same 16 captions and noise, every few checkpoints."""
         drawn = scenes.sample(16, torch.Generator().manual_seed(12345))
-        if step - getattr(self, "shown", -10**9) < self.args.show_every:
+        if step - getattr(self, "shown", -(10**9)) < self.args.show_every:
             return
         self.shown = step
-        save_grid(self.sample([scenes.caption(drawn, i) for i in range(16)], seed=1), self.runs / f"samples-{step:06d}.jpg", 8)
+        save_grid(
+            self.sample([scenes.caption(drawn, i) for i in range(16)], seed=1), self.runs / f"samples-{step:06d}.jpg", 8
+        )
         self.write()
 
     # -------------------------------------------------------------------------------------- the files
@@ -283,12 +308,15 @@ class Trainer:
         folder = path if path.is_dir() else None
         for name, module in (("controlnet", self.controlnet), ("reader", self.judge)):
             if folder and (folder / f"demo-{name}.safetensors").exists():
-                module.load_state_dict({k: v.float() for k, v in load_file(folder / f"demo-{name}.safetensors").items()})
+                module.load_state_dict(
+                    {k: v.float() for k, v in load_file(folder / f"demo-{name}.safetensors").items()}
+                )
                 self.started.add(name)
         state = load_file(folder / "demo-model.safetensors" if folder else path)
 
         def under(prefix):
-            return {k[len(prefix):]: v.float() for k, v in state.items() if k.startswith(prefix)}
+            return {k[len(prefix) :]: v.float() for k, v in state.items() if k.startswith(prefix)}
+
         self.unet.load_state_dict(under("model.diffusion_model."))
         text = under("cond_stage_model.transformer.")
         # By their numbers: earlier weights may know fewer words.
@@ -322,14 +350,21 @@ class Trainer:
         """Writes one file of weights, if any of its parts was trained, and how; of several processes the first does."""
         figures = {part: self.figures[part] for part in parts if part in self.figures}
         if figures and not self.rank:
-            metadata = {"license": "Apache-2.0", "command": list(figures.values())[-1]["command"], "seed": str(self.args.seed),
-                        "size": str(self.args.size), "trained on": self.args.trained_on, "figures": json.dumps(figures)}
+            metadata = {
+                "license": "Apache-2.0",
+                "command": list(figures.values())[-1]["command"],
+                "seed": str(self.args.seed),
+                "size": str(self.args.size),
+                "trained on": self.args.trained_on,
+                "figures": json.dumps(figures),
+            }
             save_safely(tensors, self.weights / f"{name}.safetensors", metadata)
 
 
 def save_grid(pictures: Tensor, path: Path, columns: int, quality: int = 85) -> None:
     """(n, 3, h, w) in [0, 1] as one JPEG, n a multiple of columns."""
     from PIL import Image
+
     rows = pictures.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((rows.clamp(0, 1) * 255 + 0.5).byte().cpu().numpy()).save(path, quality=quality)
@@ -341,26 +376,51 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=9 if gpu else 240, help="time for all parts together")
     parser.add_argument("--steps", type=int, help="steps of every part, instead of a time")
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=list(PARTS), help="parts to train")
-    parser.add_argument("--init", help="start from this folder of weights, or this demo-model.safetensors, instead of from nothing")
+    parser.add_argument(
+        "--init", help="start from this folder of weights, or this demo-model.safetensors, instead of from nothing"
+    )
     parser.add_argument("--size", type=int, default=192 if gpu else 128, help="pixels along a side, a multiple of 64")
     parser.add_argument("--shards", type=int, default=100 if gpu else 24, help=f"scenes for the denoiser, in {SHARD}s")
     parser.add_argument("--hints", type=int, default=20 if gpu else 4, help="of these shards, for the ControlNet")
-    parser.add_argument("--pictures", type=int, default=20_000 if gpu else 4_096, help="scenes for autoencoder and reader")
+    parser.add_argument(
+        "--pictures", type=int, default=20_000 if gpu else 4_096, help="scenes for autoencoder and reader"
+    )
     parser.add_argument("--batch", type=int, default=384 if gpu else 24)
     parser.add_argument("--crop", type=int, default=128 if gpu else 64, help="pixels the autoencoder sees at once")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-auto", type=float, default=1e-3 if gpu else 2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=gpu, help="train in bfloat16: on a CPU, faster where it has AMX")
+    parser.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        default=gpu,
+        help="train in bfloat16: on a CPU, faster where it has AMX",
+    )
     parser.add_argument("--runs", default=str(HERE / "runs"), help="checkpoints and caches")
     parser.add_argument("--weights", default=str(HERE / "weights"), help="the finished weights")
     parser.add_argument("--show-every", type=int, default=500, help="steps between sample grids")
     args = parser.parse_args(argv)
     # For the weights' metadata: what was asked for, but not where the files lie on this machine.
-    asked = {key: value for key, value in vars(args).items() if value != parser.get_default(key) and key not in ("runs", "weights")}
-    words = [word for key, value in asked.items() for word in
-             (f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [] if value is True else [Path(value).name if key == "init" else str(value)]))]
+    asked = {
+        key: value
+        for key, value in vars(args).items()
+        if value != parser.get_default(key) and key not in ("runs", "weights")
+    }
+    words = [
+        word
+        for key, value in asked.items()
+        for word in (
+            f"--{key.replace('_', '-')}",
+            *(
+                value
+                if isinstance(value, list)
+                else []
+                if value is True
+                else [Path(value).name if key == "init" else str(value)]
+            ),
+        )
+    ]
     args.command = shlex.join(["python", "demo/train.py", *words])
     args.trained_on = torch.cuda.get_device_name() if gpu and args.device == "cuda" else "CPU"
     return args

@@ -1,14 +1,43 @@
 """The words of the captions and their numbers in SD1.x's tokenizer, so that training needs no tokenizer."""
+
 import torch
 from torch import Tensor
 
 START, END, TOKENS = 49406, 49407, 77
 CLIP_IDS = {
-    "a": [320], "an": [550], "and": [537], "at": [536], "ball": [1069], "black": [1449], "blue": [1746],
-    "box": [2063], "brick": [9518], "by": [638], "checkered": [1113, 26690], "dotted": [47950], "fancy": [6733], "grass": [5922],
-    "green": [1901], "house": [1212], "in": [530], "night": [930], "on": [525], "orange": [4287],
-    "purple": [5496], "red": [736], "ring": [2540], "sand": [5094], "sky": [2390], "snow": [2583], "star": [1565],
-    "striped": [22192], "the": [518], "tree": [2677], "wall": [2569], "white": [1579], "yellow": [4481],
+    "a": [320],
+    "an": [550],
+    "and": [537],
+    "at": [536],
+    "ball": [1069],
+    "black": [1449],
+    "blue": [1746],
+    "box": [2063],
+    "brick": [9518],
+    "by": [638],
+    "checkered": [1113, 26690],
+    "dotted": [47950],
+    "fancy": [6733],
+    "grass": [5922],
+    "green": [1901],
+    "house": [1212],
+    "in": [530],
+    "night": [930],
+    "on": [525],
+    "orange": [4287],
+    "purple": [5496],
+    "red": [736],
+    "ring": [2540],
+    "sand": [5094],
+    "sky": [2390],
+    "snow": [2583],
+    "star": [1565],
+    "striped": [22192],
+    "the": [518],
+    "tree": [2677],
+    "wall": [2569],
+    "white": [1579],
+    "yellow": [4481],
 }
 # Row i of the stored embedding is token TOKEN_IDS[i]; one more row after them stands for every other word.
 TOKEN_IDS = sorted({START, END, *(token for tokens in CLIP_IDS.values() for token in tokens)})
@@ -22,5 +51,5 @@ def tokenise(captions: list[str]) -> Tensor:
     for i, words in enumerate(captions):
         tokens = [row for word in words.split() for row in map(_ROW.get, CLIP_IDS.get(word, [None]))]
         tokens = [UNKNOWN if row is None else row for row in tokens]
-        rows[i, :len(tokens) + 1] = torch.tensor([_ROW[START], *tokens])
+        rows[i, : len(tokens) + 1] = torch.tensor([_ROW[START], *tokens])
     return rows

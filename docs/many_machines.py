@@ -3,11 +3,13 @@
 
     python docs/many_machines.py workflow.json http://first:8188 http://second:8188 --runs 20 --output pictures
 
-workflow.json: exported with Workflow > Export (API); every server needs the same models, this pack and the workflow's input pictures.
-Run k adds k to every seed in it, so that the images of a stack and their composite stay together; run 0 is the workflow as it is.
-Each server takes its next run when it is done with the last: a faster one does more. The pictures that the workflow saves are fetched
-as run-0000-NAME. The same run gives the same picture on every server of one kind; other GPUs round differently.
+workflow.json: exported with Workflow > Export (API); every server needs the same models, this pack and the workflow's
+input pictures. Run k adds k to every seed in it, so that the images of a stack and their composite stay together; run 0
+is the workflow as it is. Each server takes its next run when it is done with the last: a faster one does more. The
+pictures that the workflow saves are fetched as run-0000-NAME. The same run gives the same picture on every server of
+one kind; other GPUs round differently.
 """
+
 import argparse
 import copy
 import json
@@ -23,7 +25,9 @@ from pathlib import Path
 
 def call(url, payload=None):
     data = None if payload is None else json.dumps(payload).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=60) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, data, {"Content-Type": "application/json"}), timeout=60
+    ) as answer:
         return answer.read()
 
 
@@ -38,14 +42,20 @@ def with_seeds(prompt, number):
 
 
 def run(server, prompt):
-    """Queue a prompt on a server, wait for its end: the saved images, [{filename, subfolder, type}]. Raises RuntimeError if it fails."""
+    """Queue a prompt on a server, wait for its end: the saved images, [{filename, subfolder, type}]. Raises
+    RuntimeError if it fails.
+    """
     queued = json.loads(call(f"{server}/prompt", {"prompt": prompt}))["prompt_id"]
     while not (history := json.loads(call(f"{server}/history/{queued}")).get(queued)):
         time.sleep(0.5)
     if history["status"]["status_str"] != "success":
-        errors = [data["exception_message"] for kind, data in history["status"]["messages"] if kind == "execution_error"]
+        errors = [
+            data["exception_message"] for kind, data in history["status"]["messages"] if kind == "execution_error"
+        ]
         raise RuntimeError(errors[0] if errors else "interrupted")
-    return [image for shown in history["outputs"].values() for image in shown.get("images", ()) if image["type"] == "output"]
+    return [
+        image for shown in history["outputs"].values() for image in shown.get("images", ()) if image["type"] == "output"
+    ]
 
 
 def work(server, numbers, prompt, output, failures):
@@ -57,12 +67,16 @@ def work(server, numbers, prompt, output, failures):
             return
         try:
             for image in run(server, with_seeds(prompt, number)):
-                (output / f"run-{number:04d}-{image['filename']}").write_bytes(call(f"{server}/view?{urllib.parse.urlencode(image)}"))
+                (output / f"run-{number:04d}-{image['filename']}").write_bytes(
+                    call(f"{server}/view?{urllib.parse.urlencode(image)}")
+                )
             print(f"run {number}: {server}", flush=True)
         except (OSError, RuntimeError) as error:
             said = error.read().decode() if isinstance(error, urllib.error.HTTPError) else error
             failures.append(f"run {number} on {server}: {said}")
-            if not isinstance(error, RuntimeError):  # the server does not answer, or not to this: leave the rest to the others
+            if not isinstance(
+                error, RuntimeError
+            ):  # the server does not answer, or not to this: leave the rest to the others
                 numbers.put(number)
                 return
 
@@ -78,7 +92,10 @@ def main():
     prompt, numbers, failures = json.loads(options.workflow.read_text(encoding="utf-8")), queue.SimpleQueue(), []
     for number in range(options.runs):
         numbers.put(number)
-    threads = [threading.Thread(target=work, args=(server.rstrip("/"), numbers, prompt, options.output, failures)) for server in options.servers]
+    threads = [
+        threading.Thread(target=work, args=(server.rstrip("/"), numbers, prompt, options.output, failures))
+        for server in options.servers
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

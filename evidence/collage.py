@@ -1,4 +1,7 @@
-"""Collage Diffusion (arXiv 2303.00262): are the objects where their layers are, do they look like them, and does noise trade the two?"""
+"""Collage Diffusion (arXiv 2303.00262): are the objects where their layers are, do they look like them, and does noise
+trade the two?
+"""
+
 import functools
 import sys
 import tempfile
@@ -6,24 +9,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-
 import torch  # noqa: E402
-from montage.demo import metrics, reader, scenes  # noqa: E402
-from montage.evidence import study  # noqa: E402
-from montage.nodes.collage import CollageCrossAttn, CollageNoise  # noqa: E402
-from montage.nodes.learn import LearnLayerToken  # noqa: E402
-from montage.patching import textual  # noqa: E402
-from nodes import ConditioningSetArea  # noqa: E402
+from random_models import demo_model  # noqa: E402
 from sampling import sample  # noqa: E402
-from structures import demo_model  # noqa: E402
 from test_collage_canvas import canvas, layer  # noqa: E402
+
+from montage.demo import detector, metrics, scenes  # noqa: E402
+from montage.evidence import measurements  # noqa: E402
+from montage.nodes.collage import CollageCrossAttn, CollageNoise  # noqa: E402
+from montage.nodes.textual_inversion import LearnLayerToken  # noqa: E402
+from montage.patching import textual_inversion  # noqa: E402
+from nodes import ConditioningSetArea  # noqa: E402
 
 SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 920_000
 PLACED, TRADED = 100, 30  # samples of the studies of places and of noise
 CROWD, CELLS = 192, 3  # pixels of the canvas of many layers along a side, and the cells in which they stand
 LEARNED, LEARNING_STEPS, LEARNING_RATE = 24, 60, 0.03  # samples of the study of tokens, and how each is learned
-FREE = 0.9  # noise of what may change freely: an object's place is then given by words and bias more than by the picture
-PLAIN, BIASED, DRAWN, KEPT_AWAY = "image-to-image (GH)", "+ cross-attention (GH+CA)", "CA, w_pos alone", "CA, w_neg alone"
+FREE = (
+    0.9  # noise of what may change freely: an object's place is then given by words and bias more than by the picture
+)
+PLAIN, BIASED, DRAWN, KEPT_AWAY = (
+    "image-to-image (GH)",
+    "+ cross-attention (GH+CA)",
+    "CA, w_pos alone",
+    "CA, w_neg alone",
+)
 AREAS, PASTED = "GH + ComfyUI's areas", "the layers themselves"
 LEVELS = (0.0, 0.3, 0.6, 0.9)
 WORDS, TOKEN, OTHERS = "words alone (GH+CA)", "+ learned token (GH+CA+TI)", "+ another layer's token"
@@ -52,7 +62,16 @@ class Example:
         last = ()
         for slot in range(self.count):
             picture, words = self.layer(slot)
-            last = layer(picture, words, trim=False, w_pos=w_pos, w_neg=w_neg, noise=(noises or [FREE] * self.count)[slot], behind=last, node=str(slot))
+            last = layer(
+                picture,
+                words,
+                trim=False,
+                w_pos=w_pos,
+                w_neg=w_neg,
+                noise=(noises or [FREE] * self.count)[slot],
+                behind=last,
+                node=str(slot),
+            )
         return canvas(last, self.size, self.size, self.prompt, background_noise=FREE, blur=3.0)[:2]
 
     def encoded(self, image):
@@ -63,7 +82,12 @@ class Example:
         for one, mask in zip(collage.layers, collage.masks):
             if (mask > 0.5).any():
                 rows, columns = ((mask > 0.5).any(dim).nonzero().flatten() // 8 * 8 for dim in (1, 0))
-                y, x, height, width = rows[0].item(), columns[0].item(), (rows[-1] - rows[0]).item() + 8, (columns[-1] - columns[0]).item() + 8
+                y, x, height, width = (
+                    rows[0].item(),
+                    columns[0].item(),
+                    (rows[-1] - rows[0]).item() + 8,
+                    (columns[-1] - columns[0]).item() + 8,
+                )
                 words = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(one.text))
                 positive = positive + ConditioningSetArea().append(words, width, height, x, y, 1.0)[0]
         return positive
@@ -72,15 +96,21 @@ class Example:
         """(latent, picture) of the collage."""
         clip = clip or self.clip
         negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-        model, positive = CollageCrossAttn.execute(self.model, clip, collage, float(bias), "log log", 0.0, 1.0, "all").args
+        model, positive = CollageCrossAttn.execute(
+            self.model, clip, collage, float(bias), "log log", 0.0, 1.0, "all"
+        ).args
         positive = self.areas(collage, positive) if areas else positive
         model, denoise = CollageNoise.execute(model, collage, 1.0).args
-        latent = sample(model, self.encoded(image), self.seed, positive, negative, "euler_ancestral", "normal", STEPS, CFG, denoise)["samples"]
+        latent = sample(
+            model, self.encoded(image), self.seed, positive, negative, "euler_ancestral", "normal", STEPS, CFG, denoise
+        )["samples"]
         return latent, self.vae.decode(latent)[0].clamp(0, 1)
 
 
 class Crowd(Example):
-    """A collage of 4 to 9 objects of one style, each in a cell of its own: more than any scene of the model's training holds."""
+    """A collage of 4 to 9 objects of one style, each in a cell of its own: more than any scene of the model's training
+    holds.
+    """
 
     size = CROWD
 
@@ -92,9 +122,13 @@ class Crowd(Example):
         drawn.style[:] = drawn.style[:1]
         drawn.centre[:, 0] = 0.5
         drawn.radius[:, 0] = 0.14 + 0.03 * torch.rand(self.count, generator=generator)
-        cells = torch.randperm(CELLS ** 2, generator=generator)[:self.count]
+        cells = torch.randperm(CELLS**2, generator=generator)[: self.count]
         cell = self.size // CELLS
-        corners = torch.stack([cells % CELLS, cells // CELLS], 1) * cell + cell // 2 + torch.randint(-6, 7, (self.count, 2), generator=generator)
+        corners = (
+            torch.stack([cells % CELLS, cells // CELLS], 1) * cell
+            + cell // 2
+            + torch.randint(-6, 7, (self.count, 2), generator=generator)
+        )
         self.scene, self.places = drawn, corners.tolist()
         background = list(scenes.BACKGROUNDS.values())[drawn.background[0]]
         self.prompt = f"{' and '.join(self.layer(slot)[1] for slot in range(self.count))} {background}"
@@ -102,17 +136,23 @@ class Crowd(Example):
     def layer(self, slot):
         x, y = (place - SIZE // 2 for place in self.places[slot])
         drawn = scenes.cutouts(self.scene.take(slice(slot, slot + 1)), 0, SIZE)
-        whole = torch.nn.functional.pad(drawn, (x, self.size - SIZE - x, y, self.size - SIZE - y))  # what is negative is cut off
+        whole = torch.nn.functional.pad(
+            drawn, (x, self.size - SIZE - x, y, self.size - SIZE - y)
+        )  # what is negative is cut off
         return whole.movedim(1, -1), scenes.phrase(self.scene, slot, 0)
 
     def found(self, collage, picture):
-        """Shares of the layers whose object the reader finds where the layer is: in its colour, and in its shape too."""
+        """Shares of the layers whose object the reader finds where the layer is: in its colour, and in its shape
+        too.
+        """
         placed = shaped = 0
         for slot, mask in enumerate(collage.masks):
             left, top = (min(max(place - SIZE // 2, 0), self.size - SIZE) for place in self.places[slot])
             part = (slice(top, top + SIZE), slice(left, left + SIZE))  # of the size that the reader knows
             _, _, objects = metrics.look(judge(), picture[part])
-            right = [one for one in objects if one.colour == self.scene.colour[slot, 0] and metrics.placed(one, mask[part])]
+            right = [
+                one for one in objects if one.colour == self.scene.colour[slot, 0] and metrics.placed(one, mask[part])
+            ]
             placed += bool(right)
             shaped += any(one.shape == self.scene.shape[slot, 0] for one in right)
         return {"placed": placed / self.count, "shaped": shaped / self.count}
@@ -137,7 +177,7 @@ def placements(number):
 
 @functools.cache
 def judge():
-    return reader.load()
+    return detector.load()
 
 
 def noise_levels(number):
@@ -158,13 +198,21 @@ def distance(example, collage, image, latent, picture):
     """RMS error of the first layer's pixels, and the largest change of its latent where the noise map is 0."""
     mask = collage.masks[0]
     error = ((picture - image[0]) ** 2).mean(-1)
-    locked = torch.nn.functional.interpolate(collage.noise[None, None], size=latent.shape[-2:], mode="nearest-exact")[0, 0] == 0
+    locked = (
+        torch.nn.functional.interpolate(collage.noise[None, None], size=latent.shape[-2:], mode="nearest-exact")[0, 0]
+        == 0
+    )
     change = (latent - example.encoded(image)["samples"]).abs().amax(1)[0][locked]
-    return {"error": ((error * mask).sum() / mask.sum()).sqrt().item(), "locked": change.max().item() if len(change) else None}
+    return {
+        "error": ((error * mask).sum() / mask.sum()).sqrt().item(),
+        "locked": change.max().item() if len(change) else None,
+    }
 
 
 def looks(number):
-    """The first of two layers with its words alone, with a token learned from it, and with one learned from another picture."""
+    """The first of two layers with its words alone, with a token learned from it, and with one learned from another
+    picture.
+    """
     return {name: likeness(*variant) for name, variant in learned(number).items()}
 
 
@@ -178,7 +226,8 @@ def learned(number):
         collage, image = example.collage()
         stranger = Example(number + 500, 2)
         stranger.scene.shape[:, 0], stranger.scene.colour[:, 0], stranger.scene.texture[:, 0] = (
-            field[:, 0] for field in (example.scene.shape, example.scene.colour, example.scene.texture))  # of the same words, with another look
+            field[:, 0] for field in (example.scene.shape, example.scene.colour, example.scene.texture)
+        )  # of the same words, with another look
         found = {WORDS: (collage, image, example.sampled(collage, image)[1])}
         for name, source in ((TOKEN, example), (OTHERS, stranger)):
             embedding = "own" if name == TOKEN else "other"
@@ -194,9 +243,14 @@ def learn(example, clip, path):
     latent = example.model.model.process_latent_in(example.vae.encode(picture.movedim(0, -1)[None]))
     text = f"embedding:{path.stem} {collage.layers[0].text}"
     texts = [text, *(f"{text} {place}" for place in scenes.BACKGROUNDS.values())]
-    task = textual.Task(latent, torch.nn.functional.interpolate(mask[None, None], size=latent.shape[-2:], mode="area"), texts, example.seed)
-    token = textual.Token.new(clip, "a", 1, "")
-    textual.learn(token, path, example.model, clip, task, LEARNING_STEPS, LEARNING_RATE, 1, lambda: None)
+    task = textual_inversion.Task(
+        latent,
+        torch.nn.functional.interpolate(mask[None, None], size=latent.shape[-2:], mode="area"),
+        texts,
+        example.seed,
+    )
+    token = textual_inversion.Token.new(clip, "a", 1, "")
+    textual_inversion.learn(token, path, example.model, clip, task, LEARNING_STEPS, LEARNING_RATE, 1, lambda: None)
 
 
 def likeness(collage, image, picture):
@@ -205,8 +259,11 @@ def likeness(collage, image, picture):
     if not (mask > 0.5).any():
         return {}
     error = ((picture - image[0]) ** 2).mean(-1)
-    return {"error": ((error * mask).sum() / mask.sum()).sqrt().item(), "colour": metrics.colour_distance(picture, mask, image[0], mask),
-            "texture": metrics.texture_similarity(picture, mask, image[0], mask)}
+    return {
+        "error": ((error * mask).sum() / mask.sum()).sqrt().item(),
+        "colour": metrics.colour_distance(picture, mask, image[0], mask),
+        "texture": metrics.texture_similarity(picture, mask, image[0], mask),
+    }
 
 
 def sections(options):
@@ -217,56 +274,117 @@ def sections(options):
 
 
 def placing(options, count):
-    found = study.Study("collage-places", options.folder).run(range(count), places)
-    claims = [study.claim(what, found.difference(a, b, figure), 1, "(figures only)") for what, a, b, figure in (
-        ("CA puts more objects where their layers are than image-to-image", BIASED, PLAIN, "placed"),
-        ("and more of them in their shape", BIASED, PLAIN, "shaped"),
-        ("w_pos alone helps", DRAWN, PLAIN, "placed"),
-        ("w_neg alone helps", KEPT_AWAY, PLAIN, "placed"),
-        ("CA puts more objects where their layers are than ComfyUI's areas (at a cost that does not grow with the layers)", BIASED, AREAS, "placed"),
-    )]
+    found = measurements.Study("collage-places", options.folder).run(range(count), places)
+    claims = [
+        measurements.claim(what, found.difference(a, b, figure), 1, "(figures only)")
+        for what, a, b, figure in (
+            ("CA puts more objects where their layers are than image-to-image", BIASED, PLAIN, "placed"),
+            ("and more of them in their shape", BIASED, PLAIN, "shaped"),
+            ("w_pos alone helps", DRAWN, PLAIN, "placed"),
+            ("w_neg alone helps", KEPT_AWAY, PLAIN, "placed"),
+            (
+                (
+                    "CA puts more objects where their layers are than ComfyUI's areas (at a cost that does not grow"
+                    " with the layers)"
+                ),
+                BIASED,
+                AREAS,
+                "placed",
+            ),
+        )
+    ]
     shown = [[picture for _, picture in placements(number).values()] for number in range(min(4, count))]
-    return study.Section("Collage Diffusion: objects where their layers are", "\n\n".join([
-        f"{count} collages of 4 to 9 layers on a grey canvas of {CROWD}x{CROWD} pixels (the demo model was trained on scenes of one to three objects at "
-        f"{SIZE}x{SIZE}), a prompt of all their words, noise {FREE} everywhere, so that little of the input is left. The share of layers whose object the "
-        "reader finds with its centre in the layer, of the right colour (*in its place*), and of the right shape too; *the layers themselves* is the share "
-        "it finds in the input. The paper shows pictures and gives no numbers.",
-        found.table(placed="in its place", shaped="and in its shape"), study.markdown(study.CLAIMS, claims),
-        study.grid("collage-places", shown, ["layers", "GH", "GH+CA", "w_pos alone", "w_neg alone", "areas"])]))
+    return measurements.Section(
+        "Collage Diffusion: objects where their layers are",
+        "\n\n".join(
+            [
+                (
+                    f"{count} collages of 4 to 9 layers on a grey canvas of {CROWD}x{CROWD} pixels (the demo model was"
+                    f" trained on scenes of one to three objects at {SIZE}x{SIZE}), a prompt of all their words, noise"
+                    f" {FREE} everywhere, so that little of the input is left. The share of layers whose object the reader"
+                    " finds with its centre in the layer, of the right colour (*in its place*), and of the right shape"
+                    " too; *the layers themselves* is the share it finds in the input. The paper shows pictures and gives"
+                    " no numbers."
+                ),
+                found.table(placed="in its place", shaped="and in its shape"),
+                measurements.markdown(measurements.CLAIMS, claims),
+                measurements.grid(
+                    "collage-places", shown, ["layers", "GH", "GH+CA", "w_pos alone", "w_neg alone", "areas"]
+                ),
+            ]
+        ),
+    )
 
 
 def trading(options, count):
-    found = study.Study("collage-noise", options.folder).run(range(count), noise_levels)
+    found = measurements.Study("collage-noise", options.folder).run(range(count), noise_levels)
     names = [f"noise {level}" for level in LEVELS]
-    claims = [study.claim(f"a layer of {high} is farther from its input than one of {low}", found.difference(high, low, "error"), 1, "(figures only)")
-              for low, high in zip(names, names[1:])]
+    claims = [
+        measurements.claim(
+            f"a layer of {high} is farther from its input than one of {low}",
+            found.difference(high, low, "error"),
+            1,
+            "(figures only)",
+        )
+        for low, high in zip(names, names[1:])
+    ]
     shown = [[levels(number)[0][1][0], *(picture for *_, picture in levels(number))] for number in range(min(3, count))]
-    return study.Section("Collage Diffusion: a noise for each layer", "\n\n".join([
-        f"{count} collages of two layers: the first one's noise is raised while all else stays at {FREE}. RMS error of its pixels against the input "
-        "(at 0 the autoencoder's own), and the largest change of its latent where the noise map is 0, which must be none.",
-        found.table(error="error", locked="change of what is locked"), study.markdown(study.CLAIMS, claims),
-        study.grid("collage-noise", shown, ["layers", *names])]))
+    return measurements.Section(
+        "Collage Diffusion: a noise for each layer",
+        "\n\n".join(
+            [
+                (
+                    f"{count} collages of two layers: the first one's noise is raised while all else stays at {FREE}. RMS"
+                    " error of its pixels against the input (at 0 the autoencoder's own), and the largest change of its"
+                    " latent where the noise map is 0, which must be none."
+                ),
+                found.table(error="error", locked="change of what is locked"),
+                measurements.markdown(measurements.CLAIMS, claims),
+                measurements.grid("collage-noise", shown, ["layers", *names]),
+            ]
+        ),
+    )
 
 
 def looking(options, count):
-    found = study.Study("collage-looks", options.folder).run(range(count), looks)
-    claims = [study.claim(what, found.difference(TOKEN, other, figure), sign, "(figures only)") for what, other, figure, sign in (
-        ("with the learned token a layer is nearer its input, in pixels", WORDS, "error", -1),
-        ("in colours", WORDS, "colour", -1),
-        ("in texture", WORDS, "texture", 1),
-        ("it is the layer's look that was learned: nearer than with a token of another picture, in pixels", OTHERS, "error", -1),
-        ("in colours", OTHERS, "colour", -1),
-    )]
+    found = measurements.Study("collage-looks", options.folder).run(range(count), looks)
+    claims = [
+        measurements.claim(what, found.difference(TOKEN, other, figure), sign, "(figures only)")
+        for what, other, figure, sign in (
+            ("with the learned token a layer is nearer its input, in pixels", WORDS, "error", -1),
+            ("in colours", WORDS, "colour", -1),
+            ("in texture", WORDS, "texture", 1),
+            (
+                "it is the layer's look that was learned: nearer than with a token of another picture, in pixels",
+                OTHERS,
+                "error",
+                -1,
+            ),
+            ("in colours", OTHERS, "colour", -1),
+        )
+    ]
     shown = []
     for number in range(min(3, count)):
         variants = learned(number)
         shown.append([variants[WORDS][1][0], *(picture for _, _, picture in variants.values())])
-    return study.Section("Collage Diffusion: a learned look", "\n\n".join([
-        f"{count} collages of two layers at noise {FREE}; a token is learned from the first layer in {LEARNING_STEPS} steps of {LEARNING_RATE}. RMS error of "
-        "the layer's pixels; distance of its colours (earth mover's, CIE Lab; smaller is nearer) and similarity of its texture (1 is equal).",
-        found.table(error="error", colour="colours", texture="texture"), study.markdown(study.CLAIMS, claims),
-        study.grid("collage-looks", shown, ["layers", "words alone", "learned token", "another's token"])]))
+    return measurements.Section(
+        "Collage Diffusion: a learned look",
+        "\n\n".join(
+            [
+                (
+                    f"{count} collages of two layers at noise {FREE}; a token is learned from the first layer in"
+                    f" {LEARNING_STEPS} steps of {LEARNING_RATE}. RMS error of the layer's pixels; distance of its colours"
+                    " (earth mover's, CIE Lab; smaller is nearer) and similarity of its texture (1 is equal)."
+                ),
+                found.table(error="error", colour="colours", texture="texture"),
+                measurements.markdown(measurements.CLAIMS, claims),
+                measurements.grid(
+                    "collage-looks", shown, ["layers", "words alone", "learned token", "another's token"]
+                ),
+            ]
+        ),
+    )
 
 
 if __name__ == "__main__":
-    study.main(sections)
+    measurements.main(sections)

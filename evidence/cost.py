@@ -1,22 +1,43 @@
-"""What the methods cost: beside plain sampling in the same run, beside the released codes' evaluations, and how it grows."""
+"""What the methods cost: beside plain sampling in the same run, beside the released codes' evaluations, and how it
+grows.
+"""
+
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "benchmarks"))
 import bench  # noqa: E402  first: it puts ComfyUI and the pack in place
-import collaborate  # noqa: E402
 import collage  # noqa: E402
+import layout_retouch  # noqa: E402
+import mca_ctrl  # noqa: E402
 import numpy as np  # noqa: E402
 import photomontage  # noqa: E402
-import retouch  # noqa: E402
-from montage.evidence import study  # noqa: E402
 
-METHODS = {"Generative Photomontage": photomontage, "Collage Diffusion": collage, "MCA-Ctrl": collaborate, "Layout-and-Retouch": retouch}
+from montage.evidence import measurements  # noqa: E402
+
+METHODS = {
+    "Generative Photomontage": photomontage,
+    "Collage Diffusion": collage,
+    "MCA-Ctrl": mca_ctrl,
+    "Layout-and-Retouch": layout_retouch,
+}
 SIDE = 16  # of the demo model's latent
-MODELS = {"demo": (SIDE, 6, 3), "sd15": (32, 2, 2), "sdxl": (16, 2, 1)}  # name: (side of the latent, steps, rounds); the structures are slow without a GPU
+MODELS = {
+    "demo": (SIDE, 6, 3),
+    "sd15": (32, 2, 2),
+    "sdxl": (16, 2, 1),
+}  # name: (side of the latent, steps, rounds); the structures are slow without a GPU
 GROWTH = {"side of the latent": (8, 16, 32), "steps": (4, 8, 16), "images": (2, 4, 8), "layers": (2, 6, 20)}
-FOLLOWED = ("plain", "compose 2, cache", "compose 2, replay", "2 layers", "SAGI", "SALQ", "retouch")  # as side and steps grow
+FOLLOWED = (
+    "plain",
+    "compose 2, cache",
+    "compose 2, replay",
+    "2 layers",
+    "SAGI",
+    "SALQ",
+    "retouch",
+)  # as side and steps grow
 
 
 def beside_plain(key):
@@ -26,8 +47,14 @@ def beside_plain(key):
     on = bench.Bench(name, side, steps)
     costs = on.measure(METHODS[method].cases(on), rounds)
     plain = costs["plain"]
-    return {case: {"ratio": statistics.median(cost.seconds) / statistics.median(plain.seconds), "rows": cost.rows / steps,
-                   "peak": cost.peak and cost.peak / plain.peak} for case, cost in costs.items()}
+    return {
+        case: {
+            "ratio": statistics.median(cost.seconds) / statistics.median(plain.seconds),
+            "rows": cost.rows / steps,
+            "peak": cost.peak and cost.peak / plain.peak,
+        }
+        for case, cost in costs.items()
+    }
 
 
 def comparison(found, method):
@@ -39,22 +66,47 @@ def comparison(found, method):
         value = found.samples[f"{model}, {method}"].get(case, {}).get(figure)
         return "-" if value is None else f"{value:.2f}"
 
-    return study.markdown(
-        [method, "UNet rows a step", *(f"time, {model}" for model in models), *(f"peak memory, {model}" for model in models)],
-        [[case, f"{figures['rows']:.1f}", *(cell(model, case, figure) for figure in ("ratio", "peak") for model in models)] for case, figures in first.items()])
+    return measurements.markdown(
+        [
+            method,
+            "UNet rows a step",
+            *(f"time, {model}" for model in models),
+            *(f"peak memory, {model}" for model in models),
+        ],
+        [
+            [
+                case,
+                f"{figures['rows']:.1f}",
+                *(cell(model, case, figure) for figure in ("ratio", "peak") for model in models),
+            ]
+            for case, figures in first.items()
+        ],
+    )
 
 
 def grown(variable):
     """{case: {value of the variable: seconds}} on the demo model."""
     found = {}
     for value in GROWTH[variable]:
-        on = bench.Bench("demo", value if variable == "side of the latent" else SIDE, value if variable == "steps" else 4)
+        on = bench.Bench(
+            "demo", value if variable == "side of the latent" else SIDE, value if variable == "steps" else 4
+        )
         if variable == "images":
-            cases = {case.replace(f" {value},", ","): run for case, run in photomontage.cases(on, (value,)).items() if case.startswith("compose")}
+            cases = {
+                case.replace(f" {value},", ","): run
+                for case, run in photomontage.cases(on, (value,)).items()
+                if case.startswith("compose")
+            }
         elif variable == "layers":
-            cases = {case.replace(f"{value} ", ""): run for case, run in collage.cases(on, (value,)).items() if case != "plain"}
+            cases = {
+                case.replace(f"{value} ", ""): run
+                for case, run in collage.cases(on, (value,)).items()
+                if case != "plain"
+            }
         else:
-            cases = {case: run for method in METHODS.values() for case, run in method.cases(on).items() if case in FOLLOWED}
+            cases = {
+                case: run for method in METHODS.values() for case, run in method.cases(on).items() if case in FOLLOWED
+            }
         for case, cost in on.measure(cases, 2).items():
             found.setdefault(case, {})[str(value)] = statistics.median(cost.seconds)
     return found
@@ -71,23 +123,44 @@ def evaluations(_):
     forty = bench.Bench("demo", 8, 40)  # 50 steps at denoise 0.8
     composed = {cache: photomontage.composing(three, 3, cache) for cache in (1 << 20, 0)}
     histories = []
-    inversions = fifty.rows(lambda: histories.extend(collaborate.inverted(fifty)))
-    swap = {preset: collaborate.collaborating(fifty, histories, preset) for preset in ("notebook edit", "paper swap")}
+    inversions = fifty.rows(lambda: histories.extend(mca_ctrl.inverted(fifty)))
+    swap = {preset: mca_ctrl.collaborating(fifty, histories, preset) for preset in ("notebook edit", "paper swap")}
     recording = 3 * three.rows(lambda: photomontage.recorded(three, 0))
     return {
-        "Generative Photomontage: three images, 20 steps, cached": {"here": recording + three.rows(composed[1 << 20]), "released": 120 + 40},
-        "Generative Photomontage: replayed, nothing stored": {"here": recording + three.rows(composed[0]), "released": 120 + 40},
-        "Collage Diffusion: 9 layers, 50 steps at denoise 0.8": {"here": forty.rows(collage.harmonised(forty, 9)), "released": 80},
-        **{f"MCA-Ctrl: {preset}, 50 steps, two inversions": {"here": inversions + fifty.rows(lambda patched=patched: fifty.sample(*patched)),
-                                                           "released": 500} for preset, patched in swap.items()},
-        "Layout-and-Retouch: both stages, 50 steps, inversion": {"here": fifty.rows(retouch.cases(fifty)["both stages, inversion"]), "released": "500 to 600"},
+        "Generative Photomontage: three images, 20 steps, cached": {
+            "here": recording + three.rows(composed[1 << 20]),
+            "released": 120 + 40,
+        },
+        "Generative Photomontage: replayed, nothing stored": {
+            "here": recording + three.rows(composed[0]),
+            "released": 120 + 40,
+        },
+        "Collage Diffusion: 9 layers, 50 steps at denoise 0.8": {
+            "here": forty.rows(collage.harmonised(forty, 9)),
+            "released": 80,
+        },
+        **{
+            f"MCA-Ctrl: {preset}, 50 steps, two inversions": {
+                "here": inversions + fifty.rows(lambda patched=patched: fifty.sample(*patched)),
+                "released": 500,
+            }
+            for preset, patched in swap.items()
+        },
+        "Layout-and-Retouch: both stages, 50 steps, inversion": {
+            "here": fifty.rows(layout_retouch.cases(fifty)["both stages, inversion"]),
+            "released": "500 to 600",
+        },
     }
 
 
 def kept(_):
     """MB kept for one image of 512x512 and one step of SD1.5 in fp16 (half of what fp32 takes here)."""
     latent, cache, everything = (size / 2**21 for size in photomontage.stored(bench.Bench("sd15", 64, 1)))
-    return {"a recorded or inverted trajectory": {"MB": latent}, "Feature Recorder's cache": {"MB": cache}, "Q, K and V of all layers (released code)": {"MB": everything}}
+    return {
+        "a recorded or inverted trajectory": {"MB": latent},
+        "Feature Recorder's cache": {"MB": cache},
+        "Q, K and V of all layers (released code)": {"MB": everything},
+    }
 
 
 def plots(found):
@@ -104,8 +177,8 @@ def plots(found):
         axis.set(xlabel=variable, ylabel="CPU-seconds" if not bench.CUDA else "seconds")
         axis.legend(fontsize=7)
     figure.tight_layout()
-    study.PICTURES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(study.PICTURES / "growth.png", dpi=60)
+    measurements.PICTURES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(measurements.PICTURES / "growth.png", dpi=60)
     pyplot.close(figure)
     return "![growth](evidence/growth.png)"
 
@@ -113,29 +186,69 @@ def plots(found):
 def sections(options):
     models = ["demo"] if options.quick else MODELS
     device = "GPU, fp16" if bench.CUDA else "CPU, fp32, processor time"
-    found = study.Study("cost", options.folder).run([f"{model}, {method}" for model in models for method in METHODS], beside_plain)
-    yield study.Section("Cost: beside plain sampling", "\n\n".join([
-        f"Time and peak memory as ratios to plain sampling of one image in the same run ({device}): the demo model, and SD1.5 and SDXL in full size "
-        f"with random weights ({'; '.join(f'{model}: latent {side}x{side}, {steps} steps, median of {rounds}' for model, (side, steps, rounds) in MODELS.items())}). "
-        "*UNet rows a step*: 2 for one image with CFG. On latents this small what a call costs apart from its arithmetic weighs most; tests/benchmarks take "
-        "others (`--size 64`: 512 pixels).",
-        *(comparison(found, method) for method in METHODS)]))
+    found = measurements.Study("cost", options.folder).run(
+        [f"{model}, {method}" for model in models for method in METHODS], beside_plain
+    )
+    yield measurements.Section(
+        "Cost: beside plain sampling",
+        "\n\n".join(
+            [
+                (
+                    f"Time and peak memory as ratios to plain sampling of one image in the same run ({device}): the demo"
+                    " model, and SD1.5 and SDXL in full size with random weights"
+                    f" ({'; '.join(f'{model}: latent {side}x{side}, {steps} steps, median of {rounds}' for model, (side, steps, rounds) in MODELS.items())})."
+                    " *UNet rows a step*: 2 for one image with CFG. On latents this small what a call costs apart from its"
+                    " arithmetic weighs most; tests/benchmarks take others (`--size 64`: 512 pixels)."
+                ),
+                *(comparison(found, method) for method in METHODS),
+            ]
+        ),
+    )
 
-    counted, stored = (study.Study(name, options.folder).run(["all"], measure).samples["all"]
-                       for name, measure in (("cost-evaluations", evaluations), ("cost-bytes", kept)))
-    yield study.Section("Cost: evaluations and bytes", "\n\n".join([
-        "Rows that the UNet evaluates for one finished image (a step with CFG: 2), counted; the released codes' from their sources.",
-        study.markdown(["", "here", "released code"], [[case, row["here"], row["released"]] for case, row in counted.items()]),
-        "Kept for one image of 512x512 and one step, SD1.5 in fp16:",
-        study.markdown(["", "MB"], [[what, f"{row['MB']:.2f}"] for what, row in stored.items()])]))
+    counted, stored = (
+        measurements.Study(name, options.folder).run(["all"], measure).samples["all"]
+        for name, measure in (("cost-evaluations", evaluations), ("cost-bytes", kept))
+    )
+    yield measurements.Section(
+        "Cost: evaluations and bytes",
+        "\n\n".join(
+            [
+                (
+                    "Rows that the UNet evaluates for one finished image (a step with CFG: 2), counted; the released codes'"
+                    " from their sources."
+                ),
+                measurements.markdown(
+                    ["", "here", "released code"],
+                    [[case, row["here"], row["released"]] for case, row in counted.items()],
+                ),
+                "Kept for one image of 512x512 and one step, SD1.5 in fp16:",
+                measurements.markdown(["", "MB"], [[what, f"{row['MB']:.2f}"] for what, row in stored.items()]),
+            ]
+        ),
+    )
 
-    found = study.Study("cost-growth", options.folder).run(GROWTH, grown)
-    yield study.Section("Cost: how it grows", "\n\n".join([
-        f"Exponents p of time ~ value^p on the demo model, by least squares ({', '.join(f'{variable} {values}' for variable, values in GROWTH.items())}).",
-        study.markdown(["grows with", "case", "exponent"], [[variable, case, f"{exponent(times):.2f}"]
-                                                            for variable, cases in found.samples.items() for case, times in cases.items()]),
-        plots(found)]))
+    found = measurements.Study("cost-growth", options.folder).run(GROWTH, grown)
+    yield measurements.Section(
+        "Cost: how it grows",
+        "\n\n".join(
+            [
+                (
+                    "Exponents p of time ~ value^p on the demo model, by least squares"
+                    f" ({', '.join(f'{variable} {values}' for variable, values in GROWTH.items())})."
+                ),
+                measurements.markdown(
+                    ["grows with", "case", "exponent"],
+                    [
+                        [variable, case, f"{exponent(times):.2f}"]
+                        for variable, cases in found.samples.items()
+                        for case, times in cases.items()
+                    ],
+                ),
+                plots(found),
+            ]
+        ),
+    )
 
 
 if __name__ == "__main__":
-    study.main(sections)
+    measurements.main(sections)

@@ -1,20 +1,21 @@
 """Generative Photomontage (arXiv 2408.07116): is each region kept, and can its seams be seen?"""
+
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from random_models import demo_control_net, demo_model  # noqa: E402
+from sampling import cut, inject, recorder, sample  # noqa: E402
+from scipy.ndimage import binary_erosion, distance_transform_edt  # noqa: E402
+
 from montage.demo import metrics, scenes  # noqa: E402
-from montage.evidence import study  # noqa: E402
+from montage.evidence import measurements  # noqa: E402
 from montage.kernels import graphcut, labels  # noqa: E402
 from nodes import ControlNetApplyAdvanced  # noqa: E402
-from sampling import cut, inject, recorder, sample, stack  # noqa: E402
-from scipy.ndimage import binary_erosion, distance_transform_edt  # noqa: E402
-from structures import demo_control_net, demo_model  # noqa: E402
 
 SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 910_000
 SAMPLES = {"own": 40, "one": 12}  # stacks, by their prompts
@@ -24,7 +25,9 @@ OURS = "composite (ours)"
 
 
 class Stack:
-    """One sample: a scene of two objects, three images of its layout, and strokes that keep an object from each of two."""
+    """One sample: a scene of two objects, three images of its layout, and strokes that keep an object from each of
+    two.
+    """
 
     def __init__(self, number, prompts):
         self.model, self.clip, self.vae = demo_model()
@@ -32,20 +35,28 @@ class Stack:
         scene = scenes.sample(1, generator, count=2)
         hint = scenes.layout(scene, SIZE).movedim(1, -1)
         captions = self.captions(scene, generator, prompts)
-        self.conditioning = [ControlNetApplyAdvanced().apply_controlnet(self.encode(caption), self.encode(""), demo_control_net(), hint, 1.0, 0.0, 1.0)
-                             for caption in captions]
+        self.conditioning = [
+            ControlNetApplyAdvanced().apply_controlnet(
+                self.encode(caption), self.encode(""), demo_control_net(), hint, 1.0, 0.0, 1.0
+            )
+            for caption in captions
+        ]
         self.seeds = [FIRST + COUNT * number + k for k in range(COUNT)]
         empty = {"samples": torch.zeros(1, 4, *GRID)}
         self.latents = [self.sampled(*recorder(self.model, empty, 64), k) for k in range(COUNT)]
         self.images = [self.decode(latent["samples"]) for latent in self.latents]
         objects = scenes.masks(scene, SIZE)[0]
-        self.strokes = torch.stack([torch.from_numpy(distance_transform_edt(objects.sum(0) == 0) > 12).float(),
-                                    *(torch.from_numpy(binary_erosion(mask > 0.5, iterations=3)).float() for mask in objects[:2])])
+        self.strokes = torch.stack(
+            [
+                torch.from_numpy(distance_transform_edt(objects.sum(0) == 0) > 12).float(),
+                *(torch.from_numpy(binary_erosion(mask > 0.5, iterations=3)).float() for mask in objects[:2]),
+            ]
+        )
         self.strokes *= self.strokes.sum(0) < 2  # a stroke belongs to one image
 
     @staticmethod
     def captions(scene, generator, prompts):
-        """"one": the same words for all; "own": other words for every image, none for the base."""
+        """ "one": the same words for all; "own": other words for every image, none for the base."""
         if prompts == "one":
             return [scenes.caption(scene, 0)] * COUNT
         others = scenes.sample(COUNT, generator, count=2)._replace(shape=scene.shape.expand(COUNT, -1))
@@ -63,12 +74,16 @@ class Stack:
 
     def cut_in_features(self):
         """(masks [N, H, W], paste) of the node."""
-        masks, _, paste = cut(self.latents, [image[None] for image in self.images], stroke_masks=self.strokes, base=BASE, sigma=0.0)
+        masks, _, paste = cut(
+            self.latents, [image[None] for image in self.images], stroke_masks=self.strokes, base=BASE, sigma=0.0
+        )
         return masks, paste[0]
 
     def cut_in_pixels(self):
         """The same energy over the images' colours instead of their keys."""
-        cells = [torch.nn.functional.adaptive_avg_pool2d(image.movedim(-1, 0), GRID).movedim(0, -1) for image in self.images]
+        cells = [
+            torch.nn.functional.adaptive_avg_pool2d(image.movedim(-1, 0), GRID).movedim(0, -1) for image in self.images
+        ]
         distances = [tuple(d.double().numpy() for d in graphcut.neighbour_distances(cell)) for cell in cells]
         edges = graphcut.edge_weights(distances, 100.0, graphcut.median_distance(distances))
         owner = graphcut.alpha_expansion(graphcut.stroke_costs(labels.pool(self.strokes, GRID).numpy(), COUNT), edges)
@@ -91,10 +106,14 @@ class Stack:
         return torch.from_numpy(result / 255.0).float()
 
     def latent_blend(self, masks):
-        """Blended latent diffusion as ComfyUI does it: the others' latents stay, the base's region is sampled around them."""
+        """Blended latent diffusion as ComfyUI does it: the others' latents stay, the base's region is sampled around
+        them.
+        """
         owner = labels.at_grid(labels.from_masks(masks, BASE), GRID)
         pasted = sum((owner == k) * latent["samples"] for k, latent in enumerate(self.latents))
-        return self.decode(self.sampled(self.model, {"samples": pasted, "noise_mask": masks[BASE][None]}, BASE)["samples"])
+        return self.decode(
+            self.sampled(self.model, {"samples": pasted, "noise_mask": masks[BASE][None]}, BASE)["samples"]
+        )
 
 
 def _bytes(picture):
@@ -106,8 +125,12 @@ def figures(picture, masks, paste, images):
     inside = np.any([binary_erosion(mask > 0.5, iterations=MARGIN, border_value=1) for mask in masks.numpy()], axis=0)
     psnr = metrics.masked_psnr(picture, paste, inside)
     seam = metrics.seam_gradient(picture, labels.from_masks(masks, BASE), images)
-    return {"psnr": None if psnr == float("inf") else psnr, "ssim": metrics.masked_ssim(picture, paste, inside),
-            "seam": seam.score, "in range": float(seam.in_range)}
+    return {
+        "psnr": None if psnr == float("inf") else psnr,
+        "ssim": metrics.masked_ssim(picture, paste, inside),
+        "seam": seam.score,
+        "in range": float(seam.in_range),
+    }
 
 
 def variants(example):
@@ -135,43 +158,80 @@ def measure(prompts):
         if len(np.unique(labels.from_masks(example.cut_in_features()[0], BASE))) < 2:
             return {}
         return {name: figures(*result, example.images) for name, result in variants(example).items()}
+
     return one
 
 
 CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
-    ("keeps regions better than K, V of all images side by side", OURS, "K, V of all images side by side", "psnr", 1, "PSNR 22.46 / 18.37"),
-    ("keeps regions better than K, V of the running model", OURS, "K, V of the running model", "psnr", 1, "PSNR 22.46 / 18.85"),
+    (
+        "keeps regions better than K, V of all images side by side",
+        OURS,
+        "K, V of all images side by side",
+        "psnr",
+        1,
+        "PSNR 22.46 / 18.37",
+    ),
+    (
+        "keeps regions better than K, V of the running model",
+        OURS,
+        "K, V of the running model",
+        "psnr",
+        1,
+        "PSNR 22.46 / 18.85",
+    ),
     ("keeps regions better than blended latent diffusion", OURS, "latent blending", "psnr", 1, "PSNR 22.46 / 20.27"),
     ("the same in SSIM", OURS, "latent blending", "ssim", 1, "SSIM .815 / .772"),
     ("keeps regions better than gradient-domain blending", OURS, "Poisson blending", "psnr", 1, "PSNR 22.46 / 20.13"),
     ("gradient-domain blending keeps more structure", "Poisson blending", OURS, "ssim", 1, "SSIM .888 / .815"),
     ("seams weaker than pasted ones", OURS, "pixel paste", "seam", -1, "(figures only)"),
     ("seams more often in the sources' range than pasted ones", OURS, "pixel paste", "in range", 1, "(figures only)"),
-    ("a cut in feature space leaves weaker seams in the paste than one in pixels", "pixel paste", "cut in pixels, paste", "seam", -1, "(figures only)"),
+    (
+        "a cut in feature space leaves weaker seams in the paste than one in pixels",
+        "pixel paste",
+        "cut in pixels, paste",
+        "seam",
+        -1,
+        "(figures only)",
+    ),
     ("and in the composite", OURS, "cut in pixels, composite", "seam", -1, "(figures only)"),
 )
 
 
 def sections(options):
-    for prompts, title in (("own", "other words for every image, none for the base"), ("one", "the same words for all images")):
+    for prompts, title in (
+        ("own", "other words for every image, none for the base"),
+        ("one", "the same words for all images"),
+    ):
         count = SAMPLES[prompts] // (10 if options.quick else 1)
-        found = study.Study(f"photomontage-{prompts}", options.folder).run(range(count), measure(prompts))
-        claims = [study.claim(what, found.difference(a, b, figure), sign, paper) for what, a, b, figure, sign, paper in CLAIMS]
+        found = measurements.Study(f"photomontage-{prompts}", options.folder).run(range(count), measure(prompts))
+        claims = [
+            measurements.claim(what, found.difference(a, b, figure), sign, paper)
+            for what, a, b, figure, sign, paper in CLAIMS
+        ]
         shown = []
         for number in range(4):
             example = Stack(number, prompts)
             shown.append([*example.images, *(picture for picture, _, _ in list(variants(example).values())[:6])])
-        text = "\n\n".join([
-            f"{count} scenes of two objects, three images each from one ControlNet outline ({title}); strokes keep one object from each of two "
-            f"images and the background from the base. PSNR (dB) and SSIM are against the image that owns the pixel, {MARGIN} pixels and more from "
-            "its region's edge; *seam* is the mean Sobel magnitude on the seams, *in range* the share of samples in which it lies between the "
-            "sources' own. LPIPS and the user study of the paper are not checkable without pretrained networks and people.",
-            found.table(psnr="PSNR", ssim="SSIM", seam="seam", **{"in range": "in range"}),
-            study.markdown(study.CLAIMS, claims),
-            study.grid(f"photomontage-{prompts}", shown, ["base", "image 1", "image 2", *list(variants(Stack(0, prompts)))[:6]]),
-        ])
-        yield study.Section(f"Generative Photomontage, {title}", text)
+        text = "\n\n".join(
+            [
+                (
+                    f"{count} scenes of two objects, three images each from one ControlNet outline ({title}); strokes keep"
+                    " one object from each of two images and the background from the base. PSNR (dB) and SSIM are against"
+                    f" the image that owns the pixel, {MARGIN} pixels and more from its region's edge; *seam* is the mean"
+                    " Sobel magnitude on the seams, *in range* the share of samples in which it lies between the sources'"
+                    " own. LPIPS and the user study of the paper are not checkable without pretrained networks and people."
+                ),
+                found.table(psnr="PSNR", ssim="SSIM", seam="seam", **{"in range": "in range"}),
+                measurements.markdown(measurements.CLAIMS, claims),
+                measurements.grid(
+                    f"photomontage-{prompts}",
+                    shown,
+                    ["base", "image 1", "image 2", *list(variants(Stack(0, prompts)))[:6]],
+                ),
+            ]
+        )
+        yield measurements.Section(f"Generative Photomontage, {title}", text)
 
 
 if __name__ == "__main__":
-    study.main(sections)
+    measurements.main(sections)

@@ -3,6 +3,7 @@
 Pictures are premultiplied RGBA [4, H, W] in [0, 1]: what is transparent has no colour, so nothing bleeds in when they
 are resized.
 """
+
 import math
 
 import torch
@@ -20,13 +21,14 @@ def trim(picture):
     rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
     if not len(rows):
         return None
-    return picture[:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    return picture[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
 def place(picture, size, x, y, scale, rotation):
     """A picture on a canvas: scaled, rotated, and moved.
 
-    picture: [4, h, w], premultiplied. size: (H, W) of the canvas. x, y: where the centre lies, in fractions of the canvas.
+    picture: [4, h, w], premultiplied. size: (H, W) of the canvas. x, y: where the centre lies, in fractions of the
+    canvas.
     scale: 1 is as large as the canvas contains it upright. rotation: degrees, clockwise. Returns [4, H, W].
     """
     (height, width), (h, w) = size, picture.shape[1:]
@@ -40,8 +42,12 @@ def place(picture, size, x, y, scale, rotation):
     down = (torch.arange(height) + 0.5 - y * height)[:, None]
     across, down = math.cos(turn) * across + math.sin(turn) * down, math.cos(turn) * down - math.sin(turn) * across
     grid = torch.stack([across / (w * factor / 2), down / (h * factor / 2)], -1)
-    sampled = F.grid_sample(picture[None], grid[None].to(picture), mode="bilinear", padding_mode="border", align_corners=False)[0]
-    edge = [(side * factor / 2 - offset.abs() + 0.5).clamp(0, 1) for side, offset in ((w, across), (h, down))]  # how much of a pixel it covers
+    sampled = F.grid_sample(
+        picture[None], grid[None].to(picture), mode="bilinear", padding_mode="border", align_corners=False
+    )[0]
+    edge = [
+        (side * factor / 2 - offset.abs() + 0.5).clamp(0, 1) for side, offset in ((w, across), (h, down))
+    ]  # how much of a pixel it covers
     return sampled * (edge[0] * edge[1]).to(picture)
 
 
@@ -79,7 +85,7 @@ def gaussian(picture, sigma):
     if sigma <= 0:
         return picture
     radius = math.ceil(3 * sigma)
-    kernel = torch.exp(-torch.arange(-radius, radius + 1).to(picture) ** 2 / (2 * sigma**2))
+    kernel = torch.exp(-(torch.arange(-radius, radius + 1).to(picture) ** 2) / (2 * sigma**2))
     kernel = kernel / kernel.sum()
     padded = F.pad(picture[None, None], [radius] * 4, mode="replicate")
     return F.conv2d(F.conv2d(padded, kernel[None, None, :, None]), kernel[None, None, None, :])[0, 0]
@@ -97,11 +103,12 @@ GROWTH = {  # g(sigma): the bias is strong while the layout is made and fades wi
 def owners(runs):
     """Which layers own which token: {position: (layer, ...)}.
 
-    runs: {layer: [run, ...]}, where a layer's words stand in the prompt (patching.tokens.token_runs). A token belongs to
-    the longest phrase around it: of "cat" and "red cat" the latter owns both words of a red cat, and the former other
-    cats only, if there are any. Layers of the same words own them one each, in order, if they stand there as often;
-    else together.
+    runs: {layer: [run, ...]}, where a layer's words stand in the prompt (patching.tokens.token_runs). A token belongs
+    to the longest phrase around it: of "cat" and "red cat" the latter owns both words of a red cat, and the former
+    other cats only, if there are any. Layers of the same words own them one each, in order, if they stand there as
+    often; else together.
     """
+
     def length(position):
         return max(len(run) for found in runs.values() for run in found if position in run)
 
@@ -142,15 +149,16 @@ def maxima(q, k, heads):
 
 
 def attention_bias(q, k, heads, columns, weights, gain):
-    """What is added to the cross-attention's logits: S_pj += g(sigma) M_j (w_pos A_pos - w_neg A_neg)_pj (paper, section 3.2).
+    """What is added to the cross-attention's logits: S_pj += g(sigma) M_j (w_pos A_pos - w_neg A_neg)_pj (paper,
+    section 3.2).
 
-    q: [B, pixels, C], k: [B, K, C]. columns: [copies, tokens], where the layers' tokens stand among K, once for each copy
-    of the prompt (ComfyUI repeats prompts of unequal length). weights: [tokens, pixels]. gain: g(sigma).
+    q: [B, pixels, C], k: [B, K, C]. columns: [copies, tokens], where the layers' tokens stand among K, once for each
+    copy of the prompt (ComfyUI repeats prompts of unequal length). weights: [tokens, pixels]. gain: g(sigma).
     Returns [B, 1, pixels, K] in q's type, 0 for all other tokens.
     """
     values = gain * maxima(q, k[:, columns[0]], heads)[:, None, None, :] * weights.T
     aligned = -k.shape[1] % 16  # attention kernels copy masks whose rows are not aligned
-    bias = q.new_zeros(q.shape[0], 1, q.shape[1], k.shape[1] + aligned)[..., :k.shape[1]]
+    bias = q.new_zeros(q.shape[0], 1, q.shape[1], k.shape[1] + aligned)[..., : k.shape[1]]
     for copy in columns:
         bias[..., copy] = values.to(bias)
     return bias
@@ -158,12 +166,14 @@ def attention_bias(q, k, heads, columns, weights, gain):
 
 # ---------------------------------------------------------------- harmonisation
 
+
 def free(noise, t, dilation):
     """Where the latent may change at time t (paper, section 3.4): at t <= h, and never where h is 0.
 
-    noise: noise map h [B, 1, h, w]. t: in [0, 1], of the model's 1000 steps. dilation: latent pixels by which what is not yet
-    free is grown at t = 1, less the lower t is (the authors': 4). The freest places are free at every t: a run that begins
-    later than they could loses nothing, and a map of one value is plain image-to-image. Returns [B, 1, h, w], 0 or 1.
+    noise: noise map h [B, 1, h, w]. t: in [0, 1], of the model's 1000 steps. dilation: latent pixels by which what is
+    not yet free is grown at t = 1, less the lower t is (the authors': 4). The freest places are free at every t: a run
+    that begins later than they could loses nothing, and a map of one value is plain image-to-image. Returns [B, 1, h,
+    w], 0 or 1.
     """
     locked = noise < min(t, float(noise.max())) - 1e-4  # equal up to rounding
     radius = int(dilation * t)
@@ -173,6 +183,7 @@ def free(noise, t, dilation):
 
 
 # ---------------------------------------------------------------- textual inversion
+
 
 def masked_mean(errors, mask):
     """Mean over a mask: what is outside counts for nothing, and a small layer as much as a large one.

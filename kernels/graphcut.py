@@ -5,6 +5,7 @@
 U is C wherever another label than the stroke's is chosen; w is small where all images have an edge between p and q,
 so that seams run along edges. Minimised by alpha-expansion.
 """
+
 import numpy as np
 import torch
 from scipy.sparse import coo_array
@@ -51,7 +52,9 @@ def edge_weights(distances, lam, sigma):
 
     distances: (right, down) of every image. All images count, those not beside a seam too; the sum is truncated once.
     """
-    return tuple(sum(lam * np.exp(-d / (2 * sigma)) for d in direction).astype(np.int64) for direction in zip(*distances))
+    return tuple(
+        sum(lam * np.exp(-d / (2 * sigma)) for d in direction).astype(np.int64) for direction in zip(*distances)
+    )
 
 
 def median_distance(distances):
@@ -154,9 +157,11 @@ def gco_expansion(costs, edges, cycles=CYCLES):
     graph = GCO()
     graph.create_general_graph(h * w, count, energy_is_float=False)
     graph.set_data_cost(costs.reshape(-1, count).astype(np.intc))
-    graph.set_all_neighbors(np.concatenate([cell[:, :-1].ravel(), cell[:-1].ravel()]),
-                            np.concatenate([cell[:, 1:].ravel(), cell[1:].ravel()]),
-                            np.concatenate([right.ravel(), down.ravel()]).astype(np.intc))
+    graph.set_all_neighbors(
+        np.concatenate([cell[:, :-1].ravel(), cell[:-1].ravel()]),
+        np.concatenate([cell[:, 1:].ravel(), cell[1:].ravel()]),
+        np.concatenate([right.ravel(), down.ravel()]).astype(np.intc),
+    )
     graph.set_smooth_cost((1 - np.eye(count)).astype(np.intc))
     for site in range(h * w):
         graph.init_label_at_site(site, 0)
@@ -173,6 +178,8 @@ def cut(costs, edges, solver="auto"):
             return gco_expansion(costs, edges)
         except ImportError:
             if solver == "gco":
-                raise ImportError("the gco solver needs the package gco-wrapper (its core is licensed for research only): "
-                                  "install it, or choose scipy") from None
+                raise ImportError(
+                    "the gco solver needs the package gco-wrapper (its core is licensed for research only): "
+                    "install it, or choose scipy"
+                ) from None
     return alpha_expansion(costs, edges)

@@ -4,9 +4,9 @@ With y = x / sqrt(abar) and sigma = sqrt((1 - abar) / abar) the step from t_k to
 
     y_{k+1} = y_k + (sigma_{k+1} - sigma_k) eps(x_k, t_{k+1})
 
-The model sees the *old* latent with the *new* timestep. A k-diffusion model divides its input by sqrt(data^2 + sigma^2) of
-the sigma it is called with, which would be the new one: `model_input` makes up for the difference. data: the standard
-deviation of what the network was trained on, 1 for eps and v predictions, 0.5 for EDM.
+The model sees the *old* latent with the *new* timestep. A k-diffusion model divides its input by sqrt(data^2 + sigma^2)
+of the sigma it is called with, which would be the new one: `model_input` makes up for the difference. data: the
+standard deviation of what the network was trained on, 1 for eps and v predictions, 0.5 for EDM.
 """
 
 

@@ -1,4 +1,5 @@
 """Label maps: who owns a pixel, at the image's size and at every level of the UNet. -1 means nobody."""
+
 import json
 
 import numpy as np
@@ -9,14 +10,29 @@ UNIT = 10_000  # stroke coordinates run from 0 to UNIT along each axis; radii ar
 LONGEST_DOCUMENT = 2_000_000  # characters
 
 # Image 0, 1, 2, ...: distinct hues of one lightness (golden angle), so that no label looks like "unmarked" black.
-PALETTE = torch.tensor([[230, 80, 80], [80, 140, 235], [90, 190, 90], [240, 190, 60], [170, 110, 220], [70, 195, 200],
-                        [235, 130, 180], [160, 125, 85], [150, 205, 60], [245, 135, 50]]) / 255
+PALETTE = (
+    torch.tensor(
+        [
+            [230, 80, 80],
+            [80, 140, 235],
+            [90, 190, 90],
+            [240, 190, 60],
+            [170, 110, 220],
+            [70, 195, 200],
+            [235, 130, 180],
+            [160, 125, 85],
+            [150, 205, 60],
+            [245, 135, 50],
+        ]
+    )
+    / 255
+)
 
 
 def palette(count):
     """`count` distinct colours [count, 3] in [0, 1]; the first ten are PALETTE, the others darker turns of it."""
     turns = torch.arange(count) // len(PALETTE)
-    return PALETTE[torch.arange(count) % len(PALETTE)] * (0.7 ** turns)[:, None]
+    return PALETTE[torch.arange(count) % len(PALETTE)] * (0.7**turns)[:, None]
 
 
 def at_grid(labels, grid):
@@ -69,13 +85,16 @@ def from_picture(image, count):
 
 
 def parse_document(text, count):
-    """A stroke document: {"v": 1, "base": image, "strokes": [{"k": image, "r": radius, "p": [x, y, x, y, ...], "e": 1 to erase}]}.
+    """A stroke document: {"v": 1, "base": image, "strokes": [{"k": image, "r": radius, "p": [x, y, x, y, ...], "e": 1
+    to erase}]}.
 
     Coordinates are in UNITs of each axis, radii in UNITs of the long side. Returns (base or None, strokes).
     Raises ValueError that says what is wrong with it.
     """
     if len(text) > LONGEST_DOCUMENT:
-        raise ValueError(f"the stroke document has {len(text)} characters, more than {LONGEST_DOCUMENT}: paint with fewer strokes")
+        raise ValueError(
+            f"the stroke document has {len(text)} characters, more than {LONGEST_DOCUMENT}: paint with fewer strokes"
+        )
     if not text.strip():
         return None, []
     try:
@@ -86,7 +105,9 @@ def parse_document(text, count):
         raise ValueError('the stroke document is not of version 1: {"v": 1, "base": 0, "strokes": [...]} was expected')
     base = document.get("base")
     if base is not None and not _is_image(base, count):
-        raise ValueError(f"the stroke document's base is image {base!r}, and there are {count} images (0 to {count - 1})")
+        raise ValueError(
+            f"the stroke document's base is image {base!r}, and there are {count} images (0 to {count - 1})"
+        )
     for number, stroke in enumerate(document["strokes"]):
         _check_stroke(stroke, number, count)
     return base, document["strokes"]
@@ -102,14 +123,25 @@ def _is_number(value, low, high):
 
 def _check_stroke(stroke, number, count):
     if not isinstance(stroke, dict) or not {"k", "r", "p"} <= stroke.keys():
-        raise ValueError(f'stroke {number} is {str(stroke)[:60]}: each needs "k" (image), "r" (radius) and "p" (points)')
+        raise ValueError(
+            f'stroke {number} is {str(stroke)[:60]}: each needs "k" (image), "r" (radius) and "p" (points)'
+        )
     if not _is_image(stroke["k"], count):
-        raise ValueError(f"stroke {number} is on image {stroke['k']!r}, and there are {count} images (0 to {count - 1})")
+        raise ValueError(
+            f"stroke {number} is on image {stroke['k']!r}, and there are {count} images (0 to {count - 1})"
+        )
     points = stroke["p"]
     if not _is_number(stroke["r"], 0, UNIT):
         raise ValueError(f"stroke {number} has radius {stroke['r']!r}: 0 to {UNIT} was expected")
-    if not isinstance(points, list) or len(points) < 2 or len(points) % 2 or not all(_is_number(c, -10 * UNIT, 10 * UNIT) for c in points):
-        raise ValueError(f"stroke {number} has points {str(points)[:60]}: [x, y, x, y, ...] in 0 to {UNIT} was expected")
+    if (
+        not isinstance(points, list)
+        or len(points) < 2
+        or len(points) % 2
+        or not all(_is_number(c, -10 * UNIT, 10 * UNIT) for c in points)
+    ):
+        raise ValueError(
+            f"stroke {number} has points {str(points)[:60]}: [x, y, x, y, ...] in 0 to {UNIT} was expected"
+        )
 
 
 def draw(strokes, count, height, width):

@@ -32,7 +32,9 @@ def per_image(boxes, images: int) -> list[list[dict]]:
     if len(boxes) == 1:
         return [list(boxes[0]) for _ in range(images)]
     if len(boxes) != images:
-        raise Problem(f"there are boxes of {len(boxes)} images and {images} images; wire the same batch into both nodes.")
+        raise Problem(
+            f"there are boxes of {len(boxes)} images and {images} images; wire the same batch into both nodes."
+        )
     return [list(found) for found in boxes]
 
 

@@ -50,9 +50,14 @@ def offered(key: str) -> list[str]:
 def load_detector(name: str) -> ManagedModel:
     weights = read_weights(DETECTORS, name)
     if not grounding_dino.is_grounding_dino(weights):
-        raise Problem(f"{name} in models/{DETECTORS} is not a Grounding DINO checkpoint; take {' or '.join(PUBLISHED[DETECTORS])}.")
+        raise Problem(
+            f"{name} in models/{DETECTORS} is not a Grounding DINO checkpoint; take"
+            f" {' or '.join(PUBLISHED[DETECTORS])}."
+        )
     vocabulary = find_vocabulary(weights["bert.embeddings.word_embeddings.weight"].shape[0])
-    return _managed(name, "rf_groundingdino", DETECTOR_MEMORY, lambda: grounding_dino.build_detector(weights, vocabulary))
+    return _managed(
+        name, "rf_groundingdino", DETECTOR_MEMORY, lambda: grounding_dino.build_detector(weights, vocabulary)
+    )
 
 
 def load_segmenter(name: str, precision: str) -> ManagedModel:
@@ -69,9 +74,14 @@ def _managed(name: str, package: str, memory: int, make) -> ManagedModel:
     try:
         return ManagedModel(make(), memory)
     except ImportError as error:
-        raise Problem(f"a Python package is missing ({error}); run `pip install {package}` in ComfyUI's environment and restart.") from error
+        raise Problem(
+            f"a Python package is missing ({error}); run `pip install {package}` in ComfyUI's environment and restart."
+        ) from error
     except (ValueError, KeyError, IndexError, RuntimeError) as error:  # of tensors that are not there or do not fit
-        raise Problem(f"{name} does not fit ({str(error).splitlines()[-1].strip()}); it is damaged or another variant: download it again.") from error
+        raise Problem(
+            f"{name} does not fit ({str(error).splitlines()[-1].strip()}); it is damaged or another variant: download"
+            " it again."
+        ) from error
 
 
 def read_weights(key: str, name: str) -> dict[str, torch.Tensor]:
@@ -85,7 +95,9 @@ def read_weights(key: str, name: str) -> dict[str, torch.Tensor]:
         weights = weights.get("model", weights)
         return {k.removeprefix("module."): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     except Exception as error:  # every format's reader has exceptions of its own for a torn file or a pickle with code
-        raise Problem(f"{name} in models/{key} cannot be read as plain weights ({_first_line(error)}); download it again.") from error
+        raise Problem(
+            f"{name} in models/{key} cannot be read as plain weights ({_first_line(error)}); download it again."
+        ) from error
 
 
 def find_vocabulary(rows: int) -> dict[str, int]:
@@ -100,12 +112,18 @@ def find_vocabulary(rows: int) -> dict[str, int]:
         if fault is None:
             return vocabulary
         faults.append(f" {path} is not it: {fault}.")
-    raise Problem(f"Grounding DINO needs BERT's vocabulary; put vocab.txt (232 KB, huggingface.co/google-bert/bert-base-uncased) "
-                  f"into {folder_paths.get_folder_paths(BERT)[0]}.{''.join(faults)}")
+    raise Problem(
+        "Grounding DINO needs BERT's vocabulary; put vocab.txt (232 KB, huggingface.co/google-bert/bert-base-uncased) "
+        f"into {folder_paths.get_folder_paths(BERT)[0]}.{''.join(faults)}"
+    )
 
 
 def _vocabulary_files():
-    candidates = [os.path.join(folder, name) for folder in folder_paths.get_folder_paths(BERT) for name in ("vocab.txt", "tokenizer.json")]
+    candidates = [
+        os.path.join(folder, name)
+        for folder in folder_paths.get_folder_paths(BERT)
+        for name in ("vocab.txt", "tokenizer.json")
+    ]
     return [path for path in candidates if os.path.isfile(path)]
 
 

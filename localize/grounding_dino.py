@@ -63,8 +63,11 @@ class Detections:
 
 
 def is_grounding_dino(state_dict: dict[str, Tensor]) -> bool:
-    return {"backbone.0.patch_embed.proj.weight", "transformer.level_embed",
-            "bert.embeddings.word_embeddings.weight"} <= state_dict.keys()
+    return {
+        "backbone.0.patch_embed.proj.weight",
+        "transformer.level_embed",
+        "bert.embeddings.word_embeddings.weight",
+    } <= state_dict.keys()
 
 
 def build_detector(state_dict: dict[str, Tensor], vocabulary: dict[str, int]) -> nn.Module:
@@ -75,8 +78,10 @@ def build_detector(state_dict: dict[str, Tensor], vocabulary: dict[str, int]) ->
     missing = [key for key in missing if not key.endswith(COMPUTED_KEYS)]
     unexpected = [key for key in unexpected if not key.startswith(UNUSED_KEYS)]
     if missing or unexpected:
-        raise ValueError(f"{len(missing)} weights are missing and {len(unexpected)} unknown, "
-                         f"the first is {(missing + unexpected)[0]}")
+        raise ValueError(
+            f"{len(missing)} weights are missing and {len(unexpected)} unknown, "
+            f"the first is {(missing + unexpected)[0]}"
+        )
     return detector.float().eval().requires_grad_(False)
 
 
@@ -112,31 +117,51 @@ def _settings(sd: dict[str, Tensor]) -> SimpleNamespace:
     points = 4
     heads = sd["transformer.encoder.layers.0.self_attn.attention_weights.weight"].shape[0] // (levels * points)
     words, text_width = sd["bert.embeddings.word_embeddings.weight"].shape
-    swin = dict(
-        embed_dim=sd["backbone.0.patch_embed.proj.weight"].shape[0],
-        depths=[_count(sd, rf"backbone\.0\.layers\.{i}\.blocks\.(\d+)\.") for i in range(stages)],
-        num_heads=[table.shape[1] for table in tables],
-        window_size=(round(tables[0].shape[0] ** 0.5) + 1) // 2,
-        out_indices=tuple(i for i in range(stages) if f"backbone.0.norm{i}.weight" in sd),
-    )
-    bert = dict(
-        vocab_size=words, hidden_size=text_width, num_attention_heads=text_width // 64,
-        num_hidden_layers=_count(sd, r"bert\.encoder\.layer\.(\d+)\."),
-        intermediate_size=sd["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
-        max_position_embeddings=sd["bert.embeddings.position_embeddings.weight"].shape[0],
-    )
+    swin = {
+        "embed_dim": sd["backbone.0.patch_embed.proj.weight"].shape[0],
+        "depths": [_count(sd, rf"backbone\.0\.layers\.{i}\.blocks\.(\d+)\.") for i in range(stages)],
+        "num_heads": [table.shape[1] for table in tables],
+        "window_size": (round(tables[0].shape[0] ** 0.5) + 1) // 2,
+        "out_indices": tuple(i for i in range(stages) if f"backbone.0.norm{i}.weight" in sd),
+    }
+    bert = {
+        "vocab_size": words,
+        "hidden_size": text_width,
+        "num_attention_heads": text_width // 64,
+        "num_hidden_layers": _count(sd, r"bert\.encoder\.layer\.(\d+)\."),
+        "intermediate_size": sd["bert.encoder.layer.0.intermediate.dense.weight"].shape[0],
+        "max_position_embeddings": sd["bert.embeddings.position_embeddings.weight"].shape[0],
+    }
     return SimpleNamespace(
-        swin=swin, bert=bert, hidden_dim=hidden, nheads=heads, num_feature_levels=levels,
+        swin=swin,
+        bert=bert,
+        hidden_dim=hidden,
+        nheads=heads,
+        num_feature_levels=levels,
         enc_layers=_count(sd, r"transformer\.encoder\.layers\.(\d+)\."),
         dec_layers=_count(sd, r"transformer\.decoder\.layers\.(\d+)\."),
         dim_feedforward=sd["transformer.encoder.layers.0.linear1.weight"].shape[0],
         num_queries=sd["transformer.tgt_embed.weight"].shape[0],
-        enc_n_points=points, dec_n_points=points, query_dim=4, num_patterns=0,
-        position_embedding="sine", pe_temperatureH=20, pe_temperatureW=20,
-        two_stage_type="standard", embed_init_tgt=True, transformer_activation="relu", pre_norm=False,
-        use_text_enhancer=True, use_fusion_layer=True, use_text_cross_attention=True,
-        use_checkpoint=False, use_transformer_ckpt=False,
-        dropout=0.0, text_dropout=0.0, fusion_dropout=0.0, fusion_droppath=0.0,
+        enc_n_points=points,
+        dec_n_points=points,
+        query_dim=4,
+        num_patterns=0,
+        position_embedding="sine",
+        pe_temperatureH=20,
+        pe_temperatureW=20,
+        two_stage_type="standard",
+        embed_init_tgt=True,
+        transformer_activation="relu",
+        pre_norm=False,
+        use_text_enhancer=True,
+        use_fusion_layer=True,
+        use_text_cross_attention=True,
+        use_checkpoint=False,
+        use_transformer_ckpt=False,
+        dropout=0.0,
+        text_dropout=0.0,
+        fusion_dropout=0.0,
+        fusion_droppath=0.0,
     )
 
 
@@ -189,7 +214,9 @@ def _detector_class() -> type[nn.Module]:
 
             # Every backbone map is projected to `hidden` channels; further levels halve the last one.
             widths = [swin.num_features[i] for i in swin.out_indices]
-            halvings = [widths[-1], *[hidden] * settings.num_feature_levels][: settings.num_feature_levels - len(widths)]
+            halvings = [widths[-1], *[hidden] * settings.num_feature_levels][
+                : settings.num_feature_levels - len(widths)
+            ]
             convs = [nn.Conv2d(c, hidden, 1) for c in widths]
             convs += [nn.Conv2d(c, hidden, 3, stride=2, padding=1) for c in halvings]
             self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, hidden)) for conv in convs)
@@ -235,13 +262,17 @@ def _detector_class() -> type[nn.Module]:
             found = self.raw(image, caption)
             scores = found["pred_logits"][0].sigmoid().cpu()
             # A phrase of nothing but control characters has no tokens.
-            of_phrase = [scores[:, list(span)].amax(1) if span else torch.zeros(len(scores))
-                         for span in self.tokenizer.spans(caption)]
+            of_phrase = [
+                scores[:, list(span)].amax(1) if span else torch.zeros(len(scores))
+                for span in self.tokenizer.spans(caption)
+            ]
             return Detections(found["pred_boxes"][0].cpu(), scores.amax(1), torch.stack(of_phrase, 1))
 
         def places(self, height: int, width: int) -> int:
             """How many places on all levels a searched picture of this size has."""
-            return sum(-(-height // stride) * -(-width // stride)
-                       for stride in (8 << level for level in range(self.num_feature_levels)))
+            return sum(
+                -(-height // stride) * -(-width // stride)
+                for stride in (8 << level for level in range(self.num_feature_levels))
+            )
 
     return Detector

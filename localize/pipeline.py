@@ -29,7 +29,9 @@ def as_bytes(image: Tensor) -> list[np.ndarray]:
         raise Problem("the batch holds no image.")
     for number, picture in enumerate(image):
         if not torch.isfinite(picture).all():
-            raise Problem(f"image {number} holds values that are not numbers; usually a VAE failed in fp16: decode it in fp32.")
+            raise Problem(
+                f"image {number} holds values that are not numbers; usually a VAE failed in fp16: decode it in fp32."
+            )
     return list((rgb_of(image) * 255).round().to(torch.uint8).numpy())
 
 
@@ -42,12 +44,16 @@ def _key(picture: np.ndarray) -> tuple:
     return picture.shape, hashlib.blake2b(np.ascontiguousarray(picture), digest_size=16).digest()
 
 
-def find(detector: ManagedModel, pictures: list[np.ndarray], phrases: list[str], short_side: int, tick) -> list[Detections]:
+def find(
+    detector: ManagedModel, pictures: list[np.ndarray], phrases: list[str], short_side: int, tick
+) -> list[Detections]:
     """All that the detector sees in each picture; tick() after each."""
     model = detector.load()
     tokens = len(model.tokenizer.ids(caption_of(phrases)))
     if tokens > MAX_TOKENS:
-        raise Problem(f"the phrases are {tokens} tokens long and Grounding DINO reads {MAX_TOKENS}; ask for fewer things at once.")
+        raise Problem(
+            f"the phrases are {tokens} tokens long and Grounding DINO reads {MAX_TOKENS}; ask for fewer things at once."
+        )
     found = []
     for picture in pictures:
         features = _searchable(detector, model, picture, short_side)
@@ -62,22 +68,38 @@ def _searchable(detector: ManagedModel, model, picture: np.ndarray, short_side: 
     if features is None:
         height, width = detect_shape(*picture.shape[:2], short_side)
         if model.places(height, width) < model.num_queries:
-            raise Problem(f"an image of {picture.shape[1]}x{picture.shape[0]} is searched at {width}x{height}, too few pixels; "
-                          f"raise detect_size, or crop the image if it is a thin strip.")
+            raise Problem(
+                f"an image of {picture.shape[1]}x{picture.shape[0]} is searched at {width}x{height}, too few pixels; "
+                "raise detect_size, or crop the image if it is a thin strip."
+            )
         features = model.image_features(picture, short_side).to("cpu")
         detector.features.put(key, features, features.tensors)
     return features
 
 
-def labelled(found: Detections, phrases: list[str], size: tuple[int, int], box_threshold: float, text_threshold: float) -> list[dict]:
+def labelled(
+    found: Detections, phrases: list[str], size: tuple[int, int], box_threshold: float, text_threshold: float
+) -> list[dict]:
     """Detections -> boxes in pixels of a picture of size (H, W), each labelled with the phrase that fits it best."""
     height, width = size
     best, which = found.phrase_scores.max(1)
     keep = (found.scores > box_threshold) & (best > text_threshold)
     rows = zip(found.boxes[keep].tolist(), found.scores[keep].tolist(), which[keep].tolist(), strict=True)
-    kept = [boxes.inside({"x": (x - w / 2) * width, "y": (y - h / 2) * height, "width": w * width, "height": h * height,
-                          "label": phrases[phrase], "score": score}, height, width)
-            for (x, y, w, h), score, phrase in rows]
+    kept = [
+        boxes.inside(
+            {
+                "x": (x - w / 2) * width,
+                "y": (y - h / 2) * height,
+                "width": w * width,
+                "height": h * height,
+                "label": phrases[phrase],
+                "score": score,
+            },
+            height,
+            width,
+        )
+        for (x, y, w, h), score, phrase in rows
+    ]
     return [box for box in kept if box]
 
 

@@ -33,8 +33,10 @@ def build_segmenter(state_dict: dict[str, Tensor], half: bool = False) -> Segmen
         segmenter = Segmenter(state_dict)
     missing, unexpected = segmenter.load_state_dict(state_dict, strict=False, assign=True)
     if missing or unexpected:
-        raise ValueError(f"{len(missing)} weights are missing and {len(unexpected)} unknown, "
-                         f"the first is {(missing + unexpected)[0]}")
+        raise ValueError(
+            f"{len(missing)} weights are missing and {len(unexpected)} unknown, "
+            f"the first is {(missing + unexpected)[0]}"
+        )
     segmenter = segmenter.float().eval().requires_grad_(False)
     return segmenter.halve() if half else segmenter
 
@@ -50,8 +52,11 @@ class Segmenter(nn.Module):
         patches = sd["image_encoder.patch_embed.proj.weight"]  # (width, 3, patch, patch)
         width, patch = patches.shape[0], patches.shape[-1]
         grid = sd["image_encoder.pos_embed"].shape[1]
-        tables = {int(re.search(r"\d+", key)[0]): table.shape  # (2 * tokens a side - 1, head width)
-                  for key, table in sd.items() if key.endswith("attn.rel_pos_h")}
+        tables = {
+            int(re.search(r"\d+", key)[0]): table.shape  # (2 * tokens a side - 1, head width)
+            for key, table in sd.items()
+            if key.endswith("attn.rel_pos_h")
+        }
         everywhere = [i for i, (rows, _) in tables.items() if rows == 2 * grid - 1]
         windows = [(rows + 1) // 2 for i, (rows, _) in tables.items() if i not in everywhere]
         dim = sd["prompt_encoder.no_mask_embed.weight"].shape[1]
@@ -59,23 +64,34 @@ class Segmenter(nn.Module):
         self.size = grid * patch  # pixels a side of what the encoder reads, 1024
         self.half = False
         self.image_encoder = ImageEncoderViT(
-            img_size=self.size, patch_size=patch, embed_dim=width, depth=len(tables), out_chans=dim,
-            num_heads=width // tables[0][1], use_rel_pos=True, global_attn_indexes=everywhere,
+            img_size=self.size,
+            patch_size=patch,
+            embed_dim=width,
+            depth=len(tables),
+            out_chans=dim,
+            num_heads=width // tables[0][1],
+            use_rel_pos=True,
+            global_attn_indexes=everywhere,
             window_size=windows[0] if windows else 0,
             mlp_ratio=sd["image_encoder.blocks.0.mlp.lin1.weight"].shape[0] / width,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
         self.prompt_encoder = PromptEncoder(
-            embed_dim=dim, image_embedding_size=(grid, grid), input_image_size=(self.size, self.size),
+            embed_dim=dim,
+            image_embedding_size=(grid, grid),
+            input_image_size=(self.size, self.size),
             mask_in_chans=sd["prompt_encoder.mask_downscaling.3.weight"].shape[0],
         )
         layers = {key.split(".")[3] for key in sd if key.startswith("mask_decoder.transformer.layers.")}
         self.mask_decoder = MaskDecoder(
-            transformer_dim=dim, iou_head_depth=3,
+            transformer_dim=dim,
+            iou_head_depth=3,
             num_multimask_outputs=sd["mask_decoder.mask_tokens.weight"].shape[0] - 1,
             iou_head_hidden_dim=sd["mask_decoder.iou_prediction_head.layers.0.weight"].shape[0],
             transformer=TwoWayTransformer(
-                depth=len(layers), embedding_dim=dim, num_heads=8,
+                depth=len(layers),
+                embedding_dim=dim,
+                num_heads=8,
                 mlp_dim=sd["mask_decoder.transformer.layers.0.mlp.lin1.weight"].shape[0],
             ),
         )
@@ -87,7 +103,9 @@ class Segmenter(nn.Module):
 
     def halve(self) -> Segmenter:
         """fp16 for the matrix products of the image encoder, where the time and the memory go. The norms and the
-        position embedding stay in fp32, and with them, under autocast, the residual stream: plain fp16 loses mask detail."""
+        position embedding stay in fp32, and with them, under autocast, the residual stream: plain fp16 loses mask
+        detail.
+        """
         for part in self.image_encoder.modules():
             if isinstance(part, (nn.Linear, nn.Conv2d)):
                 part.half()
@@ -138,8 +156,11 @@ class Segmenter(nn.Module):
             marks = (points[None, :, :2] * ratio).to(device), points[None, :, 2].int().to(device)
         sparse, dense = self.prompt_encoder(points=marks, boxes=boxes, masks=None)
         low, quality = self.mask_decoder(
-            image_embeddings=embedding, image_pe=self.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=several,
+            image_embeddings=embedding,
+            image_pe=self.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=several,
         )
         square = F.interpolate(low, (self.size, self.size), mode="bilinear", align_corners=False)
         logits = F.interpolate(square[..., : shape[0], : shape[1]], size, mode="bilinear", align_corners=False)

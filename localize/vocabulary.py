@@ -55,11 +55,13 @@ class WordPieces:
         from transformers import BatchEncoding
 
         ids = torch.tensor([self.ids(caption) for caption in captions])
-        return BatchEncoding({
-            "input_ids": ids,
-            "token_type_ids": torch.zeros_like(ids),
-            "attention_mask": torch.ones_like(ids),
-        })
+        return BatchEncoding(
+            {
+                "input_ids": ids,
+                "token_type_ids": torch.zeros_like(ids),
+                "attention_mask": torch.ones_like(ids),
+            }
+        )
 
 
 def split_phrases(text: str) -> list[str]:

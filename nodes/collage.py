@@ -1,4 +1,5 @@
 """Collage Diffusion (arXiv 2303.00262): layers on a canvas, each with its words, harmonised into one image."""
+
 import re
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..kernels import collage as kernel
-from ..patching import bias, harmonise
+from ..patching import bias, run_masks
 from ..patching.schedule import Window
 from ..patching.sites import parse_sites
 from ..patching.tokens import token_runs
@@ -20,6 +21,7 @@ LAYERS, COLLAGE = io.Custom("MONTAGE_LAYERS"), io.Custom("MONTAGE_COLLAGE")
 
 class Layer(NamedTuple):
     """One layer, before it lies on a canvas."""
+
     node: str  # unique id of the node that made it
     picture: torch.Tensor  # [4, h, w], premultiplied RGBA
     text: str
@@ -36,6 +38,7 @@ class Layer(NamedTuple):
 
 class Collage(NamedTuple):
     """Layers on a canvas, back to front."""
+
     layers: tuple
     masks: torch.Tensor  # visible masks [N, H, W]
     noise: torch.Tensor  # noise map [H, W]
@@ -60,63 +63,168 @@ class CollageLayer(io.ComfyNode):
             node_id="CollageLayer",
             display_name=cls.NAME,
             category=CATEGORY,
-            description="One layer of a collage: a cut-out with its words, its place, and how freely it may change (Collage Diffusion). Chain layers "
-                        "from back to front and end in Collage Canvas.",
+            description=(
+                "One layer of a collage: a cut-out with its words, its place, and how freely it may change (Collage"
+                " Diffusion). Chain layers from back to front and end in Collage Canvas."
+            ),
             search_aliases=["collage diffusion", "cutout", "place image", "layered"],
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Image.Input("image", tooltip="The layer's picture. With four channels its alpha cuts it out (Join Image with Alpha)."),
-                io.String.Input("text", multiline=True, default="", tooltip=(
-                    "What the layer shows, as it stands in the canvas's prompt, word for word: a red ball. Empty: the layer has no words to steer.")),
-                io.Float.Input("x", default=0.5, min=-2.0, max=3.0, step=0.001, round=False, tooltip=(
-                    "Its centre: 0 is the canvas's left edge, 1 the right one.")),
-                io.Float.Input("y", default=0.5, min=-2.0, max=3.0, step=0.001, round=False, tooltip="Its centre: 0 is the canvas's top edge, 1 the bottom."),
-                io.Float.Input("scale", default=0.5, min=0.001, max=10.0, step=0.001, round=False, tooltip=(
-                    "Its size: 1 is as large as the canvas contains it.")),
-                io.Float.Input("rotation", default=0.0, min=-360.0, max=360.0, step=0.1, round=False, tooltip="Degrees, clockwise."),
-                io.Int.Input("depth", default=0, min=-999, max=999, tooltip="Nearer layers have larger numbers. Equal ones lie in the order of the chain."),
-                io.Float.Input("w_pos", default=0.4, min=0.0, max=5.0, step=0.01, tooltip=(
-                    "How much the layer's words are drawn to where it is seen. Paper: 0.2 to 0.6, the more the smaller the layer; 0 is off.")),
-                io.Float.Input("w_neg", default=0.7, min=0.0, max=5.0, step=0.01, tooltip=(
-                    "How much the layer's words are kept away from everywhere else. Paper: 0.4 to 0.9; 0 is off.")),
-                io.Float.Input("noise", default=0.8, min=0.0, max=1.0, step=0.01, tooltip=(
-                    "How freely it may change: 0 stays as it is, 0.4 keeps shape and colours, 0.8 keeps little but the place. For Collage Noise.")),
-                io.Float.Input("control", default=1.0, min=0.0, max=10.0, step=0.01, tooltip=(
-                    "Factor of a ControlNet's strength where the layer is seen. For Collage Control.")),
-                io.Boolean.Input("trim", default=True, advanced=True, tooltip=(
-                    "Cuts transparent borders away, so that place and size are those of what is seen. Off for a picture made for its place on a canvas.")),
+                io.Image.Input(
+                    "image",
+                    tooltip="The layer's picture. With four channels its alpha cuts it out (Join Image with Alpha).",
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    default="",
+                    tooltip=(
+                        "What the layer shows, as it stands in the canvas's prompt, word for word: a red ball. Empty:"
+                        " the layer has no words to steer."
+                    ),
+                ),
+                io.Float.Input(
+                    "x",
+                    default=0.5,
+                    min=-2.0,
+                    max=3.0,
+                    step=0.001,
+                    round=False,
+                    tooltip="Its centre: 0 is the canvas's left edge, 1 the right one.",
+                ),
+                io.Float.Input(
+                    "y",
+                    default=0.5,
+                    min=-2.0,
+                    max=3.0,
+                    step=0.001,
+                    round=False,
+                    tooltip="Its centre: 0 is the canvas's top edge, 1 the bottom.",
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=0.5,
+                    min=0.001,
+                    max=10.0,
+                    step=0.001,
+                    round=False,
+                    tooltip="Its size: 1 is as large as the canvas contains it.",
+                ),
+                io.Float.Input(
+                    "rotation", default=0.0, min=-360.0, max=360.0, step=0.1, round=False, tooltip="Degrees, clockwise."
+                ),
+                io.Int.Input(
+                    "depth",
+                    default=0,
+                    min=-999,
+                    max=999,
+                    tooltip="Nearer layers have larger numbers. Equal ones lie in the order of the chain.",
+                ),
+                io.Float.Input(
+                    "w_pos",
+                    default=0.4,
+                    min=0.0,
+                    max=5.0,
+                    step=0.01,
+                    tooltip=(
+                        "How much the layer's words are drawn to where it is seen. Paper: 0.2 to 0.6, the more the"
+                        " smaller the layer; 0 is off."
+                    ),
+                ),
+                io.Float.Input(
+                    "w_neg",
+                    default=0.7,
+                    min=0.0,
+                    max=5.0,
+                    step=0.01,
+                    tooltip=(
+                        "How much the layer's words are kept away from everywhere else. Paper: 0.4 to 0.9; 0 is off."
+                    ),
+                ),
+                io.Float.Input(
+                    "noise",
+                    default=0.8,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "How freely it may change: 0 stays as it is, 0.4 keeps shape and colours, 0.8 keeps little but"
+                        " the place. For Collage Noise."
+                    ),
+                ),
+                io.Float.Input(
+                    "control",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Factor of a ControlNet's strength where the layer is seen. For Collage Control.",
+                ),
+                io.Boolean.Input(
+                    "trim",
+                    default=True,
+                    advanced=True,
+                    tooltip=(
+                        "Cuts transparent borders away, so that place and size are those of what is seen. Off for a"
+                        " picture made for its place on a canvas."
+                    ),
+                ),
                 LAYERS.Input("collage", optional=True, tooltip="The layers behind this one."),
-                io.Mask.Input("mask", optional=True, tooltip=(
-                    "1 where the layer is, instead of the picture's alpha: from Subject Localize, for instance. "
-                    "Load Image's MASK is the opposite: invert it.")),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip=(
+                        "1 where the layer is, instead of the picture's alpha: from Subject Localize, for instance. "
+                        "Load Image's MASK is the opposite: invert it."
+                    ),
+                ),
             ],
-            outputs=[LAYERS.Output("layers", display_name="collage", tooltip="All layers so far, for the next Collage Layer or Collage Canvas.")],
+            outputs=[
+                LAYERS.Output(
+                    "layers",
+                    display_name="collage",
+                    tooltip="All layers so far, for the next Collage Layer or Collage Canvas.",
+                )
+            ],
         )
 
     @classmethod
-    def execute(cls, image, text, x, y, scale, rotation, depth, w_pos, w_neg, noise, control, trim=True, collage=(), mask=None):
-        numbers(cls.NAME, x=x, y=y, scale=scale, rotation=rotation, w_pos=w_pos, w_neg=w_neg, noise=noise, control=control)
+    def execute(
+        cls, image, text, x, y, scale, rotation, depth, w_pos, w_neg, noise, control, trim=True, collage=(), mask=None
+    ):
+        numbers(
+            cls.NAME, x=x, y=y, scale=scale, rotation=rotation, w_pos=w_pos, w_neg=w_neg, noise=noise, control=control
+        )
         picture = cls.picture(image, mask, trim)
-        layer = Layer(str(cls.hidden.unique_id), picture, text.strip(), x, y, scale, rotation, depth, w_pos, w_neg, noise, control)
+        layer = Layer(
+            str(cls.hidden.unique_id), picture, text.strip(), x, y, scale, rotation, depth, w_pos, w_neg, noise, control
+        )
         return io.NodeOutput((*collage, layer))
 
     @classmethod
     def picture(cls, image, mask, trim):
         image = image_of(cls.NAME, "image", image)
         if len(image) > 1:
-            raise ValueError(f"{cls.NAME}: {len(image)} images came in one batch, and a layer is one. Pick one (Get Image from Batch).")
+            raise ValueError(
+                f"{cls.NAME}: {len(image)} images came in one batch, and a layer is one. Pick one (Get Image from"
+                " Batch)."
+            )
         image = image[0]
         alpha = image[..., 3] if image.shape[-1] == 4 else torch.ones(image.shape[:2])
         if mask is not None:
             alpha = mask_of(cls.NAME, "mask", mask)[0]
             if alpha.shape != image.shape[:2]:
-                raise ValueError(f"{cls.NAME}: the mask is {alpha.shape[1]}x{alpha.shape[0]} and the image {image.shape[1]}x{image.shape[0]}. Give a mask "
-                                 "of the image's size.")
+                raise ValueError(
+                    f"{cls.NAME}: the mask is {alpha.shape[1]}x{alpha.shape[0]} and the image"
+                    f" {image.shape[1]}x{image.shape[0]}. Give a mask of the image's size."
+                )
         picture = kernel.premultiplied(image[..., :3], alpha.clamp(0, 1))
         trimmed = kernel.trim(picture)
         if trimmed is None:
-            raise ValueError(f"{cls.NAME}: nothing of the layer can be seen, its {'alpha' if mask is None else 'mask'} is 0 everywhere. A mask is 1 where "
-                             "the layer is; Load Image's MASK is the opposite and needs Invert Mask.")
+            raise ValueError(
+                f"{cls.NAME}: nothing of the layer can be seen, its {'alpha' if mask is None else 'mask'} is 0"
+                " everywhere. A mask is 1 where the layer is; Load Image's MASK is the opposite and needs Invert Mask."
+            )
         return trimmed.contiguous() if trim else picture
 
 
@@ -124,12 +232,13 @@ class CollageCanvas(io.ComfyNode):
     """Lays the layers over each other.
 
     What its editor in the browser gets and does (`ui`): {"montage_canvas": [{"width", "height": the canvas in pixels,
-    "background": "#rrggbb" or the name of a preview (temp/montage/NAME.jpg), "layers": [...]}]}, and of each layer, back
-    to front: {"node": the id of its CollageLayer node ("7", or "5:7" inside a subgraph), "picture": the name of its
-    preview with alpha (temp/montage/NAME.png), "width", "height": the cut-out in pixels, "text"}. Where a layer lies the
-    editor reads in the widgets x, y, scale, rotation and depth of that node, with the meaning they have there, and
-    writes it back to them.
+    "background": "#rrggbb" or the name of a preview (temp/montage/NAME.jpg), "layers": [...]}]}, and of each layer,
+    back to front: {"node": the id of its CollageLayer node ("7", or "5:7" inside a subgraph), "picture": the name of
+    its preview with alpha (temp/montage/NAME.png), "width", "height": the cut-out in pixels, "text"}. Where a layer
+    lies the editor reads in the widgets x, y, scale, rotation and depth of that node, with the meaning they have there,
+    and writes it back to them.
     """
+
     NAME = "Collage Canvas"
 
     @classmethod
@@ -138,8 +247,10 @@ class CollageCanvas(io.ComfyNode):
             node_id="CollageCanvas",
             display_name=cls.NAME,
             category=CATEGORY,
-            description="Lays the layers of a collage over each other: the composite to start from, who is seen where, and how freely each place may "
-                        "change (Collage Diffusion).",
+            description=(
+                "Lays the layers of a collage over each other: the composite to start from, who is seen where, and how"
+                " freely each place may change (Collage Diffusion)."
+            ),
             is_output_node=True,  # its own run button: see the collage without sampling
             has_intermediate_output=True,  # a cached run still shows its pictures
             search_aliases=["collage diffusion", "composite layers", "layout"],
@@ -147,23 +258,64 @@ class CollageCanvas(io.ComfyNode):
                 LAYERS.Input("collage", tooltip="The last Collage Layer: the nearest one."),
                 io.Int.Input("width", default=512, min=64, max=8192, step=8, tooltip="Of the canvas, in pixels."),
                 io.Int.Input("height", default=512, min=64, max=8192, step=8, tooltip="Of the canvas, in pixels."),
-                io.String.Input("prompt", multiline=True, default="", tooltip=(
-                    "The whole image in words, the text of every layer in it, word for word. Empty: the layers' texts, joined with commas.")),
-                io.String.Input("background", default="#969696", tooltip="Colour where no layer is, #rrggbb (paper: grey, #969696)."),
-                io.Float.Input("background_noise", default=0.8, min=0.0, max=1.0, step=0.01, tooltip=(
-                    "How freely the background may change. Paper: as the freest layer. 0 keeps it: for a background_image that is finished.")),
-                io.Float.Input("blur", default=10.0, min=0.0, max=500.0, step=0.5, tooltip=(
-                    "How softly noise passes from one layer to the next: Gaussian blur of the noise map, in pixels of the canvas (paper: 10 at 512).")),
-                io.Image.Input("background_image", optional=True, tooltip=(
-                    "A picture behind all layers instead of the colour, scaled to cover the canvas.")),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    tooltip=(
+                        "The whole image in words, the text of every layer in it, word for word. Empty: the layers'"
+                        " texts, joined with commas."
+                    ),
+                ),
+                io.String.Input(
+                    "background", default="#969696", tooltip="Colour where no layer is, #rrggbb (paper: grey, #969696)."
+                ),
+                io.Float.Input(
+                    "background_noise",
+                    default=0.8,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "How freely the background may change. Paper: as the freest layer. 0 keeps it: for a"
+                        " background_image that is finished."
+                    ),
+                ),
+                io.Float.Input(
+                    "blur",
+                    default=10.0,
+                    min=0.0,
+                    max=500.0,
+                    step=0.5,
+                    tooltip=(
+                        "How softly noise passes from one layer to the next: Gaussian blur of the noise map, in pixels"
+                        " of the canvas (paper: 10 at 512)."
+                    ),
+                ),
+                io.Image.Input(
+                    "background_image",
+                    optional=True,
+                    tooltip="A picture behind all layers instead of the colour, scaled to cover the canvas.",
+                ),
             ],
             outputs=[
-                COLLAGE.Output("placed", display_name="collage", tooltip="For Collage Cross Attention, Collage Noise, Collage Control and Learn Layer Token."),
+                COLLAGE.Output(
+                    "placed",
+                    display_name="collage",
+                    tooltip="For Collage Cross Attention, Collage Noise, Collage Control and Learn Layer Token.",
+                ),
                 io.Image.Output("image", tooltip="The composite. Encode it, and sample from it."),
-                io.Mask.Output("masks", tooltip=(
-                    "Where each layer is seen, one mask for each from back to front. Together with the background's they sum to one.")),
+                io.Mask.Output(
+                    "masks",
+                    tooltip=(
+                        "Where each layer is seen, one mask for each from back to front. Together with the background's"
+                        " they sum to one."
+                    ),
+                ),
                 io.Mask.Output("noise_map", tooltip="How freely each place may change, 0 to 1."),
-                io.String.Output("full_prompt", display_name="prompt", tooltip="The prompt, for nodes that need it as text."),
+                io.String.Output(
+                    "full_prompt", display_name="prompt", tooltip="The prompt, for nodes that need it as text."
+                ),
             ],
         )
 
@@ -179,29 +331,48 @@ class CollageCanvas(io.ComfyNode):
         shown = {
             "width": width,
             "height": height,
-            "background": background.strip() if background_image is None else previews.photograph(behind.movedim(0, -1)),
+            "background": (
+                background.strip() if background_image is None else previews.photograph(behind.movedim(0, -1))
+            ),
             "layers": [cls.shown(layer) for layer in layers],
         }
-        return io.NodeOutput(Collage(layers, masks, noise, prompt, behind), image[None], masks, noise[None], prompt, ui={"montage_canvas": [shown]})
+        return io.NodeOutput(
+            Collage(layers, masks, noise, prompt, behind),
+            image[None],
+            masks,
+            noise[None],
+            prompt,
+            ui={"montage_canvas": [shown]},
+        )
 
     @staticmethod
     def shown(layer):
         colour, alpha = layer.picture[:3], layer.picture[3:]
         straight = torch.cat([colour / alpha.clamp(min=1e-6), alpha]).movedim(0, -1)
-        return {"node": layer.node, "picture": previews.cutout(straight), "width": layer.picture.shape[2], "height": layer.picture.shape[1],
-                "text": layer.text}
+        return {
+            "node": layer.node,
+            "picture": previews.cutout(straight),
+            "width": layer.picture.shape[2],
+            "height": layer.picture.shape[1],
+            "text": layer.text,
+        }
 
     @classmethod
     def background(cls, colour, image, width, height):
         """What lies behind all layers, [3, H, W]."""
         if image is None:
             if not re.fullmatch(r"#[0-9a-fA-F]{6}", colour.strip()):
-                raise ValueError(f'{cls.NAME}: background "{colour}" is no colour. Write it as #rrggbb: #969696 is grey.')
-            rgb = torch.tensor([int(colour.strip()[i:i + 2], 16) for i in (1, 3, 5)]) / 255
+                raise ValueError(
+                    f'{cls.NAME}: background "{colour}" is no colour. Write it as #rrggbb: #969696 is grey.'
+                )
+            rgb = torch.tensor([int(colour.strip()[i : i + 2], 16) for i in (1, 3, 5)]) / 255
             return rgb[:, None, None].expand(3, height, width)
         image = image_of(cls.NAME, "background_image", image)
         if len(image) > 1:
-            raise ValueError(f"{cls.NAME}: background_image is a batch of {len(image)}, and there is one background. Pick one (Get Image from Batch).")
+            raise ValueError(
+                f"{cls.NAME}: background_image is a batch of {len(image)}, and there is one background. Pick one (Get"
+                " Image from Batch)."
+            )
         picture = image[..., :3].movedim(-1, 1)
         if picture.shape[2:] != (height, width):
             picture = comfy.utils.common_upscale(picture, width, height, "bicubic", "center").clamp(0, 1)
@@ -210,6 +381,7 @@ class CollageCanvas(io.ComfyNode):
 
 class CollageBias(bias.Bias):
     """S_pj += strength g(sigma) M_j (w_pos A_pos - w_neg A_neg)_pj on the layers' own tokens (paper, section 3.2)."""
+
     node = "Collage Cross Attention"
 
     def __init__(self, window, collage, owned, strength, growth):
@@ -228,14 +400,18 @@ class CollageBias(bias.Bias):
 
 
 def owned_tokens(node, clip, collage):
-    """Which layers own which token of the prompt, {position: (layer, ...)}. node: display name for the error that names a layer whose words are not there."""
+    """Which layers own which token of the prompt, {position: (layer, ...)}. node: display name for the error that names
+    a layer whose words are not there.
+    """
     runs = {}
     for number, layer in enumerate(collage.layers):
         if layer.text:
             try:
                 runs[number] = token_runs(clip, collage.prompt, layer.text)
             except ValueError as error:
-                raise ValueError(f"{node}: layer {number} (counted from the back; node {layer.node}): {error}") from None
+                raise ValueError(
+                    f"{node}: layer {number} (counted from the back; node {layer.node}): {error}"
+                ) from None
     return kernel.owners(runs)
 
 
@@ -248,29 +424,78 @@ class CollageCrossAttn(io.ComfyNode):
             node_id="CollageCrossAttn",
             display_name=cls.NAME,
             category=CATEGORY,
-            description="Draws the words of each layer to where the layer is seen, and keeps them away from everywhere else (Collage Diffusion). Sample its "
-                        "MODEL with its CONDITIONING as positive.",
+            description=(
+                "Draws the words of each layer to where the layer is seen, and keeps them away from everywhere else"
+                " (Collage Diffusion). Sample its MODEL with its CONDITIONING as positive."
+            ),
             search_aliases=["collage diffusion", "regional prompt", "layout control", "attention couple"],
             inputs=[
                 io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL."),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to it."),
                 COLLAGE.Input("collage", tooltip="From Collage Canvas: its prompt is what is encoded."),
-                io.Float.Input("strength", default=1.0, min=0.0, max=10.0, step=0.01, tooltip="Factor of every layer's w_pos and w_neg; 0 is off."),
-                io.Combo.Input("growth", options=list(kernel.GROWTH), default="log log", advanced=True, tooltip=(
-                    "How the bias depends on the noise sigma. log log: log(log(sigma + 1.01) + 1), the authors' default. log: log(sigma + 1.01), stronger at "
-                    "the first steps. constant: 1 at every step.")),
-                io.Float.Input("start", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
-                    "Where in the schedule it begins: 0 is the first step.")),
-                io.Float.Input("end", default=1.0, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
-                    "Where in the schedule it ends: 1 is after the last step.")),
-                io.String.Input("sites", default="all", advanced=True, tooltip=(
-                    "The cross-attention blocks: all (paper), encoder, middle, decoder, or a list like d0-3,m0,u2-5.")),
-                io.Conditioning.Input("conditioning", optional=True, tooltip=(
-                    "The canvas's prompt, if another node has encoded it already: CLIP Text Encode SDXL, for instance.")),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Factor of every layer's w_pos and w_neg; 0 is off.",
+                ),
+                io.Combo.Input(
+                    "growth",
+                    options=list(kernel.GROWTH),
+                    default="log log",
+                    advanced=True,
+                    tooltip=(
+                        "How the bias depends on the noise sigma. log log: log(log(sigma + 1.01) + 1), the authors'"
+                        " default. log: log(sigma + 1.01), stronger at the first steps. constant: 1 at every step."
+                    ),
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Where in the schedule it begins: 0 is the first step.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Where in the schedule it ends: 1 is after the last step.",
+                ),
+                io.String.Input(
+                    "sites",
+                    default="all",
+                    advanced=True,
+                    tooltip=(
+                        "The cross-attention blocks: all (paper), encoder, middle, decoder, or a list like"
+                        " d0-3,m0,u2-5."
+                    ),
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip=(
+                        "The canvas's prompt, if another node has encoded it already: CLIP Text Encode SDXL, for"
+                        " instance."
+                    ),
+                ),
             ],
             outputs=[
-                io.Model.Output("biased_model", display_name="MODEL", tooltip="The model that heeds the bias. It acts on this node's CONDITIONING only."),
-                io.Conditioning.Output("biased", display_name="CONDITIONING", tooltip="The canvas's prompt, for the sampler's positive."),
+                io.Model.Output(
+                    "biased_model",
+                    display_name="MODEL",
+                    tooltip="The model that heeds the bias. It acts on this node's CONDITIONING only.",
+                ),
+                io.Conditioning.Output(
+                    "biased", display_name="CONDITIONING", tooltip="The canvas's prompt, for the sampler's positive."
+                ),
             ],
         )
 
@@ -286,19 +511,26 @@ class CollageCrossAttn(io.ComfyNode):
             conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(collage.prompt))
         else:
             cls.check(clip, collage, conditioning)
-        steered = {position: layers for position, layers in owned.items()
-                   if any(collage.layers[layer].w_pos or collage.layers[layer].w_neg for layer in layers)}
+        steered = {
+            position: layers
+            for position, layers in owned.items()
+            if any(collage.layers[layer].w_pos or collage.layers[layer].w_neg for layer in layers)
+        }
         if not steered or strength == 0 or window.empty:
             return io.NodeOutput(model, conditioning)
-        return io.NodeOutput(bias.install(model), bias.attach(conditioning, CollageBias(window, collage, steered, strength, growth)))
+        return io.NodeOutput(
+            bias.install(model), bias.attach(conditioning, CollageBias(window, collage, steered, strength, growth))
+        )
 
     @classmethod
     def check(cls, clip, collage, conditioning):
-        needed, = {sum(map(len, chunks)) for chunks in clip.tokenize(collage.prompt).values()}
+        (needed,) = {sum(map(len, chunks)) for chunks in clip.tokenize(collage.prompt).values()}
         for tokens, _ in conditioning:
             if tokens.shape[1] < needed:
-                raise ValueError(f"{cls.NAME}: the conditioning has {tokens.shape[1]} tokens and the canvas's prompt {needed}. Encode the prompt that "
-                                 "Collage Canvas gives.")
+                raise ValueError(
+                    f"{cls.NAME}: the conditioning has {tokens.shape[1]} tokens and the canvas's prompt {needed}."
+                    " Encode the prompt that Collage Canvas gives."
+                )
 
 
 class CollageNoise(io.ComfyNode):
@@ -310,18 +542,40 @@ class CollageNoise(io.ComfyNode):
             node_id="CollageNoise",
             display_name=cls.NAME,
             category=CATEGORY,
-            description="Lets each place of a collage change as freely as its layer's noise says: 0 stays exactly as it is (Collage Diffusion, per-layer "
-                        "harmonisation). Sample the encoded image of Collage Canvas.",
-            search_aliases=["collage diffusion", "harmonize", "harmonise", "differential diffusion", "per-region denoise", "img2img"],
+            description=(
+                "Lets each place of a collage change as freely as its layer's noise says: 0 stays exactly as it is"
+                " (Collage Diffusion, per-layer harmonisation). Sample the encoded image of Collage Canvas."
+            ),
+            search_aliases=[
+                "collage diffusion",
+                "harmonize",
+                "harmonise",
+                "differential diffusion",
+                "per-region denoise",
+                "img2img",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="From Collage Cross Attention, or any."),
                 COLLAGE.Input("collage", tooltip="From Collage Canvas: its noise map is what is followed."),
-                io.Float.Input("dilation", default=4.0, min=0.0, max=64.0, step=0.5, advanced=True, tooltip=(
-                    "Latent pixels by which what is not yet free is grown while the noise is strong (paper: 4 at 512 px; 0 is off).")),
+                io.Float.Input(
+                    "dilation",
+                    default=4.0,
+                    min=0.0,
+                    max=64.0,
+                    step=0.5,
+                    advanced=True,
+                    tooltip=(
+                        "Latent pixels by which what is not yet free is grown while the noise is strong (paper: 4 at"
+                        " 512 px; 0 is off)."
+                    ),
+                ),
             ],
             outputs=[
-                io.Model.Output("harmonising_model", display_name="MODEL", tooltip=(
-                    "The model that follows the noise map. A noise_mask in the latent acts too.")),
+                io.Model.Output(
+                    "harmonising_model",
+                    display_name="MODEL",
+                    tooltip="The model that follows the noise map. A noise_mask in the latent acts too.",
+                ),
                 io.Float.Output("denoise", tooltip="For the sampler's denoise: the largest noise of the map."),
             ],
         )
@@ -329,7 +583,9 @@ class CollageNoise(io.ComfyNode):
     @classmethod
     def execute(cls, model, collage, dilation):
         numbers(cls.NAME, dilation=dilation)
-        return io.NodeOutput(harmonise.with_noise_map(model, cls.NAME, collage.noise, dilation), float(collage.noise.max()))
+        return io.NodeOutput(
+            run_masks.with_noise_map(model, cls.NAME, collage.noise, dilation), float(collage.noise.max())
+        )
 
 
 class CollageControl(io.ComfyNode):
@@ -341,15 +597,30 @@ class CollageControl(io.ComfyNode):
             node_id="CollageControl",
             display_name=cls.NAME,
             category=CATEGORY,
-            description="Makes ControlNets act on each place as strongly as the control of the layer that is seen there says (Collage Diffusion). Apply them "
-                        "to the conditioning as always.",
+            description=(
+                "Makes ControlNets act on each place as strongly as the control of the layer that is seen there says"
+                " (Collage Diffusion). Apply them to the conditioning as always."
+            ),
             search_aliases=["collage diffusion", "controlnet mask", "regional controlnet"],
             inputs=[
                 io.Model.Input("model", tooltip="From Collage Cross Attention, or any."),
                 COLLAGE.Input("collage", tooltip="From Collage Canvas."),
-                io.Float.Input("background", default=0.0, min=0.0, max=10.0, step=0.01, tooltip="The same for where no layer is (paper: 0)."),
+                io.Float.Input(
+                    "background",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="The same for where no layer is (paper: 0).",
+                ),
             ],
-            outputs=[io.Model.Output("controlled_model", display_name="MODEL", tooltip="The model that weighs what ControlNets add, in both CFG halves.")],
+            outputs=[
+                io.Model.Output(
+                    "controlled_model",
+                    display_name="MODEL",
+                    tooltip="The model that weighs what ControlNets add, in both CFG halves.",
+                )
+            ],
         )
 
     @classmethod
@@ -357,7 +628,7 @@ class CollageControl(io.ComfyNode):
         numbers(cls.NAME, background=background)
         factors = torch.tensor([layer.control for layer in collage.layers])
         strength = torch.einsum("n,nhw->hw", factors, collage.masks) + background * (1 - collage.masks.sum(0))
-        return io.NodeOutput(harmonise.with_control_map(model, cls.NAME, strength))
+        return io.NodeOutput(run_masks.with_control_map(model, cls.NAME, strength))
 
 
 NODES = [CollageLayer, CollageCanvas, CollageCrossAttn, CollageNoise, CollageControl]

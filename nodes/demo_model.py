@@ -1,4 +1,7 @@
-"""The small trained model that this pack brings along, and pictures of its world, for the example workflows and tests."""
+"""The small trained model that this pack brings along, and pictures of its world, for the example workflows and
+tests.
+"""
+
 import comfy.controlnet
 import comfy.sd
 import comfy.utils
@@ -14,27 +17,39 @@ class MontageDemoModel(io.ComfyNode):
             node_id="MontageDemoModel",
             display_name="Montage Demo Model",
             category="montage",
-            description="Loads Montage's own small model, so that its example workflows run without a download: 128x128 scenes like "
-                        '"a red striped ball and a blue star on grass", in a second each on a CPU.',
+            description=(
+                "Loads Montage's own small model, so that its example workflows run without a download: 128x128 scenes"
+                ' like "a red striped ball and a blue star on grass", in a second each on a CPU.'
+            ),
             search_aliases=["tiny model", "test model"],
             outputs=[
                 io.Model.Output("model", tooltip="A small UNet of SD1.x's structure."),
-                io.Clip.Output("clip",
-                               tooltip="Its text encoder. Words: colours, plain striped dotted checkered, ball box star ring tree house, in the "
-                                       "sky, on grass, on sand, at night, by a brick wall, on snow."),
+                io.Clip.Output(
+                    "clip",
+                    tooltip=(
+                        "Its text encoder. Words: colours, plain striped dotted checkered, ball box star ring tree"
+                        " house, in the sky, on grass, on sand, at night, by a brick wall, on snow."
+                    ),
+                ),
                 io.Vae.Output("vae", tooltip="Its autoencoder."),
-                io.ControlNet.Output("control_net", tooltip="Its ControlNet. Hint: the objects' outlines, white on black, as Canny draws them."),
+                io.ControlNet.Output(
+                    "control_net",
+                    tooltip="Its ControlNet. Hint: the objects' outlines, white on black, as Canny draws them.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls):
-        from ..demo import family
+        from ..demo import supported_model
 
-        family.register()
+        supported_model.register()
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-            str(family.WEIGHTS), embedding_directory=folder_paths.get_folder_paths("embeddings"))
-        control = comfy.controlnet.load_controlnet(str(family.WEIGHTS.with_name("demo-controlnet.safetensors")))
+            str(supported_model.WEIGHTS), embedding_directory=folder_paths.get_folder_paths("embeddings")
+        )
+        control = comfy.controlnet.load_controlnet(
+            str(supported_model.WEIGHTS.with_name("demo-controlnet.safetensors"))
+        )
         return io.NodeOutput(model, clip, vae, control)
 
 
@@ -47,14 +62,30 @@ class MontageDemoCutout(io.ComfyNode):
             node_id="MontageDemoCutout",
             display_name=cls.NAME,
             category="montage",
-            description="Draws one object of the demo model's world as a cut-out with alpha, so that the example workflows of collages run without a download.",
+            description=(
+                "Draws one object of the demo model's world as a cut-out with alpha, so that the example workflows of"
+                " collages run without a download."
+            ),
             search_aliases=["test picture", "sample image"],
             inputs=[
-                io.String.Input("words", default="a red striped ball", tooltip=(
-                    "A colour (red green blue yellow purple orange white black), a texture (nothing, striped, dotted or checkered) and a shape (ball box star "
-                    "ring tree house).")),
-                io.Int.Input("look", default=0, min=0, max=0xffffffff, tooltip=(
-                    "What words do not say: brightness, light, outline, the texture's direction and size. Another number, another look.")),
+                io.String.Input(
+                    "words",
+                    default="a red striped ball",
+                    tooltip=(
+                        "A colour (red green blue yellow purple orange white black), a texture (nothing, striped,"
+                        " dotted or checkered) and a shape (ball box star ring tree house)."
+                    ),
+                ),
+                io.Int.Input(
+                    "look",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    tooltip=(
+                        "What words do not say: brightness, light, outline, the texture's direction and size. Another"
+                        " number, another look."
+                    ),
+                ),
             ],
             outputs=[io.Image.Output("cutout", display_name="IMAGE", tooltip="128x128 with alpha, for Collage Layer.")],
         )
@@ -65,13 +96,22 @@ class MontageDemoCutout(io.ComfyNode):
 
         drawn = scenes.sample(1, torch.Generator().manual_seed(look), count=1)
         named = words.lower().split()
-        for slot, known in ((drawn.shape, scenes.SHAPES), (drawn.colour, list(scenes.COLOURS)), (drawn.texture, scenes.TEXTURES)):
+        for slot, known in (
+            (drawn.shape, scenes.SHAPES),
+            (drawn.colour, list(scenes.COLOURS)),
+            (drawn.texture, scenes.TEXTURES),
+        ):
             found = [word for word in named if word in known] or (["plain"] if known is scenes.TEXTURES else [])
             if len(found) != 1:
-                raise ValueError(f'{cls.NAME}: "{words}" has {len(found)} of the words {", ".join(known)}. Write one colour, one shape, and one texture or '
-                                 "none: a red striped ball.")
+                raise ValueError(
+                    f'{cls.NAME}: "{words}" has {len(found)} of the words {", ".join(known)}. Write one colour, one'
+                    " shape, and one texture or none: a red striped ball."
+                )
             slot[:, 0] = known.index(found[0])
-        drawn.centre[:, 0], drawn.radius[:, 0] = 0.5, 0.22  # as large as in the scenes of two that the model knows, and twice as fine
+        drawn.centre[:, 0], drawn.radius[:, 0] = (
+            0.5,
+            0.22,
+        )  # as large as in the scenes of two that the model knows, and twice as fine
         return io.NodeOutput(scenes.cutouts(drawn, 0, 256)[:, :, 64:192, 64:192].movedim(1, -1))
 
 
@@ -84,8 +124,11 @@ class MontageDemoSubject(io.ComfyNode):
             node_id="MontageDemoSubject",
             display_name=cls.NAME,
             category="montage",
-            description="Teaches the demo model a subject of its own, a ball with a swirl that no word names, and shows a photo of it, so that the example "
-                        'workflows of personal subjects run without a download. Say "sks" for it: a sks ball on grass.',
+            description=(
+                "Teaches the demo model a subject of its own, a ball with a swirl that no word names, and shows a photo"
+                ' of it, so that the example workflows of personal subjects run without a download. Say "sks" for it: a'
+                " sks ball on grass."
+            ),
             search_aliases=["test lora", "personal subject"],
             inputs=[
                 io.Model.Input("model", tooltip="The demo model."),
@@ -99,11 +142,13 @@ class MontageDemoSubject(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, photo):
-        from ..demo import family, scenes
+        from ..demo import scenes, supported_model
 
-        lora = comfy.utils.load_torch_file(str(family.WEIGHTS.with_name("demo-subject-lora.safetensors")), safe_load=True)
+        lora = comfy.utils.load_torch_file(
+            str(supported_model.WEIGHTS.with_name("demo-subject-lora.safetensors")), safe_load=True
+        )
         personal, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
-        return io.NodeOutput(personal, scenes.photos()[1][photo:photo + 1].movedim(1, -1))
+        return io.NodeOutput(personal, scenes.photos()[1][photo : photo + 1].movedim(1, -1))
 
 
 NODES = [MontageDemoModel, MontageDemoCutout, MontageDemoSubject]

@@ -3,6 +3,7 @@
 Whoever has boxes or points from elsewhere (RT-DETR, SAM 3, a hand) gives them to SubjectSegment; whoever has
 a mask needs nothing of this file.
 """
+
 import logging
 from contextlib import contextmanager
 
@@ -40,19 +41,43 @@ class SubjectLocalizeLoader(io.ComfyNode):
             node_id="SubjectLocalizeLoader",
             display_name="Load Subject Localizer",
             category=CATEGORY,
-            description="Loads Grounding DINO, which finds words in a picture, and Segment Anything, which cuts out what was found.",
+            description=(
+                "Loads Grounding DINO, which finds words in a picture, and Segment Anything, which cuts out what was"
+                " found."
+            ),
             search_aliases=["GroundingDINO", "grounding dino loader", "segment anything loader", "SAM loader"],
             inputs=[
-                io.Combo.Input("detector", options=files.offered(files.DETECTORS), tooltip=(
-                    "Grounding DINO checkpoint in models/grounding-dino: swint is the smaller, swinb finds more. none if you only segment boxes or points.")),
-                io.Combo.Input("segmenter", options=files.offered(files.SEGMENTERS), tooltip=(
-                    "Segment Anything checkpoint in models/sams: vit_b is the fastest, vit_h the most exact. none if boxes are enough.")),
-                io.Combo.Input("precision", options=["auto", "fp32", "fp16"], advanced=True, tooltip=(
-                    "Of the segmenter's image encoder. auto: fp16 on GPUs that are good at it, fp32 elsewhere. The detector always computes in fp32.")),
+                io.Combo.Input(
+                    "detector",
+                    options=files.offered(files.DETECTORS),
+                    tooltip=(
+                        "Grounding DINO checkpoint in models/grounding-dino: swint is the smaller, swinb finds more."
+                        " none if you only segment boxes or points."
+                    ),
+                ),
+                io.Combo.Input(
+                    "segmenter",
+                    options=files.offered(files.SEGMENTERS),
+                    tooltip=(
+                        "Segment Anything checkpoint in models/sams: vit_b is the fastest, vit_h the most exact. none"
+                        " if boxes are enough."
+                    ),
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=["auto", "fp32", "fp16"],
+                    advanced=True,
+                    tooltip=(
+                        "Of the segmenter's image encoder. auto: fp16 on GPUs that are good at it, fp32 elsewhere. The"
+                        " detector always computes in fp32."
+                    ),
+                ),
             ],
             outputs=[
                 DETECTOR.Output("detector", tooltip="Finds words in a picture: for Subject Localize."),
-                SEGMENTER.Output("segmenter", tooltip="Cuts out boxes and points: for Subject Localize and Subject Segment."),
+                SEGMENTER.Output(
+                    "segmenter", tooltip="Cuts out boxes and points: for Subject Localize and Subject Segment."
+                ),
             ],
         )
 
@@ -67,30 +92,63 @@ class SubjectLocalizeLoader(io.ComfyNode):
 
 def choice_inputs(default: str) -> list:
     return [
-        io.Combo.Input("choose", options=boxes.CHOICES, default=default, tooltip=(
-            "Which of the boxes with the same label are cut out: the one with the best score, the largest, all, or the one at index.")),
-        io.Int.Input("index", default=0, min=0, max=899, tooltip=(
-            "For choose = index: 0 is the best score, 1 the next. The overlay shows the numbers.")),
+        io.Combo.Input(
+            "choose",
+            options=boxes.CHOICES,
+            default=default,
+            tooltip=(
+                "Which of the boxes with the same label are cut out: the one with the best score, the largest, all, or"
+                " the one at index."
+            ),
+        ),
+        io.Int.Input(
+            "index",
+            default=0,
+            min=0,
+            max=899,
+            tooltip="For choose = index: 0 is the best score, 1 the next. The overlay shows the numbers.",
+        ),
     ]
 
 
 def mask_inputs() -> list:
     return [
-        io.Int.Input("dilation", default=5, min=0, max=512, tooltip=(
-            "Pixels by which edit_mask is larger than subject_mask on every side. MCA-Ctrl uses 5 at 512 px.")),
-        io.Combo.Input("if_nothing_found", options=[EMPTY, ERROR], tooltip=(
-            "empty mask: an image without the subject gets a black mask and a warning in the log. error: the run stops and says why.")),
+        io.Int.Input(
+            "dilation",
+            default=5,
+            min=0,
+            max=512,
+            tooltip="Pixels by which edit_mask is larger than subject_mask on every side. MCA-Ctrl uses 5 at 512 px.",
+        ),
+        io.Combo.Input(
+            "if_nothing_found",
+            options=[EMPTY, ERROR],
+            tooltip=(
+                "empty mask: an image without the subject gets a black mask and a warning in the log. error: the run"
+                " stops and says why."
+            ),
+        ),
     ]
 
 
 def outputs() -> list:
     return [
-        io.Mask.Output("subject_mask", tooltip="What was cut out, one mask for each image. For MCA-Ctrl, of the subject image: M_S."),
-        io.Mask.Output("edit_mask", tooltip="subject_mask grown by dilation: the editable region. For MCA-Ctrl, of the condition image: M_C."),
+        io.Mask.Output(
+            "subject_mask",
+            tooltip="What was cut out, one mask for each image. For MCA-Ctrl, of the subject image: M_S.",
+        ),
+        io.Mask.Output(
+            "edit_mask",
+            tooltip="subject_mask grown by dilation: the editable region. For MCA-Ctrl, of the condition image: M_C.",
+        ),
         io.BoundingBox.Output("boxes", tooltip="The chosen boxes of each image, in pixels, with label and score."),
-        io.Image.Output("overlay", tooltip=(
-            "Each image with the subject tinted, the border of edit_mask in yellow, the chosen boxes in colour and those left out in grey, "
-            "each with its index, label and score.")),
+        io.Image.Output(
+            "overlay",
+            tooltip=(
+                "Each image with the subject tinted, the border of edit_mask in yellow, the chosen boxes in colour and"
+                " those left out in grey, each with its index, label and score."
+            ),
+        ),
     ]
 
 
@@ -102,31 +160,101 @@ class SubjectLocalize(io.ComfyNode):
             display_name="Subject Localize",
             category=CATEGORY,
             description="From words to a mask: finds the phrases in each image and cuts them out.",
-            search_aliases=["text to mask", "GroundingDINO", "grounding dino sam", "segment anything", "MCA-Ctrl", "subject mask"],
+            search_aliases=[
+                "text to mask",
+                "GroundingDINO",
+                "grounding dino sam",
+                "segment anything",
+                "MCA-Ctrl",
+                "subject mask",
+            ],
             inputs=[
                 DETECTOR.Input("detector", tooltip="From Load Subject Localizer."),
                 io.Image.Input("image", tooltip="One image or a batch; every image gets its own mask."),
-                io.String.Input("phrase", multiline=True, default="a cat", tooltip=(
-                    "What to find. Several things at once: one a line, or separated by full stops; the mask is their union.")),
-                io.Float.Input("box_threshold", default=0.3, min=0.0, max=1.0, step=0.01, tooltip=(
-                    "The least score of a box, which is that of its best word. 0.25 to 0.35 is usual; lower finds more, and more that is wrong.")),
-                io.Float.Input("text_threshold", default=0.25, min=0.0, max=1.0, step=0.01, tooltip=(
-                    "The least score that the best of a phrase's own words must have in a box for the box to count as that phrase.")),
+                io.String.Input(
+                    "phrase",
+                    multiline=True,
+                    default="a cat",
+                    tooltip=(
+                        "What to find. Several things at once: one a line, or separated by full stops; the mask is"
+                        " their union."
+                    ),
+                ),
+                io.Float.Input(
+                    "box_threshold",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "The least score of a box, which is that of its best word. 0.25 to 0.35 is usual; lower finds"
+                        " more, and more that is wrong."
+                    ),
+                ),
+                io.Float.Input(
+                    "text_threshold",
+                    default=0.25,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "The least score that the best of a phrase's own words must have in a box for the box to count"
+                        " as that phrase."
+                    ),
+                ),
                 *choice_inputs("best score"),
                 *mask_inputs(),
-                io.Int.Input("detect_size", default=800, min=128, max=1333, advanced=True, tooltip=(
-                    "The short side in pixels at which an image is searched. 800 is the detector's own; MCA-Ctrl uses 400: faster, but misses small things.")),
-                io.Float.Input("nms_threshold", default=0.8, min=0.0, max=1.0, step=0.01, advanced=True, tooltip=(
-                    "Of boxes with the same label that overlap by more than this (IoU) only the best stays. 1 keeps all.")),
-                SEGMENTER.Input("segmenter", optional=True, tooltip="From Load Subject Localizer. Without it the masks are the filled boxes."),
+                io.Int.Input(
+                    "detect_size",
+                    default=800,
+                    min=128,
+                    max=1333,
+                    advanced=True,
+                    tooltip=(
+                        "The short side in pixels at which an image is searched. 800 is the detector's own; MCA-Ctrl"
+                        " uses 400: faster, but misses small things."
+                    ),
+                ),
+                io.Float.Input(
+                    "nms_threshold",
+                    default=0.8,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip=(
+                        "Of boxes with the same label that overlap by more than this (IoU) only the best stays. 1 keeps"
+                        " all."
+                    ),
+                ),
+                SEGMENTER.Input(
+                    "segmenter",
+                    optional=True,
+                    tooltip="From Load Subject Localizer. Without it the masks are the filled boxes.",
+                ),
             ],
             outputs=outputs(),
         )
 
     @classmethod
-    def execute(cls, detector, image, phrase, box_threshold, text_threshold, choose, index, dilation, if_nothing_found,
-                detect_size, nms_threshold, segmenter=None):
-        numbers("SubjectLocalize", box_threshold=box_threshold, text_threshold=text_threshold, nms_threshold=nms_threshold)
+    def execute(
+        cls,
+        detector,
+        image,
+        phrase,
+        box_threshold,
+        text_threshold,
+        choose,
+        index,
+        dilation,
+        if_nothing_found,
+        detect_size,
+        nms_threshold,
+        segmenter=None,
+    ):
+        numbers(
+            "SubjectLocalize", box_threshold=box_threshold, text_threshold=text_threshold, nms_threshold=nms_threshold
+        )
         with said_by("SubjectLocalize"):
             if detector is None:
                 raise Problem("the loader has detector = none; choose a Grounding DINO file in Load Subject Localizer.")
@@ -138,7 +266,9 @@ class SubjectLocalize(io.ComfyNode):
 
             chosen, others, reasons = [], [], []
             for found in pipeline.find(detector, pictures, phrases, detect_size, tick):
-                candidates = boxes.without_duplicates(pipeline.labelled(found, phrases, size, box_threshold, text_threshold), nms_threshold)
+                candidates = boxes.without_duplicates(
+                    pipeline.labelled(found, phrases, size, box_threshold, text_threshold), nms_threshold
+                )
                 chosen.append(boxes.choose(candidates, choose, index))
                 others.append([box for box in candidates if box not in chosen[-1]])
                 reasons.append(why_nothing(phrases, float(found.scores.max()), candidates, chosen[-1], index))
@@ -157,43 +287,81 @@ class SubjectSegment(io.ComfyNode):
             node_id="SubjectSegment",
             display_name="Subject Segment",
             category=CATEGORY,
-            description="Cuts out boxes or points that come from elsewhere: RT-DETR, SAM 3, another detector, or your hand.",
+            description=(
+                "Cuts out boxes or points that come from elsewhere: RT-DETR, SAM 3, another detector, or your hand."
+            ),
             search_aliases=["segment anything", "SAM", "box to mask", "points to mask", "RT-DETR"],
             inputs=[
                 SEGMENTER.Input("segmenter", tooltip="From Load Subject Localizer."),
                 io.Image.Input("image", tooltip="One image or a batch; every image gets its own mask."),
                 *choice_inputs("all"),
                 *mask_inputs(),
-                io.BoundingBox.Input("boxes", optional=True, force_input=True, tooltip=(
-                    "Boxes in pixels: one list for each image, or one box or list for all of them.")),
-                io.String.Input("positive_coords", optional=True, force_input=True, tooltip=(
-                    'Points on the subject, in pixels, as JSON: [{"x": 120, "y": 80}]. Points in a box help that box; those in none make one more mask.')),
-                io.String.Input("negative_coords", optional=True, force_input=True, tooltip=(
-                    'Points beside the subject, in pixels, as JSON: [{"x": 20, "y": 10}].')),
+                io.BoundingBox.Input(
+                    "boxes",
+                    optional=True,
+                    force_input=True,
+                    tooltip="Boxes in pixels: one list for each image, or one box or list for all of them.",
+                ),
+                io.String.Input(
+                    "positive_coords",
+                    optional=True,
+                    force_input=True,
+                    tooltip=(
+                        'Points on the subject, in pixels, as JSON: [{"x": 120, "y": 80}]. Points in a box help that'
+                        " box; those in none make one more mask."
+                    ),
+                ),
+                io.String.Input(
+                    "negative_coords",
+                    optional=True,
+                    force_input=True,
+                    tooltip='Points beside the subject, in pixels, as JSON: [{"x": 20, "y": 10}].',
+                ),
             ],
             outputs=outputs(),
         )
 
     @classmethod
-    def execute(cls, segmenter, image, choose, index, dilation, if_nothing_found, boxes=None, positive_coords=None, negative_coords=None):
+    def execute(
+        cls,
+        segmenter,
+        image,
+        choose,
+        index,
+        dilation,
+        if_nothing_found,
+        boxes=None,
+        positive_coords=None,
+        negative_coords=None,
+    ):
         with said_by("SubjectSegment"):
             if segmenter is None:
-                raise Problem("the loader has segmenter = none; choose a Segment Anything file in Load Subject Localizer.")
+                raise Problem(
+                    "the loader has segmenter = none; choose a Segment Anything file in Load Subject Localizer."
+                )
             if boxes is None and not (positive_coords or "").strip():
                 raise Problem("there is nothing to cut out; wire boxes or positive_coords.")
-            return segment(segmenter, image, choose, index, dilation, if_nothing_found, boxes, positive_coords, negative_coords)
+            return segment(
+                segmenter, image, choose, index, dilation, if_nothing_found, boxes, positive_coords, negative_coords
+            )
 
 
 def segment(segmenter, image, choose, index, dilation, if_nothing_found, given, positive_coords, negative_coords):
     pictures, (height, width) = pipeline.as_bytes(image), image.shape[1:3]
     positive = boxes.read_points(positive_coords, "positive_coords")
     negative = boxes.read_points(negative_coords, "negative_coords")
-    candidates = [[box for box in (boxes.inside(box, height, width) for box in row) if box] for row in boxes.per_image(given, len(pictures))]
+    candidates = [
+        [box for box in (boxes.inside(box, height, width) for box in row) if box]
+        for row in boxes.per_image(given, len(pictures))
+    ]
     chosen = [boxes.choose(row, choose, index) for row in candidates]
     others = [[box for box in row if box not in kept] for row, kept in zip(candidates, chosen, strict=True)]
     prompts = [pipeline.prompts_of(kept, positive, negative) for kept in chosen]
     masks = pipeline.cut(segmenter, pictures, prompts, progress(len(pictures)))
-    reasons = ["the segmenter cut nothing out of the boxes and points." if row else "no box was given for it." for row in prompts]
+    reasons = [
+        "the segmenter cut nothing out of the boxes and points." if row else "no box was given for it."
+        for row in prompts
+    ]
     return result("SubjectSegment", image, masks, dilation, chosen, others, reasons, if_nothing_found)
 
 
@@ -214,7 +382,10 @@ def why_nothing(phrases: list[str], best: float, candidates: list[dict], chosen:
         return "the segmenter cut nothing out of the boxes; try other words or a larger segmenter."
     if candidates:
         return f"no label has {index + 1} boxes; lower index."
-    return f"the best score for {', '.join(map(repr, phrases))} is {best:.2f}; lower the thresholds or describe it in other words."
+    return (
+        f"the best score for {', '.join(map(repr, phrases))} is {best:.2f}; lower the thresholds or describe it in"
+        " other words."
+    )
 
 
 def result(node, image, masks, dilation, chosen, others, reasons, if_nothing_found):
@@ -227,7 +398,9 @@ def result(node, image, masks, dilation, chosen, others, reasons, if_nothing_fou
             log.warning("%s: %s", node, sentence)
     subject = masks.float()
     edit = boxes.dilate(subject, dilation)
-    drawn = torch.stack([boxes.overlay(*row) for row in zip(pipeline.rgb_of(image), subject, edit, chosen, others, strict=True)])
+    drawn = torch.stack(
+        [boxes.overlay(*row) for row in zip(pipeline.rgb_of(image), subject, edit, chosen, others, strict=True)]
+    )
     place = {"device": mm.intermediate_device(), "dtype": mm.intermediate_dtype()}
     return io.NodeOutput(subject.to(**place), edit.to(**place), chosen, drawn.to(**place))
 

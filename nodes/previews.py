@@ -3,6 +3,7 @@
 A file is named by the hash of its content: its address never changes meaning, an unchanged picture is written and
 downloaded once, and the names tell the editor whether its strokes were painted on these pictures.
 """
+
 import hashlib
 import os
 import uuid
@@ -49,7 +50,9 @@ def shrunk(picture, resampling):
 
 
 def name_of(image):
-    return hashlib.sha1(f"{image.width}x{image.height} ".encode() + image.tobytes(), usedforsecurity=False).hexdigest()[:20]
+    return hashlib.sha1(f"{image.width}x{image.height} ".encode() + image.tobytes(), usedforsecurity=False).hexdigest()[
+        :20
+    ]
 
 
 def keep(name, image, side=LONG_SIDE, **options):

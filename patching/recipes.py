@@ -11,12 +11,12 @@ exists only in the options of a single evaluation, so nothing is left behind by 
 every other pack's attn1_patch: those then act on what is composed exactly as they act on a plain image. A recipe that
 needs several attentions at a site also gets the attn1 slot there, which hands each of them to whoever held it before.
 """
+
 from typing import NamedTuple
 
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .branches import Branch
 from .session import KEY, Session
 from .sites import sites_of
 
@@ -25,8 +25,8 @@ class Recipe:
     """What the target does with its streams, at the sites and steps of a window. Subclasses say how.
 
     node: the display name for messages. window: schedule.Window. streams: the streams it reads, tuple of Stream.
-    branches: whether it may feed a site from several attentions, or from one over a part of the rows. One recipe can at a
-    site and step, and acts after those that do not.
+    branches: whether it may feed a site from several attentions, or from one over a part of the rows. One recipe can at
+    a site and step, and acts after those that do not.
     """
 
     node = "Montage"
@@ -40,8 +40,8 @@ class Recipe:
         """Raise ValueError where the run at hand does not fit; called before sampling."""
 
     def start(self, session, noise, latent_image, sigmas):
-        """The noise and latent image that the run begins with, [B, C, h, w], and its schedule: where no step of that is left, the
-        latent image is what the run gives."""
+        """The noise and latent image that the run begins with, [B, C, h, w], and its schedule: where no step of that is
+        left, the latent image is what the run gives."""
         return noise, latent_image, sigmas
 
     def latent(self, session, x):
@@ -57,57 +57,72 @@ class Recipe:
         return output
 
     def keep(self, number, n, grid):
-        """What to keep of stream `number` at a site. n: [1, tokens, channels], which others may write into; grid: (h, w)."""
+        """What to keep of stream `number` at a site. n: [1, tokens, channels], which others may write into; grid: (h,
+        w).
+        """
         return n.clone()
 
     def attn1(self, session, n, k, v, sources, grid):
-        """The self-attention of one CFG half at a site: [Branch]. n, k, v: the inputs of Q, K and V, [B, tokens, channels].
+        """The self-attention of one CFG half at a site: [Branch]. n, k, v: the inputs of Q, K and V, [B, tokens,
+        channels].
         sources: what was kept, by stream. grid: (h, w) of the tokens."""
         raise NotImplementedError
 
 
 def begin_on(stream, recipe, session, noise, latent_image, sigma=None):
-    """The noise and latent image that put a run on a stream's trajectory at its first sigma (sigma: that of a shortened schedule),
-    whatever the sampler's seed.
+    """The noise and latent image that put a run on a stream's trajectory at its first sigma (sigma: that of a shortened
+    schedule), whatever the sampler's seed.
 
-    At the schedule's start they are the stream's own; inside it, the noise that leads to its latent, x = latent + sigma * noise.
-    Where the sampler adds no noise to another latent, it goes on with what an earlier sampler began, and nothing is changed.
+    At the schedule's start they are the stream's own; inside it, the noise that leads to its latent, x = latent + sigma
+    * noise. Where the sampler adds no noise to another latent, it goes on with what an earlier sampler began, and
+    nothing is changed.
     Raises ValueError for any other latent than the one that the stream began with.
     """
     run, row = stream
-    latent = run.latent_image[row:row + 1]
+    latent = run.latent_image[row : row + 1]
     shortened, sigma = sigma not in (None, session.sigmas[0]), session.sigmas[0] if sigma is None else sigma
     if not torch.equal(latent_image.cpu(), latent.expand_as(latent_image)):
         if noise.any() or shortened:
-            raise ValueError(f"{recipe.node}: the sampler was given another latent than its images began with. Connect the LATENT that the node "
-                             f"gives; for a detailer or a second pass over a picture, use the MODEL before this node.")
+            raise ValueError(
+                f"{recipe.node}: the sampler was given another latent than its images began with. Connect the LATENT"
+                " that the node gives; for a detailer or a second pass over a picture, use the MODEL before this node."
+            )
         return noise, latent_image
     if sigma == run.sigmas[0]:
-        own = run.noise[row:row + 1]
+        own = run.noise[row : row + 1]
     else:
-        x = session.evaluation_of(recipe, run, (sigma, run.visit_that_continues(sigma), 0)).x[row:row + 1]
+        x = session.evaluation_of(recipe, run, (sigma, run.visit_that_continues(sigma), 0)).x[row : row + 1]
         own = (x - session.model.model.process_latent_in(latent) * bool(latent.count_nonzero())) / sigma
     return own.expand_as(noise).to(noise), latent.expand_as(latent_image).to(latent_image)
 
 
 class Patch(NamedTuple):
     """What is installed in a MODEL. Immutable, so that clones can share it."""
+
     groups: tuple = ()  # of recipes: those of one node
     recordings: tuple = ()
     maps: tuple = ()  # of words that the run looks for
 
 
 def install(model, *recipes, recording=None, token_map=None):
-    """A clone of the MODEL with a node's recipes, a recording or a map of words on top. The MODEL that came in is not changed."""
+    """A clone of the MODEL with a node's recipes, a recording or a map of words on top. The MODEL that came in is not
+    changed.
+    """
     sites_of(model)  # refuses what is no UNet
     old = model.attachments.get(KEY, Patch())
-    patch = Patch(old.groups + ((recipes,) if recipes else ()), old.recordings + ((recording,) if recording else ()),
-                  old.maps + ((token_map,) if token_map else ()))
+    patch = Patch(
+        old.groups + ((recipes,) if recipes else ()),
+        old.recordings + ((recording,) if recording else ()),
+        old.maps + ((token_map,) if token_map else ()),
+    )
     patched = model.clone()
     patched.set_attachments(KEY, patch)
     patched.set_additional_models(KEY, _control_models(recipe for group in patch.groups for recipe in group))
-    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, _outer_sample), (WrappersMP.PREDICT_NOISE, _predict_noise),
-                          (WrappersMP.CALC_COND_BATCH, _calc_cond_batch)):
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, _outer_sample),
+        (WrappersMP.PREDICT_NOISE, _predict_noise),
+        (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
+    ):
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     return patched
@@ -116,12 +131,15 @@ def install(model, *recipes, recording=None, token_map=None):
 def _control_models(recipes):
     """The ControlNets that replays will need, for ComfyUI to load beside the UNet."""
     runs = dict.fromkeys(stream.run for recipe in recipes for stream in recipe.streams)
-    controls = dict.fromkeys(cond["control"] for run in runs for group in run.conds.values() for cond in group if "control" in cond)
+    controls = dict.fromkeys(
+        cond["control"] for run in runs for group in run.conds.values() for cond in group if "control" in cond
+    )
     models = [model for control in controls for model in control.get_models()]
     return list(dict.fromkeys(models))
 
 
 # ---------------------------------------------------------------- wrappers
+
 
 def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
     guider = executor.class_obj
@@ -131,7 +149,11 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, denoise_mask=N
     session.record(noise, latent_image, sigmas, denoise_mask)
     guider.model_options["transformer_options"][KEY] = session  # this run's own copy of the options
     try:
-        output = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs) if len(sigmas) > 1 else latent_image
+        output = (
+            executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+            if len(sigmas) > 1
+            else latent_image
+        )
     finally:
         session.close()
     for recipe in session.recipes:

@@ -1,10 +1,14 @@
 """When a recipe acts: windows over the steps of a schedule, and names for the evaluations of a run."""
+
 from collections import Counter
 from typing import NamedTuple
 
 
 class Window(NamedTuple):
-    """A part of the schedule and a set of sites (none: only latents are touched). Step i of n lies at i / n; it is inside when start <= i/n < end."""
+    """A part of the schedule and a set of sites (none: only latents are touched). Step i of n lies at i / n; it is
+    inside when start <= i/n < end.
+    """
+
     start: float
     end: float
     sites: tuple
@@ -33,7 +37,9 @@ def position(sigma, sigmas):
 
 def in_words(sigmas):
     """A schedule, for messages."""
-    return f"{len(sigmas) - 1} steps from sigma {sigmas[0]:.4g} through {sigmas[len(sigmas) // 2]:.4g} to {sigmas[-1]:.4g}"
+    return (
+        f"{len(sigmas) - 1} steps from sigma {sigmas[0]:.4g} through {sigmas[len(sigmas) // 2]:.4g} to {sigmas[-1]:.4g}"
+    )
 
 
 class Visits:

@@ -3,6 +3,7 @@
 A site is one transformer block of the UNet, which holds one self-attention (attn1) and one cross-attention (attn2).
 Its key is what ComfyUI hands to an attention patch: `extra_options["block"] + (extra_options["block_index"],)`.
 """
+
 import re
 from typing import NamedTuple
 
@@ -25,8 +26,10 @@ def unet_of(model):
     unet = model.get_model_object("diffusion_model")
     unet = getattr(unet, "_orig_mod", unet)  # a torch.compile'd module keeps the real one here
     if not isinstance(unet, UNetModel):
-        raise ValueError(f"Montage works inside the attention of SD1.x, SD2.x and SDXL UNets; this MODEL is a "
-                         f"{type(model.model).__name__} with a {type(unet).__name__}. Load an SD1.x, SD2.x or SDXL checkpoint.")
+        raise ValueError(
+            "Montage works inside the attention of SD1.x, SD2.x and SDXL UNets; this MODEL is a "
+            f"{type(model.model).__name__} with a {type(unet).__name__}. Load an SD1.x, SD2.x or SDXL checkpoint."
+        )
     return unet
 
 
@@ -54,7 +57,9 @@ def transformer_block(model, site):
 
 
 def scales_of(model):
-    """{(block, number): how many latent pixels a token is wide there}: 1, 2, 4, 8. A latent of h rows has ceil(h / scale)."""
+    """{(block, number): how many latent pixels a token is wide there}: 1, 2, 4, 8. A latent of h rows has ceil(h /
+    scale).
+    """
     unet = unet_of(model)
     scale, found = 1, {("middle", 0): 2 ** (len(unet.channel_mult) - 1)}
     for number, module in enumerate(unet.input_blocks):
@@ -71,9 +76,10 @@ def parse_sites(model, text):
 
     `text` is a preset ("all", "encoder", "middle", "decoder") or a comma-separated list in the grammar the field
     uses for block lists: d, m, u for the down, middle and up path; then the number among the blocks of that path
-    that have attention (counted from 0), or a range of numbers ("u2-": to the last); then, after a dot, the index or range
-    of indices of transformer blocks inside: "d2.2-9,m0,u0-5". A letter alone is its whole path. After an @ stands the scale,
-    or a range of scales, that a block must have: "u@1-2" is the up path at the latent's resolution and at half of it.
+    that have attention (counted from 0), or a range of numbers ("u2-": to the last); then, after a dot, the index or
+    range of indices of transformer blocks inside: "d2.2-9,m0,u0-5". A letter alone is its whole path. After an @ stands
+    the scale, or a range of scales, that a block must have: "u@1-2" is the up path at the latent's resolution and at
+    half of it.
     Raises ValueError that lists what the model has.
     """
     scales = scales_of(model)
@@ -93,13 +99,18 @@ def parse_sites(model, text):
             key = keys[letter][number]
             indices = range(int(low), int(high or low) + 1) if low else range(depth[key])
             if not indices or indices[-1] >= depth[key]:
-                raise ValueError(f'"{word}": block {letter}{number} has {depth[key]} transformer blocks. {_grammar(keys, depth)}')
+                raise ValueError(
+                    f'"{word}": block {letter}{number} has {depth[key]} transformer blocks. {_grammar(keys, depth)}'
+                )
             if finest is None or int(finest) <= scales[key] <= int(coarsest or finest):
                 named.update(Site(*key, index) for index in indices)
         if not numbers:
             raise ValueError(f'"{word}" is an empty range. {_grammar(keys, depth)}')
     if not named:
-        raise ValueError(f'"{text}": this model has no attention at that scale, only at {sorted({scales[key] for key in depth})}. {_grammar(keys, depth)}')
+        raise ValueError(
+            f'"{text}": this model has no attention at that scale, only at {sorted({scales[key] for key in depth})}.'
+            f" {_grammar(keys, depth)}"
+        )
     return tuple(site for site in sites_of(model) if site in named)
 
 
@@ -108,6 +119,8 @@ def _grammar(keys, depth):
     for letter, found in keys.items():
         if found:
             deepest = max(depth[key] for key in found)
-            inside = f" (with up to {deepest} transformer blocks: {letter}0.0-{depth[found[0]] - 1})" if deepest > 1 else ""
+            inside = (
+                f" (with up to {deepest} transformer blocks: {letter}0.0-{depth[found[0]] - 1})" if deepest > 1 else ""
+            )
             paths.append(f"{letter}0-{len(found) - 1}{inside}")
     return f"Write a preset ({', '.join(PRESETS)}) or blocks of this model: {', '.join(paths)}."

@@ -4,6 +4,7 @@ A run remembers, for every evaluation of its model, the latent that went in. Wit
 options the evaluation can be done again, exactly (replay). Within a budget it also keeps what the self-attention of
 every site saw, n = norm1(x), which is a third of Q, K and V and projects to the same (the cache).
 """
+
 import copy
 import functools
 import hashlib
@@ -25,6 +26,7 @@ RUNS_KEPT = 8  # a recorder's newest runs, so that going back to an earlier seed
 
 class Half(NamedTuple):
     """One conditioning of a run: its role ("positive", "negative", ...) and its number within the role."""
+
     role: str
     number: int
 
@@ -47,12 +49,18 @@ class Weights:
         self.sampling = (tuple(c.__name__ for c in type(sampling).__mro__[1:3]), float(sampling.sigma_max))
 
     def same_as(self, other):
-        same_model = self.model() is other.model() if None in (self.source, other.source) else self.source == other.source
+        same_model = (
+            self.model() is other.model() if None in (self.source, other.source) else self.source == other.source
+        )
         same_loras = self.loras == other.loras or not (self.patched or other.patched)
         return same_model and same_loras and self.sampling == other.sampling
 
     def __str__(self):
-        parts = [self.name, f"({self.file})" if self.file else "", f"with {self.patched} patched weights" if self.patched else ""]
+        parts = [
+            self.name,
+            f"({self.file})" if self.file else "",
+            f"with {self.patched} patched weights" if self.patched else "",
+        ]
         return " ".join(part for part in parts if part)
 
 
@@ -123,10 +131,14 @@ class Run:
 
     @functools.cached_property
     def served(self):
-        """{role: the first role that has the same conditioning}: one evaluation of it serves both, as in an inversion with one
-        prompt. Of a finished run."""
-        return {role: next(first for first, earlier in self.conds.items() if first == role or same_conditioning(earlier, group))
-                for role, group in self.conds.items()}
+        """{role: the first role that has the same conditioning}: one evaluation of it serves both, as in an inversion
+        with one prompt. Of a finished run."""
+        return {
+            role: next(
+                first for first, earlier in self.conds.items() if first == role or same_conditioning(earlier, group)
+            )
+            for role, group in self.conds.items()
+        }
 
     @property
     def evaluation_bytes(self):
@@ -137,8 +149,8 @@ class Run:
         return sum(key[0] == sigma and key[2] == 0 for key in self.evaluations)
 
     def visit_that_continues(self, sigma):
-        """The visit of a sigma with which a run that starts there continues: not the one that ends the step before (Heun's
-        corrector)."""
+        """The visit of a sigma with which a run that starts there continues: not the one that ends the step before
+        (Heun's corrector)."""
         return max(0, self.visits(sigma) - (self.visits(self.sigmas[0]) or 1))
 
     def evaluation(self, key):
@@ -169,8 +181,15 @@ class Recording:
                 evaluation.features = {}
         self.runs = [*self.runs, run][-RUNS_KEPT:]
         kept, total = sum(bool(e.features) for e in run.evaluations.values()), len(run.evaluations)
-        logging.info("Feature Recorder: %d images, %d evaluations at %dx%d; features of %d kept (%.1f MB), the others are replayed.",
-                     run.images, total, *run.size, kept, kept * run.evaluation_bytes / 2**20)
+        logging.info(
+            "Feature Recorder: %d images, %d evaluations at %dx%d; features of %d kept (%.1f MB), the others are"
+            " replayed.",
+            run.images,
+            total,
+            *run.size,
+            kept,
+            kept * run.evaluation_bytes / 2**20,
+        )
 
     def find(self, sample):
         """The stream that ended in `sample` [C, h, w], or None.
@@ -187,6 +206,7 @@ class Recording:
 
 class Stream(NamedTuple):
     """One image's trajectory: a row of a run."""
+
     run: Run
     row: int
 
@@ -201,35 +221,45 @@ def streams_of(node, latents):
     for number, latent in enumerate(latents):
         recording = latent.get(LATENT_KEY)
         if recording is None:
-            raise ValueError(f"{node}: latent {number} was not recorded. Wire MODEL and LATENT of a FeatureRecorder into the "
-                             f"sampler that makes it, and connect what that sampler returns; or invert an existing picture with InvertImage.")
+            raise ValueError(
+                f"{node}: latent {number} was not recorded. Wire MODEL and LATENT of a FeatureRecorder into the sampler"
+                " that makes it, and connect what that sampler returns; or invert an existing picture with"
+                " InvertImage."
+            )
         for row, sample in enumerate(latent["samples"]):
             stream = recording.find(sample)
             if stream is None:
                 raise ValueError(
-                    f"{node}: row {row} of latent {number} ({'x'.join(map(str, sample.shape))}) is not the result of a recorded run: "
-                    f"its recorder holds {len(recording.runs)} runs and none ends in it. Connect the sampler's output itself, "
-                    f"not a latent that was joined, resized, loaded or edited afterwards.")
+                    f"{node}: row {row} of latent {number} ({'x'.join(map(str, sample.shape))}) is not the result of a"
+                    f" recorded run: its recorder holds {len(recording.runs)} runs and none ends in it. Connect the"
+                    " sampler's output itself, not a latent that was joined, resized, loaded or edited afterwards."
+                )
             streams.append(stream)
     return streams
 
 
 def check_together(node, streams, model=None, names=None):
-    """All streams must have one size and one schedule, and the weights of `model` where one is given. names: of the streams, for
-    messages."""
+    """All streams must have one size and one schedule, and the weights of `model` where one is given. names: of the
+    streams, for messages."""
     first = streams[0].run
     names = names or [f"image {number}" for number in range(len(streams))]
     for name, (run, _) in zip(names, streams):
         if run.size != first.size:
-            raise ValueError(f"{node}: {names[0]} was recorded at {first.size[0]}x{first.size[1]} latent pixels and {name} at "
-                             f"{run.size[0]}x{run.size[1]}. Make all of them at one size.")
+            raise ValueError(
+                f"{node}: {names[0]} was recorded at {first.size[0]}x{first.size[1]} latent pixels and {name} at "
+                f"{run.size[0]}x{run.size[1]}. Make all of them at one size."
+            )
         if run.sigmas != first.sigmas:
-            raise ValueError(f"{node}: {names[0]} was recorded over {in_words(first.sigmas)} and {name} over {in_words(run.sigmas)}. "
-                             f"Make all of them with one scheduler, step count and denoise.")
+            raise ValueError(
+                f"{node}: {names[0]} was recorded over {in_words(first.sigmas)} and {name} over {in_words(run.sigmas)}."
+                " Make all of them with one scheduler, step count and denoise."
+            )
         weights = model and Weights(model)
         if weights and not run.weights.same_as(weights):
-            raise ValueError(f"{node}: {name} was recorded with {run.weights}, but the MODEL here is {weights}. "
-                             f"Use the same checkpoint, LoRAs and sampling settings.")
+            raise ValueError(
+                f"{node}: {name} was recorded with {run.weights}, but the MODEL here is {weights}. "
+                "Use the same checkpoint, LoRAs and sampling settings."
+            )
 
 
 def with_prompt(stream, model, **conds):
@@ -237,8 +267,15 @@ def with_prompt(stream, model, **conds):
     run = copy.copy(stream.run)
     run.__dict__.pop("served", None)
     prompts = {role: comfy.sampler_helpers.convert_cond(conditioning) for role, conditioning in conds.items()}
-    run.conds = {**run.conds, **recorded_conds(comfy.samplers.process_conds(model.model, run.noise, prompts, run.noise.device, run.latent_image))}
-    run.evaluations = {key: Evaluation(evaluation.x) for key, evaluation in run.evaluations.items()}  # its features are of the other prompts
+    run.conds = {
+        **run.conds,
+        **recorded_conds(
+            comfy.samplers.process_conds(model.model, run.noise, prompts, run.noise.device, run.latent_image)
+        ),
+    }
+    run.evaluations = {
+        key: Evaluation(evaluation.x) for key, evaluation in run.evaluations.items()
+    }  # its features are of the other prompts
     return Stream(run, stream.row)
 
 

@@ -3,6 +3,7 @@
 The prompt is tokenized by ComfyUI's own tokenizer, so chunks of 77, weights like (word:1.2) and embedding:name are what
 they are when the prompt is encoded. An embedding of several vectors is several tokens.
 """
+
 import numbers
 from typing import NamedTuple
 
@@ -41,13 +42,17 @@ def content(clip, text):
     """The tokens of a text without those that begin, end and pad its chunks: {encoder: [Token]}."""
     chunks = clip.tokenize(text, return_word_ids=True)
     if not chunks.keys() <= ENCODERS:
-        raise ValueError(f"the text encoder {type(clip.cond_stage_model).__name__} is not the CLIP of SD1.x, SD2.x or SDXL.")
+        raise ValueError(
+            f"the text encoder {type(clip.cond_stage_model).__name__} is not the CLIP of SD1.x, SD2.x or SDXL."
+        )
     found = {}
     for name, rows in chunks.items():
         size = getattr(clip.tokenizer, f"clip_{name}").embedding_size
         found[name], start, starts_word = [], 0, True
         for row in rows:
-            used = [(value, word) for value, _, word in row if is_id(value) or value.shape[-1] == size]  # ComfyUI leaves others out
+            used = [
+                (value, word) for value, _, word in row if is_id(value) or value.shape[-1] == size
+            ]  # ComfyUI leaves others out
             for position, (value, word) in enumerate(used, start):
                 if word:
                     found[name].append(Token(value, position, starts_word))
@@ -63,7 +68,7 @@ def is_id(value):
 def occurrences(tokens, sought):
     """The runs of positions at which `sought` stands in `tokens`."""
     for first in range(len(tokens) - len(sought) + 1 if sought else 0):
-        run = tokens[first:first + len(sought)]
+        run = tokens[first : first + len(sought)]
         if run[0].starts_word and all(same(a.value, b.value) for a, b in zip(run, sought)):
             yield tuple(token.position for token in run)
 

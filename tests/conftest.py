@@ -1,4 +1,5 @@
 """Puts a real ComfyUI under the tests, in this process, and the pack under the name `montage`."""
+
 import importlib.util
 import os
 import sys
@@ -12,7 +13,9 @@ if not COMFY:
     raise pytest.UsageError("COMFYUI_PATH is not set: run  python dev.py test")
 
 # The pack's root must not be importable itself: its nodes/ would hide ComfyUI's nodes.py.
-sys.path[:] = [COMFY, str(ROOT / "tests")] + [p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests")]
+sys.path[:] = [COMFY, str(ROOT / "tests")] + [
+    p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests")
+]
 
 import comfy.options  # noqa: E402
 

@@ -1,9 +1,13 @@
-"""What else people patch a MODEL or a conditioning with: ComfyUI's own nodes, and what other packs do to the same places."""
+"""What else people patch a MODEL or a conditioning with: ComfyUI's own nodes, and what other packs do to the same
+places.
+"""
+
 import comfy.hooks
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from random_models import control_net
+
 from montage.patching.sites import sites_of
-from structures import control_net
 
 
 def noise(seed, *shape):
@@ -40,48 +44,58 @@ def adapter(model):
 
 def pag(model):
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
     return PerturbedAttentionGuidance.execute(model, 3.0).args[0]
 
 
 def sag(model):
     from comfy_extras.nodes_sag import SelfAttentionGuidance
+
     return SelfAttentionGuidance.execute(model, 0.5, 2.0).args[0]
 
 
 def nag(model):
     from comfy_extras.nodes_nag import NAGuidance
+
     return NAGuidance.execute(model, 5.0, 0.5, 1.5).args[0]
 
 
 def freeu(model):
     from comfy_extras.nodes_freelunch import FreeU_V2
+
     return FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2).args[0]
 
 
 def hypertile(model):
     from comfy_extras.nodes_hypertile import HyperTile
-    patched, = HyperTile.execute(model, 64, 1, 0, False)
+
+    (patched,) = HyperTile.execute(model, 64, 1, 0, False)
     return patched
 
 
 def tome(model):
     from comfy_extras.nodes_tomesd import TomePatchModel
+
     return TomePatchModel.execute(model, 0.3).args[0]
 
 
 def differential(model):
     from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+
     return DifferentialDiffusion.execute(model).args[0]
 
 
 def context_windows(model):
     from comfy_extras.nodes_context_windows import ContextWindowsManualNode
+
     return ContextWindowsManualNode.execute(model, 8, 2, "standard_static", 1, False, "pyramid", 3, False).args[0]
 
 
 def lora(model):
     model = model.clone()
-    model.add_patches({"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": ("diff", (noise(5, 32, 32),))}, 1.0)
+    model.add_patches(
+        {"diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": ("diff", (noise(5, 32, 32),))}, 1.0
+    )
     return model
 
 
@@ -95,7 +109,9 @@ def scaled_queries(model):
 def replaced_attention(model):
     """Another pack in the attn1 slot, at one site."""
     model = model.clone()
-    model.set_model_attn1_replace(lambda q, k, v, extra: optimized_attention(q, k, 1.2 * v, extra["n_heads"]), "output", 5)
+    model.set_model_attn1_replace(
+        lambda q, k, v, extra: optimized_attention(q, k, 1.2 * v, extra["n_heads"]), "output", 5
+    )
     return model
 
 
@@ -120,4 +136,7 @@ def lora_hook(conditioning):
 def late(conditioning):
     """Two prompts that relieve each other."""
     text, extra = conditioning[0]
-    return [[text, {**extra, "start_percent": 0.0, "end_percent": 0.5}], [1.5 * text, {**extra, "start_percent": 0.5, "end_percent": 1.0}]]
+    return [
+        [text, {**extra, "start_percent": 0.0, "end_percent": 0.5}],
+        [1.5 * text, {**extra, "start_percent": 0.5, "end_percent": 1.0}],
+    ]

@@ -1,10 +1,12 @@
 """What the tests do with models: condition, sample with ComfyUI's own nodes, record, compose."""
+
 import torch
 from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
-from montage.nodes.montage import CompositeAttentionInject, GraphCutMontage
+from random_models import STRUCTURES, random_model
+
+from montage.nodes.photomontage import CompositeAttentionInject, GraphCutMontage
 from montage.nodes.record import FeatureRecorder
 from nodes import KSampler, KSamplerAdvanced
-from structures import STRUCTURES, random_model
 
 STEPS, CFG, SIZE = 4, 7.5, (8, 8)
 
@@ -24,14 +26,40 @@ def empty(batch=1, size=SIZE):
     return {"samples": torch.zeros(batch, 4, *size)}
 
 
-def sample(model, latent, seed=1, positive=None, negative=NEGATIVE, sampler="euler", scheduler="normal", steps=STEPS, cfg=CFG, denoise=1.0):
+def sample(
+    model,
+    latent,
+    seed=1,
+    positive=None,
+    negative=NEGATIVE,
+    sampler="euler",
+    scheduler="normal",
+    steps=STEPS,
+    cfg=CFG,
+    denoise=1.0,
+):
     """KSampler."""
-    return KSampler().sample(model, seed, steps, cfg, sampler, scheduler, positive or words(1), negative, latent, denoise)[0]
+    return KSampler().sample(
+        model, seed, steps, cfg, sampler, scheduler, positive or words(1), negative, latent, denoise
+    )[0]
 
 
-def sample_advanced(model, latent, seed=1, positive=None, sampler="euler", start=0, end=1000, noise="enable", leftover="disable", steps=STEPS):
+def sample_advanced(
+    model,
+    latent,
+    seed=1,
+    positive=None,
+    sampler="euler",
+    start=0,
+    end=1000,
+    noise="enable",
+    leftover="disable",
+    steps=STEPS,
+):
     """KSamplerAdvanced."""
-    return KSamplerAdvanced().sample(model, noise, seed, steps, CFG, sampler, "normal", positive or words(1), NEGATIVE, latent, start, end, leftover)[0]
+    return KSamplerAdvanced().sample(
+        model, noise, seed, steps, CFG, sampler, "normal", positive or words(1), NEGATIVE, latent, start, end, leftover
+    )[0]
 
 
 def sample_custom(latent, guider, sigmas, seed=1, sampler="euler"):
@@ -39,7 +67,9 @@ def sample_custom(latent, guider, sigmas, seed=1, sampler="euler"):
     import comfy.samplers
     from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
 
-    return SamplerCustomAdvanced.execute(Noise_RandomNoise(seed), guider, comfy.samplers.sampler_object(sampler), sigmas, latent).args
+    return SamplerCustomAdvanced.execute(
+        Noise_RandomNoise(seed), guider, comfy.samplers.sampler_object(sampler), sigmas, latent
+    ).args
 
 
 def recorder(model=None, latent=None, cache_mb=0):
@@ -63,13 +93,15 @@ def masks_of(labels, count=None):
 def halves(size=SIZE):
     """Left half 0, right half 1."""
     labels = torch.zeros(size, dtype=torch.long)
-    labels[:, size[1] // 2:] = 1
+    labels[:, size[1] // 2 :] = 1
     return labels
 
 
 def inject(latents, masks, base=0, model=None, start=0.0, end=1.0, sites="all", base_q="model", kv="composite"):
     """(MODEL, LATENT) that compose."""
-    return CompositeAttentionInject.execute(model or random_model("sd15-small"), stack(*latents), masks, base, start, end, sites, base_q, kv).args
+    return CompositeAttentionInject.execute(
+        model or random_model("sd15-small"), stack(*latents), masks, base, start, end, sites, base_q, kv
+    ).args
 
 
 def compose(latents, masks, base=0, seed=1, **settings):
@@ -78,7 +110,20 @@ def compose(latents, masks, base=0, seed=1, **settings):
     return sample(*inject(latents, masks, base, **node), seed=seed, **settings)["samples"]
 
 
-def cut(latents, images, strokes="", base=0, lam=100.0, sigma=10.0, components=10, solver="scipy", unmarked_is_base=False, **marks):
+def cut(
+    latents,
+    images,
+    strokes="",
+    base=0,
+    lam=100.0,
+    sigma=10.0,
+    components=10,
+    solver="scipy",
+    unmarked_is_base=False,
+    **marks,
+):
     """(masks, label picture, paste)."""
     pictures = {f"image{number}": image for number, image in enumerate(images)}
-    return GraphCutMontage.execute(stack(*latents), pictures, base, lam, sigma, components, solver, unmarked_is_base, strokes, **marks).args
+    return GraphCutMontage.execute(
+        stack(*latents), pictures, base, lam, sigma, components, solver, unmarked_is_base, strokes, **marks
+    ).args

@@ -1,16 +1,18 @@
 """Recipes that feed one attention from several: the split, its neighbours, and the hooks on a run's latents."""
+
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from neighbours import replaced_attention, scaled_queries
+from random_models import random_model
+from sampling import SIZE, STEPS, empty, inject, sample
+from test_composite import MIXED, close, two
+from test_recording import low_memory, same
+
 from montage.patching.branches import Branch, join
 from montage.patching.recipes import Recipe, install
 from montage.patching.schedule import Window
 from montage.patching.sites import sites_of
-from neighbours import replaced_attention, scaled_queries
-from sampling import SIZE, STEPS, empty, inject, sample
-from structures import random_model
-from test_composite import MIXED, close, two
-from test_recording import low_memory, same
 
 
 def plain_attention(q, k, v, bias=0):
@@ -55,6 +57,7 @@ def test_one_plain_branch_needs_no_slot():
 
 class Halved(Recipe):
     """The plain self-attention in two branches: of the upper and of the lower rows."""
+
     node = "Halved"
     branches = True
 
@@ -68,7 +71,10 @@ class Doubled(Halved):
     node = "Doubled"
 
     def attn1(self, session, n, k, v, sources, grid):
-        return [branch._replace(weight=torch.full((1, branch.q.shape[1], 1), 2.0)) for branch in super().attn1(session, n, k, v, sources, grid)]
+        return [
+            branch._replace(weight=torch.full((1, branch.q.shape[1], 1), 2.0))
+            for branch in super().attn1(session, n, k, v, sources, grid)
+        ]
 
 
 def window(model=None, start=0.0, end=1.0, part=slice(None)):
@@ -85,7 +91,9 @@ def test_a_split_attention_is_the_plain_one(separate, monkeypatch):
     if separate:
         low_memory(monkeypatch)
     close(sample(split_model(), empty(2))["samples"], sample(random_model("sd15-small"), empty(2))["samples"])
-    assert (sample(split_model(Doubled), empty(2))["samples"] - sample(random_model("sd15-small"), empty(2))["samples"]).abs().max() > 0.05
+    assert (
+        sample(split_model(Doubled), empty(2))["samples"] - sample(random_model("sd15-small"), empty(2))["samples"]
+    ).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("neighbour", [scaled_queries, replaced_attention])
@@ -103,7 +111,11 @@ def test_the_slot_is_taken_in_its_own_steps_and_sites_only():
     taken = []
     model = split_model(start=0.5, part=slice(0, 2))
     hook = model.model.diffusion_model.register_forward_pre_hook(
-        lambda module, args, kwargs: taken.append(len(kwargs["transformer_options"].get("patches_replace", {}).get("attn1", {}))), with_kwargs=True)
+        lambda module, args, kwargs: taken.append(
+            len(kwargs["transformer_options"].get("patches_replace", {}).get("attn1", {}))
+        ),
+        with_kwargs=True,
+    )
     sample(model, empty())
     hook.remove()
     assert taken == [0, 0, 2, 2]
@@ -112,7 +124,9 @@ def test_the_slot_is_taken_in_its_own_steps_and_sites_only():
 def test_whoever_holds_the_whole_block_is_called_for_each_branch():
     seen = []
     model = random_model("sd15-small").clone()
-    model.set_model_attn1_replace(lambda q, k, v, extra: (seen.append(q.shape[1]), optimized_attention(q, k, v, extra["n_heads"]))[1], "input", 1)
+    model.set_model_attn1_replace(
+        lambda q, k, v, extra: (seen.append(q.shape[1]), optimized_attention(q, k, v, extra["n_heads"]))[1], "input", 1
+    )
     sample(split_model(model=model), empty(), steps=1)
     assert seen == [32, 32]
 
@@ -126,7 +140,9 @@ def test_what_cuts_the_tokens_or_gives_another_shape_is_named():
         sample(split_model(model=model), latent)
     values = random_model("sd15-small").clone()
     values.set_model_attn1_replace(lambda q, k, v, extra: v, "middle", 0)
-    with pytest.raises(ValueError, match=r"Doubled: another node replaces the self-attention of block \('middle', 0, 0\)"):
+    with pytest.raises(
+        ValueError, match=r"Doubled: another node replaces the self-attention of block \('middle', 0, 0\)"
+    ):
         sample(split_model(Uneven, model=values), empty(size=(16, 16)))
 
 
@@ -139,7 +155,9 @@ class Uneven(Halved):
 
 def test_an_attention_is_split_by_one_recipe_only():
     both = install(split_model(end=0.5), Doubled(window(start=0.25, part=slice(3, 5))))
-    with pytest.raises(ValueError, match=r"Doubled: at sigma .* Halved already feeds the attention of block \('input', 5, 0\)"):
+    with pytest.raises(
+        ValueError, match=r"Doubled: at sigma .* Halved already feeds the attention of block \('input', 5, 0\)"
+    ):
         sample(both, empty())
     apart = install(split_model(end=0.5), Doubled(window(start=0.5)))
     other = install(split_model(part=slice(0, 3)), Doubled(window(part=slice(3, 5))))
@@ -160,18 +178,25 @@ def test_recipes_of_one_node_count_as_one():
     late = install(random_model("sd15-small"), Halved(window(end=0.25)), Halved(window(start=0.25)))
     sample(late, empty())
     with pytest.raises(RuntimeError, match=r"Halved: it never acted.*\(0.8 to 0.85 and 0.9 to 0.95\)"):
-        sample(install(random_model("sd15-small"), Halved(window(start=0.8, end=0.85)), Halved(window(start=0.9, end=0.95))), empty())
+        sample(
+            install(
+                random_model("sd15-small"), Halved(window(start=0.8, end=0.85)), Halved(window(start=0.9, end=0.95))
+            ),
+            empty(),
+        )
 
 
 # ---------------------------------------------------------------- latents
 
+
 class Pinned(Recipe):
     """Holds the upper half of the latent at 0.5."""
+
     node = "Pinned"
 
     def pin(self, x):
         x = x.clone()
-        x[:, :, :SIZE[0] // 2] = 0.5
+        x[:, :, : SIZE[0] // 2] = 0.5
         return x
 
     def latent(self, session, x):
@@ -183,14 +208,21 @@ class Pinned(Recipe):
 def test_a_recipe_may_hold_a_part_of_the_latent():
     seen = []
     model = install(random_model("sd15-small"), Pinned(Window(0, 1, ())), Halved(window()))
-    model.set_model_unet_function_wrapper(lambda apply, args: (seen.append(args["input"]), apply(args["input"], args["timestep"], **args["c"]))[1])
+    model.set_model_unet_function_wrapper(
+        lambda apply, args: (seen.append(args["input"]), apply(args["input"], args["timestep"], **args["c"]))[1]
+    )
     result = sample(model, empty())["samples"]
-    assert len(seen) == STEPS and all((x[:, :, :4] == 0.5).all() for x in seen) and not any((x[:, :, 4:] == 0.5).any() for x in seen)
+    assert (
+        len(seen) == STEPS
+        and all((x[:, :, :4] == 0.5).all() for x in seen)
+        and not any((x[:, :, 4:] == 0.5).any() for x in seen)
+    )
     assert (result[:, :, :4] == 0.5).all() and (result[:, :, 4:] != 0.5).all()
 
 
 class Later(Recipe):
     """Leaves the first step out."""
+
     def start(self, session, noise, latent_image, sigmas):
         return noise, latent_image, sigmas[1:]
 
@@ -198,6 +230,8 @@ class Later(Recipe):
 def test_a_recipe_may_shorten_the_schedule():
     calls = []
     model = install(random_model("sd15-small"), Later(Window(0, 1, ())), Halved(window()))
-    model.set_model_unet_function_wrapper(lambda apply, args: (calls.append(1), apply(args["input"], args["timestep"], **args["c"]))[1])
+    model.set_model_unet_function_wrapper(
+        lambda apply, args: (calls.append(1), apply(args["input"], args["timestep"], **args["c"]))[1]
+    )
     sample(model, empty())
     assert len(calls) == STEPS - 1

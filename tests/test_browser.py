@@ -1,4 +1,5 @@
 """The web half: its state under node, its editors in Chromium, and both renderers of a real ComfyUI page."""
+
 import os
 import shutil
 import subprocess
@@ -6,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from workbench import dev, serving
+from live_server import dev, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 WEB_TESTS = ROOT / "tests" / "web"
@@ -40,7 +41,9 @@ def chromium():
         unavailable("the browser tests need Chromium: install it, or set MONTAGE_CHROMIUM to its path")
     quiet = {"DEBIAN_FRONTEND": "noninteractive"}
     install(["apt-get", "update"], "Debian's package lists", **quiet)
-    install(["apt-get", "install", "-y", "--no-install-recommends", "chromium", "fonts-dejavu-core"], "Chromium", **quiet)
+    install(
+        ["apt-get", "install", "-y", "--no-install-recommends", "chromium", "fonts-dejavu-core"], "Chromium", **quiet
+    )
     return tool("chromium")
 
 
@@ -50,7 +53,10 @@ def playwright():
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as whole:  # renamed when complete: never half of it
-            install([tool("npm"), "install", "--no-audit", "--no-fund", "--prefix", whole, f"playwright-core@{PLAYWRIGHT}"], "playwright-core")
+            install(
+                [tool("npm"), "install", "--no-audit", "--no-fund", "--prefix", whole, f"playwright-core@{PLAYWRIGHT}"],
+                "playwright-core",
+            )
             os.rename(Path(whole) / "node_modules" / "playwright-core", folder)
     return folder / "index.mjs"
 
@@ -71,8 +77,14 @@ def server(browser):
 
 
 def run_node(name, variables):
-    result = subprocess.run([tool("node"), "--test", "--test-reporter=spec", str(WEB_TESTS / name)], env={**os.environ, **variables},
-                            capture_output=True, text=True, encoding="utf-8", timeout=600)
+    result = subprocess.run(
+        [tool("node"), "--test", "--test-reporter=spec", str(WEB_TESTS / name)],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=600,
+    )
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-4000:]
 
 

@@ -1,4 +1,5 @@
 """The bias of Collage Diffusion on cross-attention, and life beside other patches."""
+
 import logging
 import math
 
@@ -6,15 +7,16 @@ import comfy.ldm.modules.attention as attention
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from random_models import random_model, text_encoder
+from sampling import empty, inject, masks_of, recorder, sample, sample_advanced, words
+from test_collage_canvas import BLUE, RED, canvas, layer, plain
+from test_composite import close
+from test_recording import low_memory, same
+
 from montage.kernels import collage as kernel
 from montage.nodes.collage import CollageCrossAttn, owned_tokens
 from montage.patching.sites import sites_of
 from nodes import ConditioningSetArea, ConditioningSetMask
-from sampling import empty, inject, masks_of, recorder, sample, sample_advanced, words
-from structures import random_model, text_encoder
-from test_collage_canvas import BLUE, RED, canvas, layer, plain
-from test_composite import close
-from test_recording import low_memory, same
 
 PROMPT = "a photo of a red cat beside a blue dog, on grass"
 
@@ -26,17 +28,35 @@ def clip():
 
 def two_layers(w_pos=0.6, w_neg=0.8, texts=("a red cat", "a blue dog"), **settings):
     cat = layer(plain(RED), texts[0], x=0.25, scale=0.5, w_pos=w_pos, w_neg=w_neg)
-    return canvas(layer(plain(BLUE), texts[1], x=0.75, scale=0.5, w_pos=w_pos, w_neg=w_neg, behind=cat, node="2"),
-                  **{"prompt": PROMPT, **settings})[0]
+    return canvas(
+        layer(plain(BLUE), texts[1], x=0.75, scale=0.5, w_pos=w_pos, w_neg=w_neg, behind=cat, node="2"),
+        **{"prompt": PROMPT, **settings},
+    )[0]
 
 
-def biased(clip, collage=None, model=None, strength=1.0, growth="log log", start=0.0, end=1.0, sites="all", conditioning=None):
+def biased(
+    clip, collage=None, model=None, strength=1.0, growth="log log", start=0.0, end=1.0, sites="all", conditioning=None
+):
     """(MODEL, CONDITIONING)."""
-    return CollageCrossAttn.execute(model or random_model("sd15-small"), clip, collage or two_layers(), strength, growth, start, end, sites, conditioning).args
+    return CollageCrossAttn.execute(
+        model or random_model("sd15-small"),
+        clip,
+        collage or two_layers(),
+        strength,
+        growth,
+        start,
+        end,
+        sites,
+        conditioning,
+    ).args
 
 
 def run(clip, latent=None, **settings):
-    node = {key: settings.pop(key) for key in ("collage", "model", "strength", "growth", "start", "end", "sites", "conditioning") if key in settings}
+    node = {
+        key: settings.pop(key)
+        for key in ("collage", "model", "strength", "growth", "start", "end", "sites", "conditioning")
+        if key in settings
+    }
     model, positive = biased(clip, **node)
     return sample(model, latent or empty(), positive=positive, **settings)["samples"]
 
@@ -47,6 +67,7 @@ def unbiased(clip, latent=None, model=None, prompt=PROMPT, **settings):
 
 
 # ---------------------------------------------------------------- the mathematics
+
 
 def test_growth_is_the_papers():
     """At true sigmas, of 50 steps."""
@@ -92,25 +113,29 @@ def test_the_mask_at_every_level_is_the_share_of_each_cell():
         weights = kernel.spatial_weights(masks, [1.0, 0.5], [0.0, 0.25], [(0,), (1,), (0, 1)], grid)
         assert weights.shape == (3, grid[0] * grid[1])
         first = weights[0].reshape(grid)
-        assert first[0, 0] == 1 and first[-1, -1] == 0 and 0 <= first.min()
+        assert first[0, 0] == 1 and first[-1, -1] == 0 and first.min() >= 0
         second = (weights[1] + 0.25) / 0.75  # w_pos m - w_neg (1 - m)
         assert torch.allclose(weights[2], weights[0] + 0.5 * second - 0.25 * (1 - weights[0] - second), atol=1e-6)
 
 
-@pytest.mark.parametrize("runs, owned", [
-    ({0: [(1, 2)], 1: [(4,)]}, {1: (0,), 2: (0,), 4: (1,)}),
-    ({0: [(2,), (5,)], 1: [(1, 2)]}, {1: (1,), 2: (1,), 5: (0,)}),                         # "cat" is the other one, not that of "red cat"
-    ({0: [(2,)], 1: [(1, 2)]}, {1: (1,), 2: (0, 1)}),                                       # there is no other cat
-    ({0: [(1, 2), (5, 6)], 3: [(1, 2), (5, 6)]}, {1: (0,), 2: (0,), 5: (3,), 6: (3,)}),     # one each
-    ({0: [(1, 2)], 3: [(1, 2)]}, {1: (0, 3), 2: (0, 3)}),                                   # together
-    ({0: [(1, 2), (5, 6)]}, {1: (0,), 2: (0,), 5: (0,), 6: (0,)}),
-    ({}, {}),
-])
+@pytest.mark.parametrize(
+    "runs, owned",
+    [
+        ({0: [(1, 2)], 1: [(4,)]}, {1: (0,), 2: (0,), 4: (1,)}),
+        ({0: [(2,), (5,)], 1: [(1, 2)]}, {1: (1,), 2: (1,), 5: (0,)}),  # "cat" is the other one, not that of "red cat"
+        ({0: [(2,)], 1: [(1, 2)]}, {1: (1,), 2: (0, 1)}),  # there is no other cat
+        ({0: [(1, 2), (5, 6)], 3: [(1, 2), (5, 6)]}, {1: (0,), 2: (0,), 5: (3,), 6: (3,)}),  # one each
+        ({0: [(1, 2)], 3: [(1, 2)]}, {1: (0, 3), 2: (0, 3)}),  # together
+        ({0: [(1, 2), (5, 6)]}, {1: (0,), 2: (0,), 5: (0,), 6: (0,)}),
+        ({}, {}),
+    ],
+)
 def test_who_owns_a_token(runs, owned):
     assert kernel.owners(runs) == owned
 
 
 # ---------------------------------------------------------------- against the paper, written out
+
 
 def explicit(model, collage, positions, conditioning, w_pos, w_neg):
     """The paper's own way: logits, softmax and all, in the cond half of every block."""
@@ -124,7 +149,9 @@ def explicit(model, collage, positions, conditioning, w_pos, w_neg):
             if role == 0:
                 unmodified = chunk.clone()
                 for number, run_ in enumerate(positions):
-                    m = torch.nn.functional.interpolate(collage.masks[None, number:number + 1], size=tuple(grid), mode="area").flatten()
+                    m = torch.nn.functional.interpolate(
+                        collage.masks[None, number : number + 1], size=tuple(grid), mode="area"
+                    ).flatten()
                     for j in run_:
                         maximum = unmodified[..., j].amax((1, 2)).clamp(min=0)
                         gain = math.log(math.log(sigma + 1.01) + 1)
@@ -144,7 +171,9 @@ def test_the_bias_is_the_papers(clip, size):
     positions = [(4, 5, 6), (8, 9, 10)]
     assert owned_tokens("", clip, collage) == {**dict.fromkeys(positions[0], (0,)), **dict.fromkeys(positions[1], (1,))}
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
-    expected = sample(explicit(model, collage, positions, conditioning, 0.6, 0.8), latent, positive=conditioning)["samples"]
+    expected = sample(explicit(model, collage, positions, conditioning, 0.6, 0.8), latent, positive=conditioning)[
+        "samples"
+    ]
     found = run(clip, latent, collage=collage)
     close(found, expected)
     assert (found - unbiased(clip, latent)).abs().max() > 0.1
@@ -153,33 +182,79 @@ def test_the_bias_is_the_papers(clip, size):
 @pytest.mark.parametrize("name", ["sd2-small", "sdxl-small"])
 def test_other_structures(name):
     clip, model, latent = text_encoder(name), random_model(name), empty(size=(16, 12))
-    settings = dict(model=model, negative=words(9, name=name), steps=2)
+    settings = {"model": model, "negative": words(9, name=name), "steps": 2}
     collage = two_layers(width=96, height=128)
     found = run(clip, latent, collage=collage, **settings)
-    close(found, sample(explicit(model, collage, [(4, 5, 6), (8, 9, 10)], None, 0.6, 0.8), latent,
-                        positive=clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT)), negative=settings["negative"], steps=2)["samples"])
+    close(
+        found,
+        sample(
+            explicit(model, collage, [(4, 5, 6), (8, 9, 10)], None, 0.6, 0.8),
+            latent,
+            positive=clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT)),
+            negative=settings["negative"],
+            steps=2,
+        )["samples"],
+    )
     assert (found - unbiased(clip, latent, **settings)).abs().max() > 0.01
 
 
 def test_twenty_layers_in_a_prompt_of_two_chunks(clip):
     """Every layer's word has its own mask, on either side of the 77th token."""
-    things = "ball box star ring tree house cat dog bird fish car boat cup hat book shoe lamp chair flower leaf".split()
+    things = [
+        "ball",
+        "box",
+        "star",
+        "ring",
+        "tree",
+        "house",
+        "cat",
+        "dog",
+        "bird",
+        "fish",
+        "car",
+        "boat",
+        "cup",
+        "hat",
+        "book",
+        "shoe",
+        "lamp",
+        "chair",
+        "flower",
+        "leaf",
+    ]
     layers = ()
     for number, thing in enumerate(things):
-        layers = layer(plain(RED), thing, x=(number % 5 + 0.5) / 5, y=(number // 5 + 0.5) / 4, scale=0.3, w_pos=0.6, w_neg=0.8, behind=layers)
+        layers = layer(
+            plain(RED),
+            thing,
+            x=(number % 5 + 0.5) / 5,
+            y=(number // 5 + 0.5) / 4,
+            scale=0.3,
+            w_pos=0.6,
+            w_neg=0.8,
+            behind=layers,
+        )
     collage = canvas(layers, width=96, height=64, prompt="word, " * 30 + ", ".join(things))[0]
-    positions = [1 + place + 2 * (place // 75) for place in range(60, 100, 2)]  # a chunk holds 75 tokens between its begin and its end
+    positions = [
+        1 + place + 2 * (place // 75) for place in range(60, 100, 2)
+    ]  # a chunk holds 75 tokens between its begin and its end
     assert owned_tokens("", clip, collage) == {position: (number,) for number, position in enumerate(positions)}
     latent, conditioning = empty(size=(8, 12)), clip.encode_from_tokens_scheduled(clip.tokenize(collage.prompt))
-    expected = sample(explicit(random_model("sd15-small"), collage, [(position,) for position in positions], None, 0.6, 0.8), latent,
-                      positive=conditioning)["samples"]
+    expected = sample(
+        explicit(random_model("sd15-small"), collage, [(position,) for position in positions], None, 0.6, 0.8),
+        latent,
+        positive=conditioning,
+    )["samples"]
     close(run(clip, latent, collage=collage), expected)
     assert (expected - unbiased(clip, latent, prompt=collage.prompt)).abs().max() > 0.1
 
 
 # ---------------------------------------------------------------- laws
 
-@pytest.mark.parametrize("off", [dict(strength=0.0), dict(start=0.5, end=0.5), dict(collage="zero weights"), dict(collage="no words")])
+
+@pytest.mark.parametrize(
+    "off", [{"strength": 0.0}, {"start": 0.5, "end": 0.5}, {"collage": "zero weights"}, {"collage": "no words"}]
+)
 def test_switched_off_it_is_the_plain_model(clip, off):
     collages = {"zero weights": two_layers(w_pos=0.0, w_neg=0.0), "no words": two_layers(texts=("", ""))}
     off = {key: collages.get(value, value) for key, value in off.items()}
@@ -195,11 +270,14 @@ def test_the_model_that_came_in_is_unchanged(clip):
 
 def test_the_uncond_half_is_untouched(clip, monkeypatch):
     """At the first step, where both halves see the same latent."""
+
     def uncond(model, positive):
         seen = []
         model = model.clone()
-        model.set_model_sampler_post_cfg_function(lambda args: (seen.append((args["uncond_denoised"], args["cond_denoised"])), args["denoised"])[1],
-                                                  disable_cfg1_optimization=True)
+        model.set_model_sampler_post_cfg_function(
+            lambda args: (seen.append((args["uncond_denoised"], args["cond_denoised"])), args["denoised"])[1],
+            disable_cfg1_optimization=True,
+        )
         sample(model, empty(), positive=positive, steps=1)
         return seen[0]
 
@@ -258,7 +336,9 @@ def test_long_prompts_and_weights(clip):
     assert (run(clip, collage=collage) - unbiased(clip, prompt=collage.prompt)).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("backend", ["attention_basic", "attention_split", "attention_sub_quad", "attention_pytorch", "attention_flash"])
+@pytest.mark.parametrize(
+    "backend", ["attention_basic", "attention_split", "attention_sub_quad", "attention_pytorch", "attention_flash"]
+)
 def test_every_attention_of_comfyui(clip, backend, monkeypatch, caplog):
     expected = run(clip)
     monkeypatch.setattr(attention, "optimized_attention_masked", getattr(attention, backend))
@@ -271,10 +351,14 @@ def test_another_conditioning_is_not_touched(clip):
     model, positive = biased(clip)
     own = clip.encode_from_tokens_scheduled(clip.tokenize("a green field"))
     left, right = masks_of(torch.tensor([[0, 1]]).repeat_interleave(4, 1).expand(8, 8))
+
     def masked(conditioning, mask):
         return ConditioningSetMask().append(conditioning, mask[None], "default", 1.0)[0]
+
     mixed = sample(model, empty(), positive=masked(positive, left) + masked(own, right), steps=1)["samples"]
-    plain = sample(random_model("sd15-small"), empty(), positive=masked(positive, left) + masked(own, right), steps=1)["samples"]
+    plain = sample(random_model("sd15-small"), empty(), positive=masked(positive, left) + masked(own, right), steps=1)[
+        "samples"
+    ]
     close(mixed[..., 4:], plain[..., 4:])
     assert (mixed[..., :4] - plain[..., :4]).abs().max() > 0.01
 
@@ -282,7 +366,11 @@ def test_another_conditioning_is_not_touched(clip):
 def test_a_prompt_that_another_node_encoded(clip):
     encoded = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT), add_dict={"width": 64})
     model, conditioning = biased(clip, conditioning=encoded)
-    assert conditioning[0][1]["width"] == 64 and "width" in encoded[0][1] and len(encoded[0][1]) + 1 == len(conditioning[0][1])
+    assert (
+        conditioning[0][1]["width"] == 64
+        and "width" in encoded[0][1]
+        and len(encoded[0][1]) + 1 == len(conditioning[0][1])
+    )
     assert same(sample(model, empty(), positive=conditioning)["samples"], run(clip))
 
 
@@ -293,12 +381,16 @@ def test_recorded_runs_replay_with_their_bias(clip):
     found = []
     for cache_mb in (0, 64):
         both = [sample(*recorder(model, cache_mb=cache_mb), seed=seed, positive=positive) for seed in (1, 2)]
-        assert same(sample(*inject(both, masks_of(torch.zeros(8, 8), 2), model=model), positive=positive)["samples"], both[0]["samples"])
+        assert same(
+            sample(*inject(both, masks_of(torch.zeros(8, 8), 2), model=model), positive=positive)["samples"],
+            both[0]["samples"],
+        )
         found.append(sample(*inject(both, mixed, model=model), positive=positive)["samples"])
     close(*found)
 
 
 # ---------------------------------------------------------------- neighbours (test_neighbours.py has the others)
+
 
 def test_an_adapter_adds_the_same_to_biased_and_plain_attention(clip):
     """One step, all blocks but one without the adapter: out = biased + (adapter - plain)."""
@@ -309,6 +401,7 @@ def test_an_adapter_adds_the_same_to_biased_and_plain_attention(clip):
         out = attention.optimized_attention(q, k, v, extra["n_heads"])
         seen["plain"] = out
         return out + 0.3 * q
+
     model.set_model_attn2_replace(other, "input", 1)
     reached = {}
     model.set_model_attn2_output_patch(lambda n, extra: (reached.setdefault(extra["block"], n), n)[1])
@@ -331,17 +424,28 @@ def test_an_adapter_adds_the_same_to_biased_and_plain_attention(clip):
 
 
 def test_a_compiled_model_keeps_the_bias(clip, caplog):
-    """torch.compile runs a graph without the patches: it is left out, with one warning (test_neighbours.py runs it for real)."""
+    """torch.compile runs a graph without the patches: it is left out, with one warning (test_neighbours.py runs it for
+    real).
+    """
     compiled = random_model("sd15-small").clone()
-    compiled.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "torch.compile", lambda *args, **kwargs: pytest.fail("the compiled graph ran"))
+    compiled.add_wrapper_with_key(
+        WrappersMP.APPLY_MODEL, "torch.compile", lambda *args, **kwargs: pytest.fail("the compiled graph ran")
+    )
     assert same(run(clip, model=compiled), run(clip))
-    assert len([r for r in caplog.records if "torch.compile is left out" in r.message and r.levelno == logging.WARNING]) == 1
+    assert (
+        len([r for r in caplog.records if "torch.compile is left out" in r.message and r.levelno == logging.WARNING])
+        == 1
+    )
 
 
 # ---------------------------------------------------------------- refusals
 
+
 def test_layers_whose_words_are_not_in_the_prompt_are_named(clip):
-    with pytest.raises(ValueError, match=r'Collage Cross Attention: layer 1 \(counted from the back; node 2\): "a green dog" is not in the prompt'):
+    with pytest.raises(
+        ValueError,
+        match=r'Collage Cross Attention: layer 1 \(counted from the back; node 2\): "a green dog" is not in the prompt',
+    ):
         biased(clip, two_layers(texts=("a red cat", "a green dog")))
 
 
@@ -377,7 +481,14 @@ def test_what_does_not_fit_is_refused(clip):
 def test_a_block_that_another_pack_runs_in_its_own_way_is_named(clip, monkeypatch):
     block = attention.BasicTransformerBlock
     original = block.forward
-    monkeypatch.setattr(block, "forward", lambda self, x, context=None, transformer_options={}: (
-        x if transformer_options["block"] == ("output", 7) else original(self, x, context, transformer_options)))
-    with pytest.raises(RuntimeError, match=r"cross-attention of 1 blocks was never reached, the first of them \('output', 7, 0\)"):
+    monkeypatch.setattr(
+        block,
+        "forward",
+        lambda self, x, context=None, transformer_options={}: (
+            x if transformer_options["block"] == ("output", 7) else original(self, x, context, transformer_options)
+        ),
+    )
+    with pytest.raises(
+        RuntimeError, match=r"cross-attention of 1 blocks was never reached, the first of them \('output', 7, 0\)"
+    ):
         run(clip)

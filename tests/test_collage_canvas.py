@@ -1,21 +1,45 @@
 """Layers on a canvas: where they lie, who is seen, how freely each place may change."""
+
 import pytest
 import torch
 from comfy_api.latest import io
+from PIL import Image
+
 from montage.kernels import collage as kernel
 from montage.nodes import previews
 from montage.nodes.collage import CollageCanvas, CollageLayer
-from PIL import Image
 
 
-def layer(image, text="", x=0.5, y=0.5, scale=1.0, rotation=0.0, depth=0, w_pos=0.4, w_neg=0.7, noise=0.8, control=1.0, trim=True, behind=(), mask=None, node="1"):
+def layer(
+    image,
+    text="",
+    x=0.5,
+    y=0.5,
+    scale=1.0,
+    rotation=0.0,
+    depth=0,
+    w_pos=0.4,
+    w_neg=0.7,
+    noise=0.8,
+    control=1.0,
+    trim=True,
+    behind=(),
+    mask=None,
+    node="1",
+):
     made = CollageLayer.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: node}})
-    return made.execute(image, text, x, y, scale, rotation, depth, w_pos, w_neg, noise, control, trim, behind, mask).args[0]
+    return made.execute(
+        image, text, x, y, scale, rotation, depth, w_pos, w_neg, noise, control, trim, behind, mask
+    ).args[0]
 
 
-def canvas(layers, width=64, height=64, prompt="", background="#969696", background_noise=0.8, blur=0.0, background_image=None):
+def canvas(
+    layers, width=64, height=64, prompt="", background="#969696", background_noise=0.8, blur=0.0, background_image=None
+):
     """(collage, image, masks, noise map, prompt)."""
-    return CollageCanvas.execute(layers, width, height, prompt, background, background_noise, blur, background_image).args
+    return CollageCanvas.execute(
+        layers, width, height, prompt, background, background_noise, blur, background_image
+    ).args
 
 
 def shown(layers, **settings):
@@ -35,6 +59,7 @@ def noisy(height, width, channels=4, seed=0):
 
 # ---------------------------------------------------------------- placing
 
+
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (65, 31)])
 def test_a_layer_of_the_canvas_size_lies_where_it_is(size):
     picture = kernel.premultiplied(noisy(*size)[0, ..., :3], noisy(*size)[0, ..., 3])
@@ -48,12 +73,15 @@ def test_turns_are_clockwise():
     assert torch.allclose(kernel.place(picture, (40, 40), 0.5, 0.5, 1.0, -270.0), turned, atol=1e-4)
 
 
-@pytest.mark.parametrize("size, picture, box", [
-    ((64, 64), (10, 10), (16, 16, 48, 48)),     # 32 of 64
-    ((64, 128), (10, 10), (16, 48, 48, 80)),    # contained: the short side decides
-    ((128, 64), (40, 80), (56, 16, 72, 48)),
-    ((64, 64), (200, 100), (16, 24, 48, 40)),   # larger than its place
-])
+@pytest.mark.parametrize(
+    "size, picture, box",
+    [
+        ((64, 64), (10, 10), (16, 16, 48, 48)),  # 32 of 64
+        ((64, 128), (10, 10), (16, 48, 48, 80)),  # contained: the short side decides
+        ((128, 64), (40, 80), (56, 16, 72, 48)),
+        ((64, 64), (200, 100), (16, 24, 48, 40)),  # larger than its place
+    ],
+)
 def test_scale_is_the_part_of_the_canvas_that_contains_it(size, picture, box):
     top, left, bottom, right = box
     placed = kernel.place(torch.ones(4, *picture), size, 0.5, 0.5, 0.5, 0.0)
@@ -84,6 +112,7 @@ def test_transparent_pixels_have_no_colour():
 
 # ---------------------------------------------------------------- who is seen
 
+
 def test_the_visible_masks_and_the_background_sum_to_one():
     """With soft edges: "over" squares no alpha."""
     a, b = plain(RED, alpha=0.5), plain(BLUE, alpha=0.5)
@@ -95,11 +124,18 @@ def test_the_visible_masks_and_the_background_sum_to_one():
 def test_twenty_layers():
     layers = ()
     for number in range(20):
-        layers = layer(noisy(40, 30, seed=number), x=number / 20, y=(number * 7 % 20) / 20, scale=0.4, rotation=18.0 * number, behind=layers)
+        layers = layer(
+            noisy(40, 30, seed=number),
+            x=number / 20,
+            y=(number * 7 % 20) / 20,
+            scale=0.4,
+            rotation=18.0 * number,
+            behind=layers,
+        )
     background = torch.full((1, 64, 96, 3), 0.25)
     _, composite, masks, noise, _ = canvas(layers, width=96, height=64, background_image=background)
     assert masks.shape == (20, 64, 96) and masks.min() >= 0 and masks.sum(0).max() <= 1 + 1e-5
-    nothing = (masks.sum(0) == 0)
+    nothing = masks.sum(0) == 0
     assert nothing.any() and torch.equal(composite[0][nothing], background[0][nothing])
     assert noise.shape == (1, 64, 96)
 
@@ -118,6 +154,7 @@ def test_depth_goes_before_the_chain_and_equal_depths_keep_it():
 
 
 # ---------------------------------------------------------------- how freely it may change
+
 
 def two_halves(left, right, soft=1.0, **settings):
     below = layer(plain(RED, 64, 64), noise=left)
@@ -164,6 +201,7 @@ def test_the_background_has_its_own_noise():
 
 # ---------------------------------------------------------------- the nodes
 
+
 def test_what_cuts_a_layer_out():
     rgb, mask = noisy(20, 30, 3), torch.zeros(1, 20, 30)
     mask[:, 5:15, 10:20] = 1
@@ -197,14 +235,23 @@ def test_what_the_editor_gets(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "montage" / f"{data['background']}.jpg").size == (64, 48)
 
 
-@pytest.mark.parametrize("made, message", [
-    (lambda: layer(noisy(8, 8).repeat(2, 1, 1, 1)), "Collage Layer: 2 images came in one batch"),
-    (lambda: layer(noisy(8, 8), mask=torch.ones(1, 4, 4)), "Collage Layer: the mask is 4x4 and the image 8x8"),
-    (lambda: layer(noisy(8, 8), mask=torch.zeros(1, 8, 8)), "its mask is 0 everywhere.*Invert Mask"),
-    (lambda: layer(plain(RED, alpha=0.0)), "its alpha is 0 everywhere"),
-    (lambda: canvas(layer(noisy(8, 8)), background="grey"), 'Collage Canvas: background "grey" is no colour. Write it as #rrggbb'),
-    (lambda: canvas(layer(noisy(8, 8)), background_image=noisy(8, 8, 3).repeat(3, 1, 1, 1)), "background_image is a batch of 3"),
-])
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        (lambda: layer(noisy(8, 8).repeat(2, 1, 1, 1)), "Collage Layer: 2 images came in one batch"),
+        (lambda: layer(noisy(8, 8), mask=torch.ones(1, 4, 4)), "Collage Layer: the mask is 4x4 and the image 8x8"),
+        (lambda: layer(noisy(8, 8), mask=torch.zeros(1, 8, 8)), "its mask is 0 everywhere.*Invert Mask"),
+        (lambda: layer(plain(RED, alpha=0.0)), "its alpha is 0 everywhere"),
+        (
+            lambda: canvas(layer(noisy(8, 8)), background="grey"),
+            'Collage Canvas: background "grey" is no colour. Write it as #rrggbb',
+        ),
+        (
+            lambda: canvas(layer(noisy(8, 8)), background_image=noisy(8, 8, 3).repeat(3, 1, 1, 1)),
+            "background_image is a batch of 3",
+        ),
+    ],
+)
 def test_errors(made, message):
     with pytest.raises(ValueError, match=message):
         made()

@@ -1,15 +1,17 @@
 """Per-layer harmonisation and ControlNet by place."""
+
 import pytest
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
-from montage.kernels import collage as kernel
-from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
-from nodes import ControlNetApplyAdvanced
+from random_models import control_net, random_model, text_encoder
 from sampling import NEGATIVE, empty, sample, sample_advanced, words
-from structures import control_net, random_model, text_encoder
 from test_collage_canvas import BLUE, RED, canvas, layer, plain
 from test_composite import close
 from test_recording import same
+
+from montage.kernels import collage as kernel
+from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
+from nodes import ControlNetApplyAdvanced
 
 STEPS = 6
 
@@ -31,6 +33,7 @@ def harmonise(collage_, latent=None, model=None, dilation=0.0, **settings):
 
 
 # ---------------------------------------------------------------- the rule
+
 
 def test_a_place_is_free_from_its_time_on():
     """At t <= h, and a place of more noise is never later."""
@@ -59,7 +62,17 @@ def test_what_is_not_free_is_dilated(t, radius):
 
 # ---------------------------------------------------------------- sampling
 
-@pytest.mark.parametrize("sampler, scheduler", [("euler", "normal"), ("euler_ancestral", "normal"), ("dpmpp_2m", "karras"), ("heun", "normal"), ("uni_pc", "normal")])
+
+@pytest.mark.parametrize(
+    "sampler, scheduler",
+    [
+        ("euler", "normal"),
+        ("euler_ancestral", "normal"),
+        ("dpmpp_2m", "karras"),
+        ("heun", "normal"),
+        ("uni_pc", "normal"),
+    ],
+)
 def test_a_layer_of_noise_0_is_kept_bit_for_bit(sampler, scheduler):
     latent = start(2)
     out = harmonise(collage(), latent, sampler=sampler, scheduler=scheduler)
@@ -71,19 +84,27 @@ def test_a_layer_of_noise_0_is_kept_bit_for_bit(sampler, scheduler):
 def test_one_noise_everywhere_is_image_to_image(denoise, scheduler):
     """The law of a patch that has nothing to do."""
     found = harmonise(collage((0.8, 0.8), blur=5.0), denoise=denoise, scheduler=scheduler, dilation=4.0)
-    assert same(found, sample(random_model("sd15-small"), start(), steps=STEPS, denoise=denoise, scheduler=scheduler)["samples"])
+    assert same(
+        found, sample(random_model("sd15-small"), start(), steps=STEPS, denoise=denoise, scheduler=scheduler)["samples"]
+    )
 
 
 def test_the_denoise_output_is_the_maps_maximum():
-    assert CollageNoise.execute(random_model("sd15-small"), collage((0.3, 0.6), background=1.0), 0.0).args[1] == pytest.approx(0.6)  # no background is seen
+    assert CollageNoise.execute(random_model("sd15-small"), collage((0.3, 0.6), background=1.0), 0.0).args[
+        1
+    ] == pytest.approx(0.6)  # no background is seen
 
 
 def test_every_place_starts_at_its_own_noise_level():
     """The model's own view: locked places hold the image at the sampler's noise level until t <= h."""
     seen = []
     model = random_model("sd15-small").clone()
-    model.set_model_unet_function_wrapper(lambda apply, args: (seen.append((float(args["timestep"][0]), args["input"][:1])), apply(
-        args["input"], args["timestep"], **args["c"]))[1])
+    model.set_model_unet_function_wrapper(
+        lambda apply, args: (
+            seen.append((float(args["timestep"][0]), args["input"][:1])),
+            apply(args["input"], args["timestep"], **args["c"]),
+        )[1]
+    )
     latent = start()
     clean = model.model.process_latent_in(latent["samples"])
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))  # of the sampler's seed
@@ -119,10 +140,20 @@ def test_differential_diffusion_in_either_order(first):
         out = sample(DifferentialDiffusion.execute(model).args[0], latent, steps=STEPS, denoise=denoise)["samples"]
     else:
         out = harmonise(one, latent, DifferentialDiffusion.execute(model).args[0])
-    alone = sample(DifferentialDiffusion.execute(model).args[0] if first == "theirs" else DifferentialDiffusion.execute(random_model("sd15-small")).args[0],
-                   latent, steps=STEPS, denoise=0.8)["samples"]
+    alone = sample(
+        (
+            DifferentialDiffusion.execute(model).args[0]
+            if first == "theirs"
+            else DifferentialDiffusion.execute(random_model("sd15-small")).args[0]
+        ),
+        latent,
+        steps=STEPS,
+        denoise=0.8,
+    )["samples"]
     assert same(out[..., 4:], latent["samples"][..., 4:])
-    assert (alone[..., 4:] - latent["samples"][..., 4:]).abs().max() > 0.1 and (out - harmonise(one, start())).abs().max() > 0.01
+    assert (alone[..., 4:] - latent["samples"][..., 4:]).abs().max() > 0.1 and (
+        out - harmonise(one, start())
+    ).abs().max() > 0.01
 
 
 def test_a_latent_of_another_size_and_noise_that_is_left():
@@ -147,16 +178,19 @@ def test_what_does_not_fit_is_refused():
         harmonise(collage(), empty())
     with pytest.raises(ValueError, match="Collage Noise: the canvas is 64x64 and the latent 12x8, another shape"):
         harmonise(collage(), start(size=(8, 12)))
-    model, = CollageControl.execute(random_model("sd15-small"), collage(), 0.0).args
+    (model,) = CollageControl.execute(random_model("sd15-small"), collage(), 0.0).args
     with pytest.raises(ValueError, match="Collage Control: no ControlNet acts in this run"):
         sample(model, start())
 
 
 # ---------------------------------------------------------------- ControlNet
 
+
 def controlled(model, strength=1.0, seed=5, **settings):
     hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(seed))
-    positive, negative = ControlNetApplyAdvanced().apply_controlnet(words(1), NEGATIVE, control_net(), hint, strength, 0.0, 1.0)
+    positive, negative = ControlNetApplyAdvanced().apply_controlnet(
+        words(1), NEGATIVE, control_net(), hint, strength, 0.0, 1.0
+    )
     return sample(model, start(), positive=positive, negative=negative, steps=2, **settings)["samples"]
 
 
@@ -185,6 +219,7 @@ def test_residuals_are_multiplied_by_the_map_in_both_halves(monkeypatch):
             if control and control.get(block):
                 residuals[name].append(control[block][-1].clone())
             return original(h, control, block)
+
         monkeypatch.setattr(openaimodel, "apply_control", watch)
         controlled(model)
 
@@ -195,7 +230,7 @@ def test_residuals_are_multiplied_by_the_map_in_both_halves(monkeypatch):
         assert plain_.shape[0] == 2
         width = plain_.shape[-1]
         factor = torch.full((width,), 0.25)
-        factor[:width // 2] = 2.0
+        factor[: width // 2] = 2.0
         if width == 1:
             factor[:] = (2.0 + 0.25) / 2
         close(mapped, plain_ * factor, 1e-5)
@@ -203,9 +238,13 @@ def test_residuals_are_multiplied_by_the_map_in_both_halves(monkeypatch):
 
 @pytest.mark.parametrize("name", ["sd15-small", "sdxl-small"])
 def test_noise_and_control_and_bias_and_an_inpaint_mask_together(name):
-    """On two images that are not square: what is locked by noise 0 is kept bit for bit, what the latent's mask holds back up to rounding."""
+    """On two images that are not square: what is locked by noise 0 is kept bit for bit, what the latent's mask holds
+    back up to rounding.
+    """
     layers = layer(plain(RED, 64, 48), "a red cat", x=0.25, scale=1.0, noise=0.8, control=0.25)
-    one = canvas(layer(plain(BLUE, 64, 48), "a blue dog", x=0.75, scale=1.0, noise=0.0, behind=layers), width=96, blur=3.0)[0]
+    one = canvas(
+        layer(plain(BLUE, 64, 48), "a blue dog", x=0.75, scale=1.0, noise=0.0, behind=layers), width=96, blur=3.0
+    )[0]
     mask = torch.ones(1, 1, 8, 12)
     mask[..., :4, :] = 0
     latent, (clip, plain_model) = start(2, (8, 12), noise_mask=mask), (text_encoder(name), random_model(name))
@@ -215,7 +254,9 @@ def test_noise_and_control_and_bias_and_an_inpaint_mask_together(name):
 
     def out(model, positive):
         hint = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(5))
-        conditionings = ControlNetApplyAdvanced().apply_controlnet(positive, negative, control_net(name), hint, 1.0, 0.0, 1.0)
+        conditionings = ControlNetApplyAdvanced().apply_controlnet(
+            positive, negative, control_net(name), hint, 1.0, 0.0, 1.0
+        )
         return harmonise(one, latent, model, 4.0, **dict(zip(("positive", "negative"), conditionings)))
 
     both, clean = out(CollageControl.execute(model, one, 0.0).args[0], positive), latent["samples"]
@@ -223,5 +264,8 @@ def test_noise_and_control_and_bias_and_an_inpaint_mask_together(name):
     close(both[:, :, :4], clean[:, :, :4], 1e-4)
     free = both[:, :, 4:, :6]
     assert torch.isfinite(free).all() and (free - clean[:, :, 4:, :6]).abs().min() > 1e-5
-    for other in (out(model, positive), out(CollageControl.execute(plain_model, one, 0.0).args[0], words_alone)):  # each of the two acts
+    for other in (
+        out(model, positive),
+        out(CollageControl.execute(plain_model, one, 0.0).args[0], words_alone),
+    ):  # each of the two acts
         assert (both - other).abs().max() > 1e-3

@@ -4,14 +4,29 @@ import comfy.ldm.modules.attention
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from neighbours import scaled_queries
+from random_models import demo_model, random_model
+from sampling import (
+    SIZE,
+    compose,
+    cut,
+    empty,
+    halves,
+    inject,
+    masks_of,
+    record,
+    recorder,
+    sample,
+    sample_advanced,
+    stack,
+    words,
+)
+from test_recording import SAMPLERS, low_memory, run_of, same
+
 from montage.kernels import labels
 from montage.patching.recipes import KEY
 from montage.patching.sites import sites_of
 from montage.patching.streams import Half
-from neighbours import scaled_queries
-from sampling import SIZE, compose, cut, empty, halves, inject, masks_of, record, recorder, sample, sample_advanced, stack, words
-from structures import demo_model, random_model
-from test_recording import SAMPLERS, low_memory, run_of, same
 
 MIXED = masks_of(halves())
 ALL_BASE, ALL_ONE = masks_of(torch.zeros(SIZE), 2), masks_of(torch.ones(SIZE), 2)
@@ -26,6 +41,7 @@ def two(**settings):
 
 
 # ---------------------------------------------------------------- identities
+
 
 @pytest.mark.parametrize("cache_mb", [0, 64])
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -46,7 +62,10 @@ def test_all_labels_k_is_image_k_with_its_noise_and_prompt(sampler, cache_mb):
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "euler_ancestral"])
 def test_replay_equals_cache(sampler):
-    close(compose(two(sampler=sampler), MIXED, sampler=sampler), compose(two(sampler=sampler, cache_mb=64), MIXED, sampler=sampler))
+    close(
+        compose(two(sampler=sampler), MIXED, sampler=sampler),
+        compose(two(sampler=sampler, cache_mb=64), MIXED, sampler=sampler),
+    )
 
 
 def test_a_cache_that_holds_a_part_is_completed_by_replay():
@@ -57,6 +76,7 @@ def test_a_cache_that_holds_a_part_is_completed_by_replay():
 
 
 # ---------------------------------------------------------------- against the paper, written out
+
 
 def qkv_space(model, source_runs, owner, base, k_v="stored", base_q="running", swap_halves=False):
     """The paper's own way, as a reference: stored Q, K and V of every step and layer, composed after the projections.
@@ -118,12 +138,15 @@ def test_the_composite_is_the_papers(base):
     model, owner = random_model("sd15-small"), halves()
     ours = compose(two(cache_mb=64), MIXED, base=base, seed=SOURCES[base][0], positive=SOURCES[base][1])
     close(ours, qkv_space(model, SOURCES, owner, base))
-    for variant in (dict(k_v="running"), dict(base_q="stored"), dict(swap_halves=True)):
+    for variant in ({"k_v": "running"}, {"base_q": "stored"}, {"swap_halves": True}):
         assert (ours - qkv_space(model, SOURCES, owner, base, **variant)).abs().max() > 0.05, variant
 
 
 def test_stored_base_queries_are_the_papers_ablation():
-    close(compose(two(cache_mb=64), MIXED, base_q="stored"), qkv_space(random_model("sd15-small"), SOURCES, halves(), 0, base_q="stored"))
+    close(
+        compose(two(cache_mb=64), MIXED, base_q="stored"),
+        qkv_space(random_model("sd15-small"), SOURCES, halves(), 0, base_q="stored"),
+    )
 
 
 def test_swapped_halves_do_not_give_image_k():
@@ -139,7 +162,10 @@ def test_swapped_halves_do_not_give_image_k():
 def test_the_paper_ablations_of_keys_and_values():
     a, b = two(cache_mb=64)
     results = {kv: compose([a, b], MIXED, kv=kv) for kv in ("composite", "concat", "model")}
-    assert all((results[x] - results[y]).abs().max() > 0.05 for x, y in (("composite", "concat"), ("concat", "model"), ("model", "composite")))
+    assert all(
+        (results[x] - results[y]).abs().max() > 0.05
+        for x, y in (("composite", "concat"), ("concat", "model"), ("model", "composite"))
+    )
     for kv in results:
         close(compose(two(), MIXED, kv=kv), results[kv])
     # Keys and values of one image given twice weigh as much as once; with base tokens only that is the plain run.
@@ -149,7 +175,8 @@ def test_the_paper_ablations_of_keys_and_values():
 
 # ---------------------------------------------------------------- windows
 
-@pytest.mark.parametrize("window", [dict(start=0.5, end=0.5), dict(start=1.0, end=1.0), dict(end=0.0)])
+
+@pytest.mark.parametrize("window", [{"start": 0.5, "end": 0.5}, {"start": 1.0, "end": 1.0}, {"end": 0.0}])
 def test_an_empty_window_is_bit_equal_to_no_node(window):
     assert same(compose(two(), MIXED, seed=5, **window), sample(random_model("sd15-small"), empty(), seed=5)["samples"])
 
@@ -158,12 +185,13 @@ def test_a_window_reads_its_streams_in_its_own_steps_only():
     a, b = two()
     read = []
     model, latent = inject([a, b], MIXED, start=0.25, end=0.75)
-    (recipe,), = model.attachments[KEY].groups
+    ((recipe,),) = model.attachments[KEY].groups
     keep = recipe.keep
     recipe.keep = lambda number, n, grid: (read.append(number), keep(number, n, grid))[1]
     calls = []
     hook = model.model.diffusion_model.register_forward_pre_hook(
-        lambda module, args, kwargs: calls.append(float(kwargs["transformer_options"]["sigmas"][0])), with_kwargs=True)
+        lambda module, args, kwargs: calls.append(float(kwargs["transformer_options"]["sigmas"][0])), with_kwargs=True
+    )
     sample(model, latent)
     hook.remove()
     sigmas = run_of(a).sigmas
@@ -190,7 +218,7 @@ def test_images_that_own_nothing_cost_nothing():
     a, b = two()
     c = record(seed=3)
     model, latent = inject([a, b, c], masks_of(halves(), 3))
-    (recipe,), = model.attachments[KEY].groups
+    ((recipe,),) = model.attachments[KEY].groups
     assert [s.run for s in recipe.streams] == [run_of(a), run_of(b)]
     close(sample(model, latent)["samples"], compose([a, b], MIXED))
 
@@ -202,6 +230,7 @@ def test_a_recipe_that_never_acts_is_an_error():
 
 
 # ---------------------------------------------------------------- the starting latent
+
 
 @pytest.mark.parametrize("seed", [1, 77])
 def test_any_seed_starts_from_the_base(seed):
@@ -223,7 +252,10 @@ def test_ksampler_advanced_composes_as_ksampler_does():
 
 
 def test_image_to_image_and_inpainting_keep_their_latent_and_mask():
-    start = {"samples": torch.randn(1, 4, *SIZE, generator=torch.Generator().manual_seed(3)), "noise_mask": torch.zeros(1, 64, 64)}
+    start = {
+        "samples": torch.randn(1, 4, *SIZE, generator=torch.Generator().manual_seed(3)),
+        "noise_mask": torch.zeros(1, 64, 64),
+    }
     start["noise_mask"][:, 16:48, 16:48] = 1
     a, b = record(seed=1, latent=start, denoise=0.6), record(seed=2, latent=start, denoise=0.6)
     assert same(compose([a, b], ALL_BASE, denoise=0.6), a["samples"])
@@ -248,6 +280,7 @@ def test_a_composed_image_is_no_source():
 
 # ---------------------------------------------------------------- batches, halves, sizes
 
+
 def test_cond_and_uncond_in_calls_of_their_own(monkeypatch):
     together = compose(two(cache_mb=64), MIXED)
     low_memory(monkeypatch)
@@ -266,7 +299,7 @@ def test_a_composite_with_cfg_of_images_recorded_without():
 
 def test_a_batch_of_two_equals_two_runs():
     batch = record(latent=empty(2))
-    first, second = ({**batch, "samples": batch["samples"][i:i + 1]} for i in range(2))
+    first, second = ({**batch, "samples": batch["samples"][i : i + 1]} for i in range(2))
     for base in range(2):
         close(compose([batch], MIXED, base=base), compose([first, second], MIXED, base=base), 1e-2)
     twice, latent = inject([batch], MIXED)
@@ -285,20 +318,27 @@ def test_other_sizes(size):
     assert compose([a, b], masks).shape[-2:] == size
     grids = {}
     model, latent = inject([a, b], masks)
-    model.set_model_attn1_patch(lambda n, k, v, extra: (grids.setdefault(tuple(extra["block"]), tuple(extra["activations_shape"][-2:])), (n, k, v))[1])
+    model.set_model_attn1_patch(
+        lambda n, k, v, extra: (
+            grids.setdefault(tuple(extra["block"]), tuple(extra["activations_shape"][-2:])),
+            (n, k, v),
+        )[1]
+    )
     sample(model, latent)
-    assert set(grids.values()) == {tuple(-(-s // 2 ** level) for s in size) for level in range(4)}
+    assert set(grids.values()) == {tuple(-(-s // 2**level) for s in size) for level in range(4)}
 
 
 @pytest.mark.parametrize("name", ["sd2-small", "sdxl-small"])
 def test_other_families(name):
     model = random_model(name)
     latent = {"samples": torch.zeros(1, 4, 16, 16)}
-    settings = dict(model=model, latent=latent, negative=words(9, name=name), steps=2)
+    settings = {"model": model, "latent": latent, "negative": words(9, name=name), "steps": 2}
     for cache_mb in (0, 64):
         a, b = (record(seed=s, positive=words(s, name=name), cache_mb=cache_mb, **settings) for s in (1, 2))
-        later = dict(model=model, negative=words(9, name=name), steps=2)
-        assert same(compose([a, b], masks_of(torch.zeros(16, 16), 2), positive=words(1, name=name), **later), a["samples"])
+        later = {"model": model, "negative": words(9, name=name), "steps": 2}
+        assert same(
+            compose([a, b], masks_of(torch.zeros(16, 16), 2), positive=words(1, name=name), **later), a["samples"]
+        )
         mixed = compose([a, b], masks_of(halves((16, 16))), positive=words(1, name=name), **later)
         assert (mixed - a["samples"]).abs().max() > 0.01
         if cache_mb == 0:
@@ -308,14 +348,20 @@ def test_other_families(name):
 
 # ---------------------------------------------------------------- refusals, before sampling
 
+
 def test_another_size_schedule_model_or_sampler_is_refused():
     a, b = two()
     model, latent = inject([a, b], MIXED)
     with pytest.raises(ValueError, match="recorded at 8x8 latent pixels and this run has 16x16"):
         sample(model, empty(size=(16, 16)))
-    with pytest.raises(ValueError, match="recorded over 4 steps from sigma 14.61 through .* to 0 and this run takes 6 steps from"):
+    with pytest.raises(
+        ValueError, match="recorded over 4 steps from sigma 14.61 through .* to 0 and this run takes 6 steps from"
+    ):
         sample(model, latent, steps=6)
-    with pytest.raises(ValueError, match=r"sample_heun\) evaluates the model at sigma .* which the recorded run \(sample_euler\) did not"):
+    with pytest.raises(
+        ValueError,
+        match=r"sample_heun\) evaluates the model at sigma .* which the recorded run \(sample_euler\) did not",
+    ):
         sample(model, latent, sampler="heun")
     with pytest.raises(ValueError, match="image 0 was recorded at 8x8 .* and image 1 at 8x12"):
         inject([a, record(latent=empty(size=(8, 12)))], MIXED)
@@ -326,8 +372,10 @@ def test_another_size_schedule_model_or_sampler_is_refused():
     with pytest.raises(ValueError, match="negative conditioning and the recorded one has only positive"):
         from comfy_extras.nodes_custom_sampler import BasicGuider
         from sampling import sample_custom
+
         recording, recorded_latent = recorder()
         import comfy.samplers
+
         sigmas = comfy.samplers.calculate_sigmas(recording.get_model_object("model_sampling"), "normal", 4)
         only_positive, _ = sample_custom(recorded_latent, BasicGuider.execute(recording, words(1)).args[0], sigmas)
         compose([only_positive, a], MIXED)
@@ -347,16 +395,21 @@ def test_other_loras_are_refused_and_the_same_are_not():
             inject([a, b], MIXED, model=other)
 
 
-@pytest.mark.parametrize("masks, base, sites, part", [
-    (MIXED[:1], 0, "all", "1 masks for 2 images"), (MIXED, 2, "all", r"base is image 2, and there are 2 images \(0 to 1\)"),
-    (MIXED, 0, "d9", "sites: .*no d9"),
-])
+@pytest.mark.parametrize(
+    "masks, base, sites, part",
+    [
+        (MIXED[:1], 0, "all", "1 masks for 2 images"),
+        (MIXED, 2, "all", r"base is image 2, and there are 2 images \(0 to 1\)"),
+        (MIXED, 0, "d9", "sites: .*no d9"),
+    ],
+)
 def test_wrong_inputs_say_what_is_wrong(masks, base, sites, part):
     with pytest.raises(ValueError, match=f"Composite Attention Inject: {part}"):
         inject(two(), masks, base, sites=sites)
 
 
 # ---------------------------------------------------------------- neighbours (test_neighbours.py has the others)
+
 
 def test_the_recorder_stands_before_or_after_a_neighbour():
     recording, latent = recorder(cache_mb=64)
@@ -376,7 +429,10 @@ def test_two_composites_on_one_model():
     other, _ = inject([a, c], masks_of(halves().T), start=0.5)
     assert (composed - sample(alone, latent)["samples"]).abs().max() > 0.01
     assert (composed - sample(other, latent)["samples"]).abs().max() > 0.01
-    close(sample(inject([a, b], MIXED, start=0.5, model=inject([a, b], MIXED, end=0.5)[0])[0], latent)["samples"], compose([a, b], MIXED))
+    close(
+        sample(inject([a, b], MIXED, start=0.5, model=inject([a, b], MIXED, end=0.5)[0])[0], latent)["samples"],
+        compose([a, b], MIXED),
+    )
 
 
 def test_a_block_that_another_pack_runs_in_its_own_way_is_named(monkeypatch):
@@ -391,7 +447,9 @@ def test_a_block_that_another_pack_runs_in_its_own_way_is_named(monkeypatch):
         return original(self, x, context, transformer_options)
 
     monkeypatch.setattr(block, "forward", own_way)
-    with pytest.raises(RuntimeError, match=r"attention of 1 of its 16 blocks was never reached, the first of them \('output', 7, 0\)"):
+    with pytest.raises(
+        RuntimeError, match=r"attention of 1 of its 16 blocks was never reached, the first of them \('output', 7, 0\)"
+    ):
         sample(model, latent)
 
 
@@ -401,20 +459,25 @@ def test_a_wrapper_called_outside_of_sampling_passes_through():
     model, _ = recorder()
     model.pre_run()
     cond = {"uuid": "u", "model_conds": {}, "cross_attn": words(1)[0][0]}
-    conds = comfy.samplers.encode_model_conds(model.model.extra_conds, [cond], torch.zeros(1, 4, *SIZE), "cpu", "positive")
+    conds = comfy.samplers.encode_model_conds(
+        model.model.extra_conds, [cond], torch.zeros(1, 4, *SIZE), "cpu", "positive"
+    )
     options = {**model.model_options, "transformer_options": {"wrappers": model.wrappers}}
-    out, = comfy.samplers.calc_cond_batch(model.model, [conds], torch.zeros(1, 4, *SIZE), torch.ones(1), options)
+    (out,) = comfy.samplers.calc_cond_batch(model.model, [conds], torch.zeros(1, 4, *SIZE), torch.ones(1), options)
     model.cleanup()
     assert torch.isfinite(out).all()
 
 
 # ---------------------------------------------------------------- the cut, on recordings
 
+
 def pictures(*seeds, size=64):
     return [torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(s)) for s in seeds]
 
 
-STROKES = '{"v":1,"base":0,"strokes":[{"k":0,"r":500,"p":[1000,1000,1000,9000]},{"k":1,"r":500,"p":[9000,1000,9000,9000]}]}'
+STROKES = (
+    '{"v":1,"base":0,"strokes":[{"k":0,"r":500,"p":[1000,1000,1000,9000]},{"k":1,"r":500,"p":[9000,1000,9000,9000]}]}'
+)
 
 
 def test_the_cut_gives_a_partition_that_keeps_strokes():
@@ -424,7 +487,9 @@ def test_the_cut_gives_a_partition_that_keeps_strokes():
     assert (masks[0, 8:56, 6] == 1).all() and (masks[1, 8:56, 58] == 1).all()
     assert colours.shape == paste.shape == (1, 64, 64, 3)
     first, second = pictures(1, 2)
-    assert same(paste[0][masks[0] == 1], first[0][masks[0] == 1]) and same(paste[0][masks[1] == 1], second[0][masks[1] == 1])
+    assert same(paste[0][masks[0] == 1], first[0][masks[0] == 1]) and same(
+        paste[0][masks[1] == 1], second[0][masks[1] == 1]
+    )
     assert len(colours.reshape(-1, 3).unique(dim=0)) == 2
     again, *_ = cut([record(seed=1, positive=words(1)), record(seed=2, positive=words(2))], pictures(1, 2), STROKES)
     assert same(again, masks)  # the same seeds give the same cut
@@ -443,7 +508,7 @@ def test_strokes_as_document_masks_and_picture_are_the_same():
 
 def test_the_cut_of_a_batch_is_the_cut_of_its_images():
     batch = record(latent=empty(2))
-    rows = [{**batch, "samples": batch["samples"][i:i + 1]} for i in range(2)]
+    rows = [{**batch, "samples": batch["samples"][i : i + 1]} for i in range(2)]
     images = pictures(1, 2)
     assert same(cut([batch], [torch.cat(images)], STROKES)[0], cut(rows, images, STROKES)[0])
 
@@ -458,29 +523,51 @@ def test_sigma_zero_measures_itself():
     a, b = two()
     keys = [[run_of(r).keys[half][0] for half in run_of(r).keys] for r in (a, b)]
     from montage.kernels import graphcut
+
     median = graphcut.median_distance([graphcut.image_distances(k, SIZE, 10) for k in keys])
-    assert same(cut([a, b], pictures(1, 2), STROKES, sigma=0.0)[0], cut([a, b], pictures(1, 2), STROKES, sigma=median)[0])
+    assert same(
+        cut([a, b], pictures(1, 2), STROKES, sigma=0.0)[0], cut([a, b], pictures(1, 2), STROKES, sigma=median)[0]
+    )
 
 
-@pytest.mark.parametrize("case, part", [
-    (lambda a, b: cut([a, b], pictures(1)), "2 latents and 1 images"),
-    (lambda a, b: cut([a, b], [*pictures(1), *pictures(2, size=32)]), "different sizes .32x32, 64x64."),
-    (lambda a, b: cut([a, b], [torch.rand(2, 64, 96, 3)]), "images are 96x64 pixels and the latents 8x8"),
-    (lambda a, b: cut([a, b], pictures(1, 2), base=2), "base is image 2, and there are 2 images"),
-    (lambda a, b: cut([a, b], pictures(1, 2), '{"v":1,"base":1,"strokes":[]}'), "base is 0, but the strokes were painted for base 1"),
-    (lambda a, b: cut([a, b], pictures(1, 2), '{"v":1,"strokes":[{"k":2,"r":9,"p":[0,0]}]}'), "stroke 0 is on image 2, and there are 2 images"),
-    (lambda a, b: cut([a, b], pictures(1, 2), stroke_masks=torch.zeros(1, 64, 64)), "stroke_masks are 1 of 64x64, and there are 2 images of 64x64"),
-    (lambda a, b: cut([a, b], pictures(1, 2), stroke_masks=torch.zeros(2, 32, 64)), "stroke_masks are 2 of 64x32"),
-    (lambda a, b: cut([a, b], pictures(1, 2), stroke_picture=torch.zeros(1, 32, 32, 3)), "stroke_picture is 32x32 and the images are 64x64"),
-    (lambda a, b: cut([a, b], pictures(1, 2), stroke_masks=torch.ones(2, 64, 64)), r"4096 pixels are painted for several images at once, the first at \(0, 0\) for images 0 and 1"),
-    (lambda a, b: cut([a, empty()], pictures(1, 2)), "latent 1 was not recorded"),
-])
+@pytest.mark.parametrize(
+    "case, part",
+    [
+        (lambda a, b: cut([a, b], pictures(1)), "2 latents and 1 images"),
+        (lambda a, b: cut([a, b], [*pictures(1), *pictures(2, size=32)]), "different sizes .32x32, 64x64."),
+        (lambda a, b: cut([a, b], [torch.rand(2, 64, 96, 3)]), "images are 96x64 pixels and the latents 8x8"),
+        (lambda a, b: cut([a, b], pictures(1, 2), base=2), "base is image 2, and there are 2 images"),
+        (
+            lambda a, b: cut([a, b], pictures(1, 2), '{"v":1,"base":1,"strokes":[]}'),
+            "base is 0, but the strokes were painted for base 1",
+        ),
+        (
+            lambda a, b: cut([a, b], pictures(1, 2), '{"v":1,"strokes":[{"k":2,"r":9,"p":[0,0]}]}'),
+            "stroke 0 is on image 2, and there are 2 images",
+        ),
+        (
+            lambda a, b: cut([a, b], pictures(1, 2), stroke_masks=torch.zeros(1, 64, 64)),
+            "stroke_masks are 1 of 64x64, and there are 2 images of 64x64",
+        ),
+        (lambda a, b: cut([a, b], pictures(1, 2), stroke_masks=torch.zeros(2, 32, 64)), "stroke_masks are 2 of 64x32"),
+        (
+            lambda a, b: cut([a, b], pictures(1, 2), stroke_picture=torch.zeros(1, 32, 32, 3)),
+            "stroke_picture is 32x32 and the images are 64x64",
+        ),
+        (
+            lambda a, b: cut([a, b], pictures(1, 2), stroke_masks=torch.ones(2, 64, 64)),
+            r"4096 pixels are painted for several images at once, the first at \(0, 0\) for images 0 and 1",
+        ),
+        (lambda a, b: cut([a, empty()], pictures(1, 2)), "latent 1 was not recorded"),
+    ],
+)
 def test_a_cut_that_cannot_be_made_says_why(case, part):
     with pytest.raises(ValueError, match=f"Graph Cut Montage: .*{part}"):
         case(*two())
 
 
 # ---------------------------------------------------------------- the demo model
+
 
 def test_the_demo_model_composes():
     """End to end on the trained model: text, ComfyUI's sampler, cut, composite, decode."""

@@ -1,15 +1,17 @@
 """Every yardstick on a case with a known answer, and on one where it must fail."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
-from montage.demo import metrics, reader, scenes
+
+from montage.demo import detector, metrics, scenes
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return reader.load()
+    return detector.load()
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,7 @@ GREY = torch.full((64, 64, 3), 0.5)
 
 # ----------------------------------------------------------------------------------- picture to picture
 
+
 def test_psnr_of_a_known_error():
     off = GREY.clone()
     off[:, :32] += 0.1
@@ -48,6 +51,7 @@ def test_psnr_of_a_known_error():
 
 def test_psnr_agrees_with_scikit_image():
     from skimage.metrics import peak_signal_noise_ratio
+
     a, b = np.random.default_rng(0).random((2, 64, 64, 3))
     assert metrics.masked_psnr(a, b, np.ones((64, 64))) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1.0))
 
@@ -85,16 +89,18 @@ def test_seam_gradient_needs_a_seam():
 
 # ------------------------------------------------------------------------------------- region to region
 
+
 def test_colour_distance_of_a_known_shift():
     """Greys of lightness 50 and 60 are 10 apart; where the regions lie does not matter."""
     from skimage.color import lab2rgb
+
     light, dark = (np.broadcast_to(lab2rgb(np.array([[[v, 0.0, 0.0]]])), (64, 64, 3)) for v in (60.0, 50.0))
     assert metrics.colour_distance(light, HALF, dark, 1 - HALF) == pytest.approx(10.0, abs=0.05)
     assert metrics.colour_distance(light, HALF, light, 1 - HALF) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_colour_distance_tells_two_reds_from_red_and_blue():
-    at = dict(texture=0, shape=scenes.SHAPES.index("ball"))
+    at = {"texture": 0, "shape": scenes.SHAPES.index("ball")}
     (drawn, red), (_, other), (_, blue) = (one(seed=seed, colour=c, **at) for seed, c in ((5, 0), (6, 0), (5, 2)))
     mask = scenes.masks(drawn)[0, 0]
     assert metrics.colour_distance(red, mask, other, mask) < 25 < 60 < metrics.colour_distance(red, mask, blue, mask)
@@ -102,9 +108,14 @@ def test_colour_distance_tells_two_reds_from_red_and_blue():
 
 def test_texture_similarity_follows_the_texture_not_the_colour():
     def box(texture, colour, angle=0.0):
-        drawn, picture = one(dict(angle=angle, period=0.12, outline=0.01, light=0.0, brightness=0.0),
-                             texture=texture, colour=colour, shape=scenes.SHAPES.index("box"))
+        drawn, picture = one(
+            {"angle": angle, "period": 0.12, "outline": 0.01, "light": 0.0, "brightness": 0.0},
+            texture=texture,
+            colour=colour,
+            shape=scenes.SHAPES.index("box"),
+        )
         return picture, scenes.masks(drawn)[0, 0]
+
     stripes, other_colour, turned = box(1, 0), box(1, 2), box(1, 0, angle=0.25)
     plain, dots, checks = box(0, 0), box(2, 0), box(3, 0)
     assert metrics.texture_similarity(*stripes, *stripes) == pytest.approx(1.0)
@@ -116,12 +127,17 @@ def test_texture_similarity_follows_the_texture_not_the_colour():
 
 # --------------------------------------------------------------------------------------- what it shows
 
+
 def test_the_reader_reads_held_out_scenes(judge, held_out):
     drawn, pictures = held_out
-    verdicts = [metrics.judge(metrics.look(judge, picture), drawn.background[i].item(), metrics.wanted(drawn, i))
-                for i, picture in enumerate(pictures)]
+    verdicts = [
+        metrics.judge(metrics.look(judge, picture), drawn.background[i].item(), metrics.wanted(drawn, i))
+        for i, picture in enumerate(pictures)
+    ]
+
     def share(field):
         return np.mean(np.concatenate([np.atleast_1d(getattr(verdict, field)) for verdict in verdicts]))
+
     assert share("background") >= 0.99
     assert share("colour") >= 0.97
     assert share("shape") >= 0.95
@@ -133,8 +149,10 @@ def test_the_reader_fails_the_wrong_prompt(judge, held_out):
     """Judged against the next scene's prompt, the same pictures are wrong as often as chance has it."""
     drawn, pictures = held_out
     other = drawn.take(torch.arange(len(pictures)).roll(1))
-    verdicts = [metrics.judge(metrics.look(judge, picture), other.background[i].item(), metrics.wanted(other, i))
-                for i, picture in enumerate(pictures)]
+    verdicts = [
+        metrics.judge(metrics.look(judge, picture), other.background[i].item(), metrics.wanted(other, i))
+        for i, picture in enumerate(pictures)
+    ]
     assert np.mean([verdict.background for verdict in verdicts]) < 0.3
     assert np.mean([verdict.present for verdict in verdicts]) < 0.2
 
@@ -156,8 +174,8 @@ def scenes_with_ball(drawn):
 
 def test_judge_gives_every_wanted_object_its_own():
     """One red ball cannot stand for two."""
-    ball = reader.Found(0.9, (0.5, 0.5), shape=0, colour=0, texture=0, style={})
-    box = reader.Found(0.8, (0.2, 0.2), shape=1, colour=2, texture=0, style={})
+    ball = detector.Found(0.9, (0.5, 0.5), shape=0, colour=0, texture=0, style={})
+    box = detector.Found(0.8, (0.2, 0.2), shape=1, colour=2, texture=0, style={})
     red_ball, blue_box = metrics.Wanted(0, 0, 0), metrics.Wanted(2, 0, 1)
     both = metrics.judge((3, 0.0, [ball, box]), 3, [blue_box, red_ball])
     assert both.present and both.objects == [box, ball] and both.background and both.spare == 0
@@ -170,27 +188,30 @@ def test_judge_gives_every_wanted_object_its_own():
 
 def test_style_code_comes_back_as_it_went_in():
     style = scenes.sample(50, torch.Generator().manual_seed(1)).style
-    for row, code in zip(style, reader.encode_style(style)):
-        for value, (name, back) in zip(row.tolist(), reader.decode_style(code).items()):
-            assert reader.style_error(name, value, back) < 1e-4
+    for row, code in zip(style, detector.encode_style(style)):
+        for value, (name, back) in zip(row.tolist(), detector.decode_style(code).items()):
+            assert detector.style_error(name, value, back) < 1e-4
 
 
 def test_style_error_of_angles_wraps_round():
-    assert reader.style_error("angle", 0.01, 0.49) == pytest.approx(0.08)   # half a turn is the same line
-    assert reader.style_error("light", 0.95, 0.05) == pytest.approx(0.2)
-    assert reader.style_error("light", 0.0, 0.5) == 1.0
-    assert reader.style_error("brightness", -1.0, 1.0) == 1.0
+    assert detector.style_error("angle", 0.01, 0.49) == pytest.approx(0.08)  # half a turn is the same line
+    assert detector.style_error("light", 0.95, 0.05) == pytest.approx(0.2)
+    assert detector.style_error("light", 0.0, 0.5) == 1.0
+    assert detector.style_error("brightness", -1.0, 1.0) == 1.0
 
 
 # Hue and outline are not here: the reader of these weights reads both coarsely.
-@pytest.mark.parametrize("name, a, b", [("brightness", -0.8, 0.8), ("angle", 0.06, 0.31), ("period", 0.09, 0.15), ("light", 0.1, 0.6)])
+@pytest.mark.parametrize(
+    "name, a, b", [("brightness", -0.8, 0.8), ("angle", 0.06, 0.31), ("period", 0.09, 0.15), ("light", 0.1, 0.6)]
+)
 def test_style_errors_see_one_changed_variable(judge, name, a, b):
     """A striped blue ball twice: the variable that changed is seen to change more than when nothing did."""
-    base = dict(hue=0.0, brightness=0.0, angle=0.1, period=0.11, tint=0.0, light=0.3, outline=0.02)
+    base = {"hue": 0.0, "brightness": 0.0, "angle": 0.1, "period": 0.11, "tint": 0.0, "light": 0.3, "outline": 0.02}
 
     def found(value, seed):
         _, picture = one(base | {name: value}, seed=seed, colour=2, texture=1, shape=0)
         return metrics.look(judge, picture)[2][0]
+
     changed, same = metrics.style_errors(found(a, 5), found(b, 5)), metrics.style_errors(found(a, 5), found(a, 5))
     assert set(changed) == set(scenes.STYLE) - {"tint"}
     assert changed[name] > 0.5  # the truth is 0.8 to 1: a reader trained this little plays changes down
@@ -199,7 +220,7 @@ def test_style_errors_see_one_changed_variable(judge, name, a, b):
 
 def test_style_errors_leave_out_what_does_not_show():
     style = dict(zip(scenes.STYLE, [0.0, 0.0, 0.1, 0.1, 0.0, 0.3, 0.02]))
-    plain = reader.Found(1.0, (0.5, 0.5), 0, colour=0, texture=0, style=style)
+    plain = detector.Found(1.0, (0.5, 0.5), 0, colour=0, texture=0, style=style)
     black = plain._replace(colour=7, texture=1)
     assert set(metrics.style_errors(plain, black)) == {"brightness", "light", "outline"}
     assert len(metrics.style_agreement([plain, plain, black])) == 3

@@ -1,9 +1,11 @@
 """The demo model inside ComfyUI: it loads, it is the network that was trained, and it draws what it is told."""
+
 import pytest
 import torch
-from montage.demo import diffusion, family, metrics, reader, sampling, scenes, vocabulary
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from montage.demo import detector, diffusion, metrics, sampling, scenes, supported_model, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -13,26 +15,28 @@ def models():
 
 @pytest.fixture(scope="module")
 def weights():
-    return load_file(family.WEIGHTS)
+    return load_file(supported_model.WEIGHTS)
 
 
 def under(state, prefix):
-    return {key[len(prefix):]: value.float() for key, value in state.items() if key.startswith(prefix)}
+    return {key[len(prefix) :]: value.float() for key, value in state.items() if key.startswith(prefix)}
 
 
 def test_registering_twice_is_registering_once():
     import comfy.supported_models
-    family.register()
+
+    supported_model.register()
     before = list(comfy.supported_models.models)
-    family.register()
+    supported_model.register()
     assert comfy.supported_models.models == before
     assert [f.__name__ for f in before].count("MontageDemo") == 1
 
 
 def test_the_checkpoint_loads_through_comfyui(models):
     import comfy.model_base
+
     model, clip, vae = models
-    assert isinstance(model.model.model_config, family.MontageDemo)
+    assert isinstance(model.model.model_config, supported_model.MontageDemo)
     assert model.model.model_type == comfy.model_base.ModelType.V_PREDICTION
     assert len(sampling.attention_sites(model)) == 16
     assert vae.decode(torch.zeros(1, 4, 24, 16)).shape == (1, 192, 128, 3)
@@ -42,13 +46,14 @@ def test_a_stock_sd15_is_still_sd15(weights):
     """The family must claim its own files only."""
     import comfy.model_detection
     import comfy.supported_models
+
     config = dict(comfy.supported_models.SD15.unet_config)
-    family.register()
+    supported_model.register()
     assert comfy.model_detection.model_config_from_unet_config(config).__class__ is comfy.supported_models.SD15
 
 
 def test_weights_are_small_and_say_where_they_come_from():
-    files = sorted(family.WEIGHTS.parent.glob("*"))
+    files = sorted(supported_model.WEIGHTS.parent.glob("*"))
     assert {file.suffix for file in files} == {".safetensors"}
     assert sum(file.stat().st_size for file in files) < 40e6
     for file in files:
@@ -95,9 +100,11 @@ def pictures(models):
 
 
 def right(drawn, pictures, field):
-    judge = reader.load()
-    verdicts = [metrics.judge(metrics.look(judge, picture), drawn.background[i].item(), metrics.wanted(drawn, i))
-                for i, picture in enumerate(pictures)]
+    judge = detector.load()
+    verdicts = [
+        metrics.judge(metrics.look(judge, picture), drawn.background[i].item(), metrics.wanted(drawn, i))
+        for i, picture in enumerate(pictures)
+    ]
     return sum(torch.tensor(getattr(verdict, field)).all().item() for verdict in verdicts)
 
 

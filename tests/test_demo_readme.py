@@ -1,8 +1,10 @@
 """The demo's page: its measured blocks come from the evaluation, and everything it names is there."""
+
 import re
 from pathlib import Path
 
 import pytest
+
 from montage.demo import evaluate
 
 PAGE = Path(evaluate.__file__).with_name("README.md")
@@ -23,7 +25,10 @@ def test_every_picture_is_there_and_small():
 
 def test_writing_a_block_leaves_the_rest_alone(tmp_path):
     page = tmp_path / "README.md"
-    page.write_text("before\n<!-- measured: controlnet -->\nold\n<!-- end -->\nbetween\n<!-- measured: swap -->\nkept\n<!-- end -->\n")
+    page.write_text(
+        "before\n<!-- measured: controlnet -->\nold\n<!-- end -->\nbetween\n<!-- measured: swap -->\nkept\n<!-- end"
+        " -->\n"
+    )
     for share in (0.5, 0.75):
         evaluate.write_readme({"controlnet": {"with the hint": share, "without": 0.25}}, page)
     text = page.read_text()

@@ -1,6 +1,8 @@
 """The scenes: what the caption tells is drawn, what it does not tell is shared, and a seed repeats itself."""
+
 import pytest
 import torch
+
 from montage.demo import inputs, scenes, subject
 
 
@@ -28,7 +30,11 @@ def test_scenes_are_what_they_promise():
         for j in range(i):
             both = present[:, i] & present[:, j]
             assert (drawn.colour[both, i] != drawn.colour[both, j]).all()
-            apart = (drawn.centre[both, i] - drawn.centre[both, j]).norm(dim=-1) - drawn.radius[both, i] - drawn.radius[both, j]
+            apart = (
+                (drawn.centre[both, i] - drawn.centre[both, j]).norm(dim=-1)
+                - drawn.radius[both, i]
+                - drawn.radius[both, j]
+            )
             assert (apart < 0).float().mean() < 0.01, "objects overlap"
     low, high = torch.tensor(list(scenes.STYLE.values())).T
     assert ((drawn.style >= low) & (drawn.style <= high)).all()
@@ -47,12 +53,25 @@ def test_captions_tell_objects_in_either_order_and_no_style():
     assert scenes.caption(drawn, 0, name="sks") == "a sks ball and a sks star by a brick wall"
 
 
-@pytest.mark.parametrize("name, inside, outside", [
-    ("hue", True, False), ("brightness", True, False), ("angle", True, False), ("period", True, False),
-    ("light", True, False), ("outline", True, False), ("tint", False, True)])
+@pytest.mark.parametrize(
+    "name, inside, outside",
+    [
+        ("hue", True, False),
+        ("brightness", True, False),
+        ("angle", True, False),
+        ("period", True, False),
+        ("light", True, False),
+        ("outline", True, False),
+        ("tint", False, True),
+    ],
+)
 def test_each_style_variable_changes_what_it_is_for(name, inside, outside):
     drawn = sample(1, seed=4, count=2)
-    drawn.colour[0, :2], drawn.texture[0, :2], drawn.shape[0, :2] = torch.tensor([0, 2]), torch.tensor([1, 1]), torch.tensor([0, 1])
+    drawn.colour[0, :2], drawn.texture[0, :2], drawn.shape[0, :2] = (
+        torch.tensor([0, 2]),
+        torch.tensor([1, 1]),
+        torch.tensor([0, 1]),
+    )
     low, high = scenes.STYLE[name]
     a, b = (render(drawn.with_style(**{name: low + share * (high - low)})) for share in (0.2, 0.7))
     solid = scenes.masks(drawn)[0] > 0.999
@@ -105,8 +124,12 @@ def test_the_layout_is_outlines_alone():
 def test_the_subject_looks_the_same_in_every_photo_and_like_nothing_with_a_name():
     drawn, pictures = subject.photos()
     assert pictures.shape == (scenes.PHOTOS, 3, 128, 128)
-    assert (drawn.colour[:, 0] == scenes.SUBJECT_COLOUR).all() and scenes.SUBJECT_COLOUR not in range(len(scenes.COLOURS))
-    style = drawn.style[:, [scenes.STYLE_NAMES.index(name) for name in ("hue", "brightness", "angle", "period", "outline")]]
+    assert (drawn.colour[:, 0] == scenes.SUBJECT_COLOUR).all() and scenes.SUBJECT_COLOUR not in range(
+        len(scenes.COLOURS)
+    )
+    style = drawn.style[
+        :, [scenes.STYLE_NAMES.index(name) for name in ("hue", "brightness", "angle", "period", "outline")]
+    ]
     assert (style == style[0]).all()
     assert torch.equal(subject.photos()[1], pictures)
     assert subject.captions(drawn, "sks")[0].startswith("a sks ball ")
@@ -114,6 +137,7 @@ def test_the_subject_looks_the_same_in_every_photo_and_like_nothing_with_a_name(
 
 def test_input_pictures_are_the_same_every_time_and_cutouts_have_alpha(tmp_path):
     from PIL import Image
+
     first, second = inputs.write(tmp_path / "a"), inputs.write(tmp_path / "b")
     assert [a.read_bytes() for a in first] == [b.read_bytes() for b in second]
     for path in first:

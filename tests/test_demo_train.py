@@ -1,4 +1,5 @@
 """The one command that trains it all: it runs, it writes what ComfyUI loads, and a kill costs nothing."""
+
 import json
 import subprocess
 import sys
@@ -6,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from montage.demo import alignment, autoencoder, diffusion, fit, reader, scenes, subject, train
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from montage.demo import autoencoder, auxiliary_head, detector, diffusion, scenes, subject, train, training_loop
 
 PARTS = ["autoencoder", "diffusion", "controlnet", "subject", "reader"]
 
@@ -21,8 +23,31 @@ def learning(inference):
 
 
 def command(folder, steps, parts, *more):
-    return train.main([*more, "--runs", str(folder / "runs"), "--weights", str(folder / "weights"), "--device", "cpu", "--only", *parts,
-                       "--steps", str(steps), "--shards", "1", "--hints", "1", "--pictures", "64", "--batch", "2", "--size", "64"])
+    return train.main(
+        [
+            *more,
+            "--runs",
+            str(folder / "runs"),
+            "--weights",
+            str(folder / "weights"),
+            "--device",
+            "cpu",
+            "--only",
+            *parts,
+            "--steps",
+            str(steps),
+            "--shards",
+            "1",
+            "--hints",
+            "1",
+            "--pictures",
+            "64",
+            "--batch",
+            "2",
+            "--size",
+            "64",
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +63,21 @@ def test_everything_is_trained_and_comfyui_loads_it(trained):
     import comfy.controlnet
     import comfy.lora
     import comfy.utils
+
     from montage.demo import sampling
+
     assert sorted(file.name for file in trained.iterdir()) == [
-        "demo-controlnet.safetensors", "demo-model.safetensors", "demo-reader.safetensors",
-        "demo-subject-embedding.safetensors", "demo-subject-lora.safetensors"]
+        "demo-controlnet.safetensors",
+        "demo-model.safetensors",
+        "demo-reader.safetensors",
+        "demo-subject-embedding.safetensors",
+        "demo-subject-lora.safetensors",
+    ]
     with torch.inference_mode():
         model, clip, vae = models = sampling.load(trained / "demo-model.safetensors")
-        net = comfy.controlnet.load_controlnet_state_dict(comfy.utils.load_torch_file(str(trained / "demo-controlnet.safetensors")))
+        net = comfy.controlnet.load_controlnet_state_dict(
+            comfy.utils.load_torch_file(str(trained / "demo-controlnet.safetensors"))
+        )
         hint = scenes.layout(scenes.sample(1, torch.Generator().manual_seed(0)), 128).movedim(1, -1)
         assert sampling.draw(models, ["a red ball"], [0], control=(net, hint), steps=1).shape == (1, 128, 128, 3)
         keys = comfy.lora.model_lora_keys_unet(model.model, {})
@@ -56,32 +89,42 @@ def test_everything_is_trained_and_comfyui_loads_it(trained):
 
 
 def test_a_file_tells_how_it_was_trained(trained):
-    for name, parts in (("demo-model", {"autoencoder", "diffusion"}), ("demo-subject-lora", {"lora"}), ("demo-reader", {"reader"})):
+    for name, parts in (
+        ("demo-model", {"autoencoder", "diffusion"}),
+        ("demo-subject-lora", {"lora"}),
+        ("demo-reader", {"reader"}),
+    ):
         with safe_open(trained / f"{name}.safetensors", "pt") as opened:
             told = opened.metadata()
         figures = json.loads(told["figures"])
         assert figures.keys() == parts
         assert all(figure["steps"] == 1 for figure in figures.values())
-        assert told["command"].startswith("python demo/train.py --steps 1 ") and str(trained.parent) not in told["command"]
+        assert (
+            told["command"].startswith("python demo/train.py --steps 1 ") and str(trained.parent) not in told["command"]
+        )
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     part = "autoencoder"
     whole = command(tmp_path / "whole", 3, [part])
 
-    step = fit.torch.optim.AdamW.step
+    step = training_loop.torch.optim.AdamW.step
     count = iter(range(3))
+
     def power_cut(optimiser):
         if next(count) == 2:
             raise KeyboardInterrupt
         return step(optimiser)
+
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fit.torch.optim.AdamW, "step", power_cut)
-        patch.setattr(fit, "SAVE_EVERY", 0.0)
+        patch.setattr(training_loop.torch.optim.AdamW, "step", power_cut)
+        patch.setattr(training_loop, "SAVE_EVERY", 0.0)
         command(tmp_path / "cut", 3, [part])
     again = command(tmp_path / "cut", 3, [part])
 
-    assert [file.name for file in (tmp_path / "whole" / "weights").iterdir()] == ["demo-model.safetensors"], "only what was trained"
+    assert [file.name for file in (tmp_path / "whole" / "weights").iterdir()] == ["demo-model.safetensors"], (
+        "only what was trained"
+    )
     assert again.figures[part]["steps"] == whole.figures[part]["steps"] == 3
     for key, value in whole.parameters[part].items():
         assert torch.equal(value, again.parameters[part][key]), key
@@ -90,7 +133,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
 
 
 def test_further_training_keeps_the_latents_that_the_denoiser_knows(tmp_path):
-    before = train.Trainer(train.arguments(["--device", "cpu", "--init", str(train.HERE / "weights"), "--runs", str(tmp_path)])).auto.state_dict()
+    before = train.Trainer(
+        train.arguments(["--device", "cpu", "--init", str(train.HERE / "weights"), "--runs", str(tmp_path)])
+    ).auto.state_dict()
     after = command(tmp_path, 1, ["autoencoder"], "--init", str(train.HERE / "weights")).auto.state_dict()
     changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(value, after[key])}
     assert changed == {"decoder"}
@@ -113,12 +158,25 @@ def loss_of(generator):
 steps = fit("both", Path(sys.argv[1]), {"w": weight}, loss_of, Budget(0.5), 1e-3, warmup=1)["steps"]
 torch.save({"steps": steps, "seen": seen}, Path(sys.argv[1]) / f"rank{dist.get_rank()}.pt")
 """)
-    root = str(Path(fit.__file__).resolve().parents[1])
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path), root],
-                   check=True, timeout=120)
+    root = str(Path(training_loop.__file__).resolve().parents[1])
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(script),
+            str(tmp_path),
+            root,
+        ],
+        check=True,
+        timeout=120,
+    )
     one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    assert one["steps"] == two["steps"] >= fit.MEET_EVERY
-    before, after = fit.MEET_EVERY - 1, fit.MEET_EVERY
+    assert one["steps"] == two["steps"] >= training_loop.MEET_EVERY
+    before, after = training_loop.MEET_EVERY - 1, training_loop.MEET_EVERY
     assert not torch.equal(one["seen"][before], two["seen"][before])
     assert torch.equal(one["seen"][after], two["seen"][after]) and (one["seen"][after] != 0).all()
 
@@ -130,17 +188,26 @@ def test_noise_levels_are_twice_as_dense_in_the_middle(tmp_path):
     trainer.denoising_loss(torch.zeros(4000, 4, 1, 1), lambda: None, torch.Generator().manual_seed(0))
     density = torch.histogram(seen[0].double(), 100, range=(0.0, 1000.0)).hist / 40
     assert abs(density[49:51].mean() - 2) < 0.1 and abs(density[[0, -1]].mean() - 2 / 3) < 0.05
-    assert 0 <= seen[0].min() and seen[0].max() <= 999
+    assert seen[0].min() >= 0 and seen[0].max() <= 999
 
 
 def test_bfloat16_teaches_the_same(tmp_path):
     """On a CPU it goes through an attention of its own."""
+
     def gradient(*more):
-        trainer = train.Trainer(train.arguments(["--device", "cpu", "--init", str(train.HERE / "weights"), "--runs", str(tmp_path), *more]))
+        trainer = train.Trainer(
+            train.arguments(["--device", "cpu", "--init", str(train.HERE / "weights"), "--runs", str(tmp_path), *more])
+        )
         ids = train.tokenise(["a red ball on grass", "a blue star at night"])
         latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
         trainer.denoising_loss(latents, lambda: trainer.text(ids), torch.Generator().manual_seed(0)).backward()
-        return torch.cat([value.grad.flatten() for value in (*trainer.unet.parameters(), *trainer.text.parameters()) if value.requires_grad])
+        return torch.cat(
+            [
+                value.grad.flatten()
+                for value in (*trainer.unet.parameters(), *trainer.text.parameters())
+                if value.requires_grad
+            ]
+        )
 
     assert torch.nn.functional.cosine_similarity(gradient("--no-bf16"), gradient("--bf16"), dim=0) > 0.99
     assert "True" not in train.arguments(["--bf16"]).command
@@ -148,7 +215,7 @@ def test_bfloat16_teaches_the_same(tmp_path):
 
 def test_the_lesson_on_the_side_knows_what_the_picture_shows():
     drawn = scenes.sample(32, torch.Generator().manual_seed(0), fancy=0.2)
-    owner = alignment.owners(drawn, 16)
+    owner = auxiliary_head.owners(drawn, 16)
     centres = (drawn.centre * 16).long().clamp(max=15)
     for row, slot in (drawn.shape == scenes.SHAPES.index("ball")).nonzero().tolist():
         x, y = centres[row, slot]
@@ -159,33 +226,41 @@ def test_the_lesson_on_the_side_knows_what_the_picture_shows():
     def maps(of):
         """A head that answers for the scenes `of` with certainty."""
         slot, covered = owner.long().clamp(max=2), owner < 3
+
         def at(field):
             return field.gather(1, slot.flatten(1)).view_as(slot).clamp(min=0)
+
         what = torch.where(covered, at(of.shape), len(scenes.SHAPES) + of.background[:, None, None])
         answers = {"what": what, "colour": at(of.colour).clamp(max=7), "texture": at(of.texture)}
-        logits = {name: 20 * torch.nn.functional.one_hot(answer, alignment._OUTPUTS[name]).float() for name, answer in answers.items()}
-        return logits | {"style": reader.encode_style(of.style)[:, None, None].expand(-1, 16, 16, -1)}
+        logits = {
+            name: 20 * torch.nn.functional.one_hot(answer, auxiliary_head._OUTPUTS[name]).float()
+            for name, answer in answers.items()
+        }
+        return logits | {"style": detector.encode_style(of.style)[:, None, None].expand(-1, 16, 16, -1)}
 
-    assert alignment.loss(maps(drawn), drawn, owner) < 1e-6
-    assert alignment.loss(maps(drawn.with_style(tint=1.0)), drawn, owner) > 0.05
-    assert alignment.loss(maps(drawn.with_style(light=0.0)), drawn, owner) > 0.1
-    assert alignment.loss(maps(drawn._replace(texture=(drawn.texture + 1) % 4)), drawn, owner) > 1
+    assert auxiliary_head.loss(maps(drawn), drawn, owner) < 1e-6
+    assert auxiliary_head.loss(maps(drawn.with_style(tint=1.0)), drawn, owner) > 0.05
+    assert auxiliary_head.loss(maps(drawn.with_style(light=0.0)), drawn, owner) > 0.1
+    assert auxiliary_head.loss(maps(drawn._replace(texture=(drawn.texture + 1) % 4)), drawn, owner) > 1
 
 
 def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
-    fit.save_safely({"x": torch.ones(2)}, path)
+    training_loop.save_safely({"x": torch.ones(2)}, path)
+
     def disk_full(tensors, name, metadata):
         name.write_bytes(b"half a fi")
         raise OSError
-    monkeypatch.setattr(fit, "save_file", disk_full)
+
+    monkeypatch.setattr(training_loop, "save_file", disk_full)
     with pytest.raises(OSError):
-        fit.save_safely({"x": torch.zeros(2)}, path)
+        training_loop.save_safely({"x": torch.zeros(2)}, path)
     assert load_file(path)["x"].tolist() == [1, 1]
 
 
 def test_a_slim_autoencoder_padded_to_taesd_draws_the_same():
     from comfy.taesd.taesd import TAESD
+
     slim = autoencoder.Autoencoder(**autoencoder.SLIM)
     for value in slim.parameters():
         torch.nn.init.normal_(value, std=0.05)

@@ -1,32 +1,49 @@
 """The workbench: which ComfyUI it uses, and what it says when it cannot."""
+
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from workbench import dev
+from live_server import dev
 
 ROOT = Path(__file__).resolve().parent.parent
+
 
 def run(*arguments, **variables):
     environment = {**os.environ, **variables}
     environment = {name: value for name, value in environment.items() if value is not None}
-    return subprocess.run([sys.executable, ROOT / "dev.py", *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, ROOT / "dev.py", *arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_without_network_and_cache_it_says_one_sentence(tmp_path):
-    result = run("demo", COMFYUI_PATH=None, MONTAGE_CACHE=str(tmp_path), PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
+    result = run(
+        "demo",
+        COMFYUI_PATH=None,
+        MONTAGE_CACHE=str(tmp_path),
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS="",
+        PIP_CONFIG_FILE=os.devnull,
+    )
     lines = result.stdout.strip().splitlines()
     assert result.returncode == 1 and not result.stderr
-    assert lines[-1].startswith("Downloading ComfyUI failed (no network") and sum("failed" in line for line in lines) == 1
+    assert (
+        lines[-1].startswith("Downloading ComfyUI failed (no network") and sum("failed" in line for line in lines) == 1
+    )
     assert not list(tmp_path.glob("*/ready"))
 
 
 def test_a_wrong_comfyui_path_is_one_sentence(tmp_path):
     result = run("test", COMFYUI_PATH=str(tmp_path))
-    assert result.returncode == 1 and result.stdout.strip() == (f"COMFYUI_PATH is {tmp_path}, but there is no main.py in it: set it to the "
-                                                                f"ComfyUI folder, or unset it to have one made.")
+    assert (
+        result.returncode == 1
+        and result.stdout.strip()
+        == f"COMFYUI_PATH is {tmp_path}, but there is no main.py in it: set it to the "
+        "ComfyUI folder, or unset it to have one made."
+    )
 
 
 def test_an_interrupted_install_is_made_anew(tmp_path, monkeypatch):
@@ -46,10 +63,14 @@ def test_an_interrupted_install_is_made_anew(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dev, "download_comfy", download)
     monkeypatch.setattr(dev, "pip_install", install)
-    monkeypatch.setattr(dev, "make_venv", lambda folder: (dev.venv_python(folder).parent.mkdir(parents=True), dev.venv_python(folder).touch()))
+    monkeypatch.setattr(
+        dev,
+        "make_venv",
+        lambda folder: (dev.venv_python(folder).parent.mkdir(parents=True), dev.venv_python(folder).touch()),
+    )
     with pytest.raises(KeyboardInterrupt):
         dev.environment()
-    leftover, = tmp_path.iterdir()
+    (leftover,) = tmp_path.iterdir()
     (leftover / "ComfyUI" / "half a file").touch()
     env = dev.environment()
     assert steps == ["download", "install"] * 2 and not (leftover / "ComfyUI" / "half a file").exists()
@@ -110,7 +131,11 @@ def test_every_node_has_a_help_page_and_the_montages_appear_in_a_workflow():
     import montage
 
     extension = asyncio.run(montage.comfy_entrypoint())
-    used = {node["class_type"] for path in (ROOT / "example_workflows" / "api").glob("*.json") for node in json.loads(path.read_text()).values()}
+    used = {
+        node["class_type"]
+        for path in (ROOT / "example_workflows" / "api").glob("*.json")
+        for node in json.loads(path.read_text()).values()
+    }
     for node in asyncio.run(extension.get_node_list()):
         name = node.GET_SCHEMA().node_id
         assert (ROOT / "web" / "docs" / f"{name}.md").is_file(), name

@@ -1,8 +1,11 @@
-"""Prompts that nobody would write, and many in a row, on a real server: it answers every one, in words, and nothing stays behind.
+"""Prompts that nobody would write, and many in a row, on a real server: it answers every one, in words, and nothing
+stays behind.
 
-    python dev.py test tests/test_fuzz.py                                            a sample
-    MONTAGE_FUZZ=2000 MONTAGE_SOAK=200 python dev.py test tests/test_fuzz.py         all of it: less than an hour on two cores
+python dev.py test tests/test_fuzz.py                                            a sample
+MONTAGE_FUZZ=2000 MONTAGE_SOAK=200 python dev.py test tests/test_fuzz.py         all of it: less than an hour on two
+cores
 """
+
 import copy
 import json
 import os
@@ -15,19 +18,52 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from live_server import dev, serving
 from test_server import PHOTOMONTAGE, equal, picture, quick, server, workflow  # noqa: F401  server is a fixture
-from workbench import dev, serving
 
 PROMPTS, RUNS = int(os.environ.get("MONTAGE_FUZZ", 40)), int(os.environ.get("MONTAGE_SOAK", 12))
 FLAT = 1.02  # of memory, over a long row of runs
-LARGEST = {"width": 192, "height": 192, "batch_size": 3, "amount": 3, "steps": 4, "preview_every": 4}  # larger is slow, and no fault
+LARGEST = {
+    "width": 192,
+    "height": 192,
+    "batch_size": 3,
+    "amount": 3,
+    "steps": 4,
+    "preview_every": 4,
+}  # larger is slow, and no fault
 
 pytestmark = pytest.mark.slow
 
-NUMBERS = st.one_of(st.integers(-3, 9), st.floats(-3, 3), st.sampled_from([0, -1, 1e-9, 1e9, -1e9, 2**63, float("nan"), float("inf")]))
-TEXTS = st.one_of(st.text(max_size=20), st.sampled_from([
-    "", "all", "none", "d9", "u2-", "u@1-2", "-", "m", "0", "\n", "embedding:nothing", "(ball:1e9)", "../../etc/passwd", "#zzz", '{"v":1}', '{"v":9,"strokes":[]}',
-    '{"v":1,"base":0,"strokes":[{"k":0,"r":-5,"p":[0]}]}', '{"v":1,"base":99,"strokes":[{"k":"a","r":1e30,"p":[1,2,3]}]}', "[[[[", "null"]))
+NUMBERS = st.one_of(
+    st.integers(-3, 9), st.floats(-3, 3), st.sampled_from([0, -1, 1e-9, 1e9, -1e9, 2**63, float("nan"), float("inf")])
+)
+TEXTS = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from(
+        [
+            "",
+            "all",
+            "none",
+            "d9",
+            "u2-",
+            "u@1-2",
+            "-",
+            "m",
+            "0",
+            "\n",
+            "embedding:nothing",
+            "(ball:1e9)",
+            "../../etc/passwd",
+            "#zzz",
+            '{"v":1}',
+            '{"v":9,"strokes":[]}',
+            '{"v":1,"base":0,"strokes":[{"k":0,"r":-5,"p":[0]}]}',
+            '{"v":1,"base":99,"strokes":[{"k":"a","r":1e30,"p":[1,2,3]}]}',
+            "[[[[",
+            "null",
+        ]
+    ),
+)
 ANYTHING = st.one_of(NUMBERS, TEXTS, st.booleans(), st.none(), st.lists(st.integers(0, 60), max_size=3))
 
 
@@ -74,21 +110,31 @@ def answer(server, prompt, seconds=120):  # noqa: F811
 
 
 def test_no_prompt_gets_less_than_a_clear_answer(server):  # noqa: F811
-    ours = {node["display_name"] for node in server.call("/object_info").values() if node["python_module"] == "custom_nodes.montage"}
+    ours = {
+        node["display_name"]
+        for node in server.call("/object_info").values()
+        if node["python_module"] == "custom_nodes.montage"
+    }
     reference = picture(server, server.run(quick(workflow(PHOTOMONTAGE)), "before"))
 
-    @settings(max_examples=PROMPTS, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=PROMPTS, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(mutated(prompts()))
     def one(prompt):
         error = answer(server, prompt)
         if error and any("custom_nodes/montage" in line.replace("\\", "/") for line in error["traceback"]):
-            assert error["exception_message"].startswith(tuple(f"{name}:" for name in ours)), error["exception_message"] + "".join(error["traceback"])
+            assert error["exception_message"].startswith(tuple(f"{name}:" for name in ours)), error[
+                "exception_message"
+            ] + "".join(error["traceback"])
 
     one()
     changed = quick(workflow(PHOTOMONTAGE))
     changed["44"]["inputs"]["seed"] = 1  # not from the server's cache
     assert equal(picture(server, server.run(changed, "after")), reference)
-    assert "memory leak" not in server.log.read_text(errors="replace")  # ComfyUI's words for a model that somebody holds
+    assert "memory leak" not in server.log.read_text(
+        errors="replace"
+    )  # ComfyUI's words for a model that somebody holds
 
 
 def test_every_number_that_is_none_is_refused_by_name(server):  # noqa: F811
@@ -98,7 +144,11 @@ def test_every_number_that_is_none_is_refused_by_name(server):  # noqa: F811
             info = server.call(f"/object_info/{content['class_type']}")[content["class_type"]]
             kinds = {**info["input"]["required"], **info["input"].get("optional", {})}
             for key in content["inputs"]:
-                if info["python_module"] == "custom_nodes.montage" and kinds.get(key, [None])[0] == "FLOAT" and (content["class_type"], key) not in tried:
+                if (
+                    info["python_module"] == "custom_nodes.montage"
+                    and kinds.get(key, [None])[0] == "FLOAT"
+                    and (content["class_type"], key) not in tried
+                ):
                     tried.add((content["class_type"], key))
                     wrong = copy.deepcopy(prompt)
                     wrong[node]["inputs"][key] = float("nan")
@@ -131,7 +181,7 @@ def test_memory_stays_flat_over_many_runs_and_cancels(tidy):
         taken.append(process.memory_info().rss)
     if RUNS >= 100:
         fifth = RUNS // 5
-        first, last = statistics.median(taken[fifth:2 * fifth]), statistics.median(taken[-fifth:])
+        first, last = statistics.median(taken[fifth : 2 * fifth]), statistics.median(taken[-fifth:])
         print(f"memory: {first / 2**20:.0f} MB after a fifth of {RUNS} runs, {last / 2**20:.0f} MB at the end")
         assert last < FLAT * first
     assert tidy.run(quick(workflow(PHOTOMONTAGE)), "after")

@@ -1,4 +1,5 @@
 """The graph cut of Generative Photomontage by itself."""
+
 import itertools
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from montage.kernels import graphcut
 
 
@@ -15,7 +17,7 @@ def random_problem(seed, shape=(12, 15), count=3, lam=100):
     strokes = np.full(shape, -1)
     for label in range(count):
         y, x = rng.integers(0, shape[0] - 2), rng.integers(0, shape[1] - 2)
-        strokes[y:y + 2, x:x + 2] = label
+        strokes[y : y + 2, x : x + 2] = label
     return graphcut.stroke_costs(strokes, count), edges, strokes
 
 
@@ -28,7 +30,9 @@ def test_two_labels_reach_the_optimum_found_by_trying_all():
     for _ in range(20):
         costs = rng.integers(0, 40, (3, 3, 2))
         edges = rng.integers(0, 30, (3, 2)), rng.integers(0, 30, (2, 3))
-        best = min(graphcut.energy(np.array(bits).reshape(3, 3), costs, edges) for bits in itertools.product((0, 1), repeat=9))
+        best = min(
+            graphcut.energy(np.array(bits).reshape(3, 3), costs, edges) for bits in itertools.product((0, 1), repeat=9)
+        )
         assert graphcut.energy(graphcut.alpha_expansion(costs, edges), costs, edges) == best
 
 

@@ -1,4 +1,5 @@
 """DDIM inversion, and inverted pictures in a stack."""
+
 import gc
 import weakref
 
@@ -6,13 +7,28 @@ import comfy.model_management
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler
+from random_models import build, random_model
+from sampling import (
+    NEGATIVE,
+    SIZE,
+    STEPS,
+    compose,
+    cut,
+    empty,
+    halves,
+    masks_of,
+    record,
+    recorder,
+    sample,
+    sample_advanced,
+    words,
+)
+from test_composite import STROKES, close, pictures, same
+from test_recording import run_of
+
 from montage.kernels import inversion
 from montage.nodes.record import InvertImage
 from montage.patching.streams import streams_of, with_prompt
-from sampling import NEGATIVE, SIZE, STEPS, compose, cut, empty, halves, masks_of, record, recorder, sample, sample_advanced, words
-from structures import build, random_model
-from test_composite import STROKES, close, pictures, same
-from test_recording import run_of
 
 
 def test_the_recursion_is_the_official_one():
@@ -84,7 +100,9 @@ def test_sampling_from_the_noise_begins_where_the_inversion_ended():
     latent, noise = invert(image_latent()).args
     started = []
     model = random_model("sd15-small").clone()
-    model.set_model_unet_function_wrapper(lambda apply, args: (started.append(args["input"][:1]), apply(args["input"], args["timestep"], **args["c"]))[1])
+    model.set_model_unet_function_wrapper(
+        lambda apply, args: (started.append(args["input"][:1]), apply(args["input"], args["timestep"], **args["c"]))[1]
+    )
     sample_advanced(model, noise, noise="disable")
     close(started[0], run_of(latent).evaluations[run_of(latent).sigmas[0], 0, 0].x)
 
@@ -103,11 +121,16 @@ def test_an_inverted_picture_in_a_stack():
     assert (masks.sum(0) == 1).all() and 0 < masks[0].mean() < 1
     mixed = masks_of(halves())
     composed = compose([latent, other], mixed)
-    assert torch.isfinite(composed).all() and (composed - compose([latent, other], masks_of(torch.zeros(SIZE), 2))).abs().max() > 0.05
+    assert (
+        torch.isfinite(composed).all()
+        and (composed - compose([latent, other], masks_of(torch.zeros(SIZE), 2))).abs().max() > 0.05
+    )
     # As the base, it starts from its own noise.
     started = compose([latent, other], masks_of(torch.zeros(SIZE), 2), kv="model", positive=words(1))
     _, noise = invert(image_latent(), conditioning=words(1)).args
-    close(started, sample_advanced(random_model("sd15-small"), noise, noise="disable", positive=words(1))["samples"], 1e-2)
+    close(
+        started, sample_advanced(random_model("sd15-small"), noise, noise="disable", positive=words(1))["samples"], 1e-2
+    )
 
 
 def evaluations_of(model, act):
@@ -137,9 +160,12 @@ def test_one_evaluation_serves_both_halves_of_a_stream_with_one_prompt():
 
 def test_a_stream_may_have_a_prompt_of_its_own():
     """Its trajectory stays, its attention is that of the other prompt."""
-    recorded, = streams_of("test", [record(positive=words(1), cache_mb=64)])
+    (recorded,) = streams_of("test", [record(positive=words(1), cache_mb=64)])
     prompted = with_prompt(recorded, random_model("sd15-small"), positive=words(2))
-    assert prompted.run.served == recorded.run.served and prompted.run.evaluations.keys() == recorded.run.evaluations.keys()
+    assert (
+        prompted.run.served == recorded.run.served
+        and prompted.run.evaluations.keys() == recorded.run.evaluations.keys()
+    )
     assert not any(evaluation.features for evaluation in prompted.run.evaluations.values())
     assert same(prompted.run.conds["positive"][0]["model_conds"]["c_crossattn"].cond, words(2)[0][0])
     assert same(recorded.run.conds["positive"][0]["model_conds"]["c_crossattn"].cond, words(1)[0][0])

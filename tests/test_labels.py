@@ -1,10 +1,12 @@
 """Label maps and strokes by themselves."""
+
 import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from montage.kernels import labels
 
 grids = st.tuples(st.integers(1, 70), st.integers(1, 70))
@@ -74,9 +76,17 @@ def document(strokes, **more):
 
 
 def test_a_document_is_drawn_in_order():
-    base, strokes = labels.parse_document(document([
-        {"k": 1, "r": 500, "p": [1000, 5000, 9000, 5000]}, {"k": 0, "r": 500, "p": [5000, 1500]},
-        {"k": 1, "r": 600, "p": [5000, 5000], "e": 1}], base=1), 2)
+    base, strokes = labels.parse_document(
+        document(
+            [
+                {"k": 1, "r": 500, "p": [1000, 5000, 9000, 5000]},
+                {"k": 0, "r": 500, "p": [5000, 1500]},
+                {"k": 1, "r": 600, "p": [5000, 5000], "e": 1},
+            ],
+            base=1,
+        ),
+        2,
+    )
     assert base == 1
     drawn = labels.draw(strokes, 2, 100, 200)  # a radius is in parts of the long side: 10 pixels
     assert drawn.shape == (2, 100, 200)
@@ -96,15 +106,25 @@ def test_an_empty_text_is_an_empty_document():
     assert labels.draw([], 3, 8, 9).shape == (3, 8, 9)
 
 
-@pytest.mark.parametrize("text, part", [
-    ("{", "no JSON"), ("[]", "not of version 1"), ('{"v": 2, "strokes": []}', "not of version 1"), ('{"v": 1}', "not of version 1"),
-    (document([], base=2), "base is image 2, and there are 2 images"), (document([7]), "stroke 0 is 7"),
-    (document([{"k": 2, "r": 5, "p": [1, 2]}]), "stroke 0 is on image 2, and there are 2 images (0 to 1)"),
-    (document([{"k": True, "r": 5, "p": [1, 2]}]), "on image True"), (document([{"k": 0, "r": -1, "p": [1, 2]}]), "radius -1"),
-    (document([{"k": 0, "r": 5, "p": [1]}]), "points [1]"), (document([{"k": 0, "r": 5, "p": [1, "x"]}]), "points [1, 'x']"),
-    (document([{"k": 0, "r": 5, "p": [1, 1e9]}]), "points"), ('{"v": 1, "strokes": [{"k": 0, "r": NaN, "p": [0, 0]}]}', "radius nan"),
-    ("x" * 2_000_001, "2000001 characters"),
-])
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("{", "no JSON"),
+        ("[]", "not of version 1"),
+        ('{"v": 2, "strokes": []}', "not of version 1"),
+        ('{"v": 1}', "not of version 1"),
+        (document([], base=2), "base is image 2, and there are 2 images"),
+        (document([7]), "stroke 0 is 7"),
+        (document([{"k": 2, "r": 5, "p": [1, 2]}]), "stroke 0 is on image 2, and there are 2 images (0 to 1)"),
+        (document([{"k": True, "r": 5, "p": [1, 2]}]), "on image True"),
+        (document([{"k": 0, "r": -1, "p": [1, 2]}]), "radius -1"),
+        (document([{"k": 0, "r": 5, "p": [1]}]), "points [1]"),
+        (document([{"k": 0, "r": 5, "p": [1, "x"]}]), "points [1, 'x']"),
+        (document([{"k": 0, "r": 5, "p": [1, 1e9]}]), "points"),
+        ('{"v": 1, "strokes": [{"k": 0, "r": NaN, "p": [0, 0]}]}', "radius nan"),
+        ("x" * 2_000_001, "2000001 characters"),
+    ],
+)
 def test_a_wrong_document_says_what_is_wrong(text, part):
     with pytest.raises(ValueError) as error:
         labels.parse_document(text, 2)

@@ -1,4 +1,5 @@
 """What `pip install` of our requirements does to an environment that has ComfyUI: it adds, it changes nothing."""
+
 import importlib.metadata
 import json
 import re
@@ -26,7 +27,9 @@ def resolve(*arguments: str) -> list[dict]:
     """The metadata of all that pip would install here; skips where it has no index to ask."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and re.search(r"connection|network|timed? ?out|No matching distribution|No module named pip", done.stderr, re.I):
+    if done.returncode and re.search(
+        r"connection|network|timed? ?out|No matching distribution|No module named pip", done.stderr, re.I
+    ):
         pytest.skip(f"pip cannot resolve here: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     return [item["metadata"] for item in json.loads(done.stdout)["install"]]
@@ -35,7 +38,11 @@ def resolve(*arguments: str) -> list[dict]:
 def requirements(package: str) -> list[Requirement]:
     """What a package's newest release asks for, whether it is installed here or not."""
     metadata = resolve("--no-deps", "--ignore-installed", package)[0]
-    return [r for r in map(Requirement, metadata.get("requires_dist", [])) if not r.marker or r.marker.evaluate({"extra": ""})]
+    return [
+        r
+        for r in map(Requirement, metadata.get("requires_dist", []))
+        if not r.marker or r.marker.evaluate({"extra": ""})
+    ]
 
 
 def test_installing_changes_no_version_that_is_there():
@@ -48,7 +55,11 @@ def test_installing_changes_no_version_that_is_there():
 def test_what_we_name_accepts_every_version_that_is_there(package):
     """Also where the packages are installed already and the test above has nothing to resolve."""
     here = installed()
-    refused = [str(r) for r in requirements(package) if canonical(r.name) in here and not r.specifier.contains(here[canonical(r.name)], prereleases=True)]
+    refused = [
+        str(r)
+        for r in requirements(package)
+        if canonical(r.name) in here and not r.specifier.contains(here[canonical(r.name)], prereleases=True)
+    ]
     assert refused == []
 
 

@@ -1,15 +1,17 @@
 """Pictures and masks that are none: each node says so in one sentence, which names the node and the input."""
+
 import pytest
 import torch
-from archive import schemas
 from comfy_api.latest import io
-from montage.nodes.collaborate import CollaborativeAttention
-from montage.nodes.collage import CollageLayer
-from montage.nodes.record import InvertImage
-from montage.nodes.retouch import AdaptiveMaskBlend, MultiSourceSwap
+from package_contents import schemas
+from random_models import random_model
 from sampling import cut, halves, inject, masks_of, record, sample, words
-from structures import random_model
 from test_collage_canvas import RED, canvas, layer, plain
+
+from montage.nodes.collage import CollageLayer
+from montage.nodes.layout_retouch import AdaptiveMaskBlend, MultiSourceSwap
+from montage.nodes.mca_ctrl import CollaborativeAttention
+from montage.nodes.record import InvertImage
 
 SIZE = (64, 64)
 
@@ -20,9 +22,20 @@ def broken(shape, value):
     return tensor
 
 
-IMAGES = {"NaN": broken((1, *SIZE, 3), float("nan")), "infinite": broken((1, *SIZE, 3), float("inf")), "no pixels": torch.zeros(1, 0, 64, 3),
-          "one channel": torch.zeros(1, *SIZE, 1), "no batch": torch.zeros(*SIZE, 3), "none": torch.zeros(0, *SIZE, 3)}
-MASKS = {"NaN": broken((1, *SIZE), float("nan")), "no pixels": torch.zeros(1, 0, 64), "a picture's rank": torch.zeros(1, 1, 1, *SIZE), "a row": torch.zeros(64)}
+IMAGES = {
+    "NaN": broken((1, *SIZE, 3), float("nan")),
+    "infinite": broken((1, *SIZE, 3), float("inf")),
+    "no pixels": torch.zeros(1, 0, 64, 3),
+    "one channel": torch.zeros(1, *SIZE, 1),
+    "no batch": torch.zeros(*SIZE, 3),
+    "none": torch.zeros(0, *SIZE, 3),
+}
+MASKS = {
+    "NaN": broken((1, *SIZE), float("nan")),
+    "no pixels": torch.zeros(1, 0, 64),
+    "a picture's rank": torch.zeros(1, 1, 1, *SIZE),
+    "a row": torch.zeros(64),
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +46,44 @@ def recorded():
 
 def swap(recorded, **masks):
     given = {"subject_mask": torch.ones(SIZE), "edit_mask": torch.ones(SIZE), **masks}
-    return CollaborativeAttention.execute(random_model("sd15-small"), recorded[0], given["subject_mask"], {"preset": "notebook edit"}, 5, False, False,
-                                          "SAGI first", 0.3, "soft", recorded[1], given["edit_mask"])
+    return CollaborativeAttention.execute(
+        random_model("sd15-small"),
+        recorded[0],
+        given["subject_mask"],
+        {"preset": "notebook edit"},
+        5,
+        False,
+        False,
+        "SAGI first",
+        0.3,
+        "soft",
+        recorded[1],
+        given["edit_mask"],
+    )
 
 
 TAKE_IMAGES = {
     ("Collage Layer", "image"): lambda recorded, image: CollageLayer.picture(image, None, True),
-    ("Collage Canvas", "background_image"): lambda recorded, image: canvas(layer(plain(RED), "red"), background_image=image),
+    ("Collage Canvas", "background_image"): lambda recorded, image: canvas(
+        layer(plain(RED), "red"), background_image=image
+    ),
     ("Graph Cut Montage", "image0"): lambda recorded, image: cut(recorded, [image, torch.zeros(1, *SIZE, 3)]),
-    ("Graph Cut Montage", "stroke_picture"): lambda recorded, image: cut(recorded, [torch.zeros(1, *SIZE, 3)] * 2, stroke_picture=image),
+    ("Graph Cut Montage", "stroke_picture"): lambda recorded, image: cut(
+        recorded, [torch.zeros(1, *SIZE, 3)] * 2, stroke_picture=image
+    ),
 }
 TAKE_MASKS = {
     ("Collage Layer", "mask"): lambda recorded, mask: CollageLayer.picture(torch.ones(1, *SIZE, 3), mask, True),
-    ("Graph Cut Montage", "stroke_masks"): lambda recorded, mask: cut(recorded, [torch.zeros(1, *SIZE, 3)] * 2, stroke_masks=mask),
+    ("Graph Cut Montage", "stroke_masks"): lambda recorded, mask: cut(
+        recorded, [torch.zeros(1, *SIZE, 3)] * 2, stroke_masks=mask
+    ),
     ("Composite Attention Inject", "masks"): lambda recorded, mask: inject(recorded, mask),
     ("Collaborative Attention", "subject_mask"): lambda recorded, mask: swap(recorded, subject_mask=mask),
     ("Collaborative Attention", "edit_mask"): lambda recorded, mask: swap(recorded, edit_mask=mask),
     ("Adaptive Mask Blend", "sam_mask"): lambda recorded, mask: AdaptiveMaskBlend.execute(0.3, 0.01, "sam", None, mask),
-    ("Multi Source Swap", "mask"): lambda recorded, mask: MultiSourceSwap.execute(random_model("sd15-small"), recorded[0], recorded[1], 0.2, 0.6, 1.0, "all", mask=mask),
+    ("Multi Source Swap", "mask"): lambda recorded, mask: MultiSourceSwap.execute(
+        random_model("sd15-small"), recorded[0], recorded[1], 0.2, 0.6, 1.0, "all", mask=mask
+    ),
 }
 
 
@@ -70,7 +103,12 @@ def test_what_is_no_mask_is_refused(recorded, node, name, kind):
 
 def test_a_latent_of_a_vae_that_overflowed_is_refused():
     with pytest.raises(ValueError, match="^Invert Image: latent holds 1 values .* --fp32-vae"):
-        InvertImage.execute(random_model("sd15-small"), {"samples": broken((1, 4, 8, 8), float("nan"))}, torch.tensor([10.0, 1.0, 0.0]), words(1))
+        InvertImage.execute(
+            random_model("sd15-small"),
+            {"samples": broken((1, 4, 8, 8), float("nan"))},
+            torch.tensor([10.0, 1.0, 0.0]),
+            words(1),
+        )
 
 
 def test_masks_of_other_packs_are_taken(recorded):
@@ -89,5 +127,10 @@ def nested(inputs):
 
 def test_every_number_has_bounds():
     """So that ComfyUI itself refuses an absurd one, by the node's id and the input's name, before anything runs."""
-    numbers = [(schema.node_id, one) for schema in schemas() for one in nested(schema.inputs) if isinstance(one, (io.Int.Input, io.Float.Input))]
+    numbers = [
+        (schema.node_id, one)
+        for schema in schemas()
+        for one in nested(schema.inputs)
+        if isinstance(one, (io.Int.Input, io.Float.Input))
+    ]
     assert numbers and not [(node, one.id) for node, one in numbers if one.min is None or one.max is None]

@@ -1,26 +1,47 @@
 """Every node that patches a MODEL, beside what else people patch a MODEL or a conditioning with: both work, in either
 order, or the run is refused with a sentence that says what to disconnect.
 
-PATCHERS has one line for each of our nodes, NEIGHBOURS one for each of theirs, REFUSED the pairs that do not go together.
+PATCHERS has one line for each of our nodes, NEIGHBOURS one for each of theirs, REFUSED the pairs that do not go
+together.
 """
+
 import functools
 import logging
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.multigpu
 import pytest
 import torch
-from montage.nodes.collaborate import CollaborativeAttention
-from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
-from montage.nodes.retouch import MultiSourceSwap, TokenAttentionMap
-from montage.patching.streams import streams_of
-from neighbours import (adapter, context_windows, controlled, differential, freeu, function_wrapper, hypertile, late, lora, lora_hook, nag, noise, pag,
-                        replaced_attention, sag, scaled_queries, tome)
+from neighbours import (
+    adapter,
+    context_windows,
+    controlled,
+    differential,
+    freeu,
+    function_wrapper,
+    hypertile,
+    late,
+    lora,
+    lora_hook,
+    nag,
+    noise,
+    pag,
+    replaced_attention,
+    sag,
+    scaled_queries,
+    tome,
+)
+from random_models import build, random_model, text_encoder
 from sampling import empty, halves, inject, masks_of, record, recorder, sample, sample_advanced, words
-from structures import build, random_model, text_encoder
 from test_collage_canvas import BLUE, RED, canvas, layer, plain
 from test_recording import low_memory, same
+
+from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
+from montage.nodes.layout_retouch import MultiSourceSwap, TokenAttentionMap
+from montage.nodes.mca_ctrl import CollaborativeAttention
+from montage.patching.streams import streams_of
 
 STEPS = 2
 SIZE = (16, 16)  # FreeU and SAG want more than one token in the middle
@@ -35,6 +56,7 @@ def far(a, b, least=0.003):
 
 
 # ---------------------------------------------------------------- theirs
+
 
 class Neighbour(NamedTuple):
     model: Callable = lambda model: model
@@ -67,8 +89,10 @@ NEIGHBOURS = {
 
 # ---------------------------------------------------------------- ours
 
+
 class Patched(NamedTuple):
     """What a node hands to a sampler."""
+
     model: Any
     latent: dict
     settings: dict = {}
@@ -89,8 +113,13 @@ def start_of(beside):
 def recorded(name):
     """Two images, recorded with a neighbour."""
     beside = NEIGHBOURS[name]
-    model = random_model("sd15-small") if name == "context windows" else beside.model(random_model("sd15-small"))  # nothing is recorded in windows
-    return [record(seed, model, start_of(beside), cache_mb=256, steps=beside.steps, positive=beside.positive(words(seed))) for seed in (1, 2)]
+    model = (
+        random_model("sd15-small") if name == "context windows" else beside.model(random_model("sd15-small"))
+    )  # nothing is recorded in windows
+    return [
+        record(seed, model, start_of(beside), cache_mb=256, steps=beside.steps, positive=beside.positive(words(seed)))
+        for seed in (1, 2)
+    ]
 
 
 def recording(model, name):
@@ -126,11 +155,18 @@ def prompt():
 
 def collage(noise=(0.8, 0.2), control=(2.0, 0.0)):
     left, right = ({"x": x, "scale": 1.0, "noise": noise[i], "control": control[i]} for i, x in enumerate((0.25, 0.75)))
-    return canvas(layer(plain(BLUE, 64, 32), "a blue dog", **right, behind=layer(plain(RED, 64, 32), "a red cat", **left)), 128, 128, TEXT)[0]
+    return canvas(
+        layer(plain(BLUE, 64, 32), "a blue dog", **right, behind=layer(plain(RED, 64, 32), "a red cat", **left)),
+        128,
+        128,
+        TEXT,
+    )[0]
 
 
 def measuring(model, name):
-    model, latent, positive = TokenAttentionMap.execute(model, start_of(NEIGHBOURS[name]), clip(), TEXT, "cat", "d@2-4,u@2-4").args
+    model, latent, positive = TokenAttentionMap.execute(
+        model, start_of(NEIGHBOURS[name]), clip(), TEXT, "cat", "d@2-4,u@2-4"
+    ).args
     return Patched(model, latent, {"positive": positive})
 
 
@@ -148,7 +184,11 @@ def biased_by_nothing(model, name):
 
 
 def harmonised(model, name, noise=(0.8, 0.2)):
-    return Patched(CollageNoise.execute(model, collage(noise), 1.0).args[0], start_of(NEIGHBOURS[name]) | {"samples": noise_of_a_picture()}, {"denoise": 0.8})
+    return Patched(
+        CollageNoise.execute(model, collage(noise), 1.0).args[0],
+        start_of(NEIGHBOURS[name]) | {"samples": noise_of_a_picture()},
+        {"denoise": 0.8},
+    )
 
 
 def noise_of_a_picture():
@@ -161,7 +201,11 @@ def harmonised_alike(model, name):
 
 
 def weighed(model, name, control=(2.0, 0.0)):
-    return Patched(CollageControl.execute(model, collage(control=control), 1.0).args[0], start_of(NEIGHBOURS[name]), {"positive": controlled(words(1))})
+    return Patched(
+        CollageControl.execute(model, collage(control=control), 1.0).args[0],
+        start_of(NEIGHBOURS[name]),
+        {"positive": controlled(words(1))},
+    )
 
 
 def weighed_alike(model, name):
@@ -171,8 +215,18 @@ def weighed_alike(model, name):
 def swapping(model, name, edit_mask=halves((128, 128)).float()):
     """SAGI in the first half of the steps, SALQ in the second."""
     subject, condition = recorded(name)
-    windows = {"preset": "custom", "sagi_start": 0.0, "sagi_end": 0.5, "sagi_sites": "all", "salq_start": 0.5, "salq_end": 1.0, "salq_sites": "all"}
-    model, latent = CollaborativeAttention.execute(model, subject, 1 - edit_mask, windows, 0, True, False, "SAGI first", 0.3, "soft", condition, edit_mask).args
+    windows = {
+        "preset": "custom",
+        "sagi_start": 0.0,
+        "sagi_end": 0.5,
+        "sagi_sites": "all",
+        "salq_start": 0.5,
+        "salq_end": 1.0,
+        "salq_sites": "all",
+    }
+    model, latent = CollaborativeAttention.execute(
+        model, subject, 1 - edit_mask, windows, 0, True, False, "SAGI first", 0.3, "soft", condition, edit_mask
+    ).args
     return Patched(model, {**start_of(NEIGHBOURS[name]), **latent})  # the LATENT has no noise mask: a user sets one
 
 
@@ -183,7 +237,9 @@ def swapping_nothing(model, name):
 
 def retouching(model, name, layout_end=0.5):
     layout, reference = recorded(name)
-    return Patched(*MultiSourceSwap.execute(model, layout, reference, layout_end, 0.6, 1.0, "all").args, {"positive": words(2)})
+    return Patched(
+        *MultiSourceSwap.execute(model, layout, reference, layout_end, 0.6, 1.0, "all").args, {"positive": words(2)}
+    )
 
 
 def retouching_nothing(model, name):
@@ -192,9 +248,10 @@ def retouching_nothing(model, name):
 
 
 class Patcher(NamedTuple):
-    """patch: what the node makes of a MODEL that has images recorded beside a neighbour. identity: the same where it must
-    change nothing, with what is then sampled, bit for bit. display: its name in messages. changes: whether it changes what
-    is sampled. recorded: whether it needs the MODEL that images were recorded with."""
+    """patch: what the node makes of a MODEL that has images recorded beside a neighbour. identity: the same where it
+    must change nothing, with what is then sampled, bit for bit. display: its name in messages. changes: whether it
+    changes what is sampled. recorded: whether it needs the MODEL that images were recorded with."""
+
     display: str
     patch: Callable
     identity: Callable
@@ -218,13 +275,23 @@ REFUSED = {  # (node, neighbour): what the message says
     ("FeatureRecorder", "context windows"): WINDOWS,
     ("TokenAttentionMap", "context windows"): WINDOWS,
     ("CompositeAttentionInject", "context windows"): WINDOWS,
-    **{(node, "context windows"): WINDOWS for node in ("CollaborativeAttention", "MultiSourceSwap", "CollageCrossAttn")},
-    **{(node, "a LoRA hook"): "Apply the LoRA to the MODEL instead" for node in ("CompositeAttentionInject", "CollaborativeAttention", "MultiSourceSwap")},
+    **{
+        (node, "context windows"): WINDOWS for node in ("CollaborativeAttention", "MultiSourceSwap", "CollageCrossAttn")
+    },
+    **{
+        (node, "a LoRA hook"): "Apply the LoRA to the MODEL instead"
+        for node in ("CompositeAttentionInject", "CollaborativeAttention", "MultiSourceSwap")
+    },
     **{("CollaborativeAttention", guidance): "in one piece, .*Disconnect it" for guidance in ("PAG", "SAG")},
     **{("CollaborativeAttention", cut): "Disconnect HyperTile, ToMe" for cut in ("HyperTile", "ToMe")},
 }
 ITS_OWN = {("CollageControl", "ControlNet")}  # a node that is nothing without that neighbour
-PAIRS = [(node, name) for node in PATCHERS for name in NEIGHBOURS if not name.startswith("nothing") and (node, name) not in ITS_OWN]
+PAIRS = [
+    (node, name)
+    for node in PATCHERS
+    for name in NEIGHBOURS
+    if not name.startswith("nothing") and (node, name) not in ITS_OWN
+]
 nodes = pytest.mark.parametrize("node", PATCHERS)
 
 
@@ -241,11 +308,15 @@ def both_orders(node, name):
 def alone(node, name):
     """What the node does beside nobody, in the same place."""
     beside = NEIGHBOURS[name]
-    patched = PATCHERS[node].patch(random_model("sd15-small"), name if beside.steps != STEPS else "nothing, over a picture" if beside.masked else "nothing")
+    patched = PATCHERS[node].patch(
+        random_model("sd15-small"),
+        name if beside.steps != STEPS else "nothing, over a picture" if beside.masked else "nothing",
+    )
     return patched.sample(Neighbour(steps=beside.steps))
 
 
 # ---------------------------------------------------------------- side by side
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("node, name", PAIRS)
@@ -276,13 +347,19 @@ def test_images_are_replayed_with_their_neighbours(name):
 
 # ---------------------------------------------------------------- how ComfyUI runs a model
 
+
 @pytest.mark.slow
 @nodes
 def test_the_model_that_came_in_stays_as_it_was(node):
     model = random_model("sd15-small")
-    plain, options = Patched(model, empty(size=SIZE)).sample(), [str(part) for part in (model.model_options, model.wrappers, model.attachments, model.additional_models)]
+    plain, options = (
+        Patched(model, empty(size=SIZE)).sample(),
+        [str(part) for part in (model.model_options, model.wrappers, model.attachments, model.additional_models)],
+    )
     PATCHERS[node].patch(model, "nothing").sample()
-    assert [str(part) for part in (model.model_options, model.wrappers, model.attachments, model.additional_models)] == options
+    assert [
+        str(part) for part in (model.model_options, model.wrappers, model.attachments, model.additional_models)
+    ] == options
     assert same(Patched(model, empty(size=SIZE)).sample(), plain)
 
 
@@ -301,16 +378,24 @@ def test_weights_that_are_cast_for_every_call(node, monkeypatch):
     patched = PATCHERS[node].patch(random_model("sd15-small"), "nothing")
     expected = patched.sample()
     load = comfy.model_management.LoadedModel.model_load
-    monkeypatch.setattr(comfy.model_management.LoadedModel, "model_load", lambda self, memory=0, **how: load(self, 1, **how))
+    monkeypatch.setattr(
+        comfy.model_management.LoadedModel, "model_load", lambda self, memory=0, **how: load(self, 1, **how)
+    )
     comfy.model_management.unload_all_models()
     close(patched.sample(), expected)
     unet = patched.model.model.diffusion_model
-    assert patched.model.model.model_lowvram and unet.input_blocks[1][1].transformer_blocks[0].attn1.to_q.comfy_cast_weights
+    assert (
+        patched.model.model.model_lowvram
+        and unet.input_blocks[1][1].transformer_blocks[0].attn1.to_q.comfy_cast_weights
+    )
     comfy.model_management.unload_all_models()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("node, first", [("CompositeAttentionInject", "plain"), ("CompositeAttentionInject", "patched"), ("CollageCrossAttn", "plain")])
+@pytest.mark.parametrize(
+    "node, first",
+    [("CompositeAttentionInject", "plain"), ("CompositeAttentionInject", "patched"), ("CollageCrossAttn", "plain")],
+)
 def test_a_compiled_model_does_not_drop_a_patch(node, first, caplog):
     """A model compiled unpatched ignores patches that come later; one compiled patched breaks without them."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
@@ -328,7 +413,10 @@ def test_a_compiled_model_does_not_drop_a_patch(node, first, caplog):
         close(Patched(base, empty(size=SIZE)).sample(), plain, 1e-2)
     caplog.clear()
     close(patch(base, "nothing").sample(), expected, 1e-2)
-    assert len([r for r in caplog.records if "torch.compile is left out" in r.message and r.levelno == logging.WARNING]) == 1
+    assert (
+        len([r for r in caplog.records if "torch.compile is left out" in r.message and r.levelno == logging.WARNING])
+        == 1
+    )
     close(Patched(base, empty(size=SIZE)).sample(), plain, 1e-2)
     later = patch(model, "nothing")
     close(later._replace(model=compiled(later.model)).sample(), expected, 1e-2)
@@ -340,21 +428,32 @@ GOES_SPLIT = {"CollageCrossAttn", "CollageNoise", "CollageControl"}
 @pytest.mark.slow
 @nodes
 def test_work_split_over_several_devices(node, monkeypatch):
-    """Core's MultiGPU CFG Split runs the halves in threads, on copies of the model that our patches know nothing of. Here the
-    second device is the first under another name, which the real node takes for two."""
+    """Core's MultiGPU CFG Split runs the halves in threads, on copies of the model that our patches know nothing of.
+    Here the second device is the first under another name, which the real node takes for two."""
     from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
 
     def split(model):
         comfy.model_management.unload_all_models()
-        monkeypatch.setattr(comfy.model_management, "current_loaded_models", [])  # the node trips over those of earlier tests that nobody holds
+        monkeypatch.setattr(
+            comfy.model_management, "current_loaded_models", []
+        )  # the node trips over those of earlier tests that nobody holds
         return MultiGPUCFGSplitNode.execute(model, 2).args[0]
 
-    monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: [torch.device("cpu"), torch.device("cpu", 0)])
+    monkeypatch.setattr(
+        comfy.model_management,
+        "get_all_torch_devices",
+        lambda exclude_current=False: [torch.device("cpu"), torch.device("cpu", 0)],
+    )
     model = random_model("sd15-small").clone()
     model.cached_patcher_init = build, ("sd15-small",)
-    close(Patched(split(model), empty(size=SIZE)).sample(), Patched(model, empty(size=SIZE)).sample(), 1e-2)  # by itself it works
+    close(
+        Patched(split(model), empty(size=SIZE)).sample(), Patched(model, empty(size=SIZE)).sample(), 1e-2
+    )  # by itself it works
     ours = PATCHERS[node]
-    for patched in (ours.patch(split(model), "nothing"), (bare := ours.patch(model, "nothing"))._replace(model=split(bare.model))):
+    for patched in (
+        ours.patch(split(model), "nothing"),
+        (bare := ours.patch(model, "nothing"))._replace(model=split(bare.model)),
+    ):
         if node in GOES_SPLIT:
             close(patched.sample(), alone(node, "nothing"), 1e-2)
             continue
@@ -365,11 +464,14 @@ def test_work_split_over_several_devices(node, monkeypatch):
 # ---------------------------------------------------------------- a detailer, which samples a crop with the same MODEL
 
 CROPS = {
-    "another size": ((12, 12), dict(denoise=0.5)),
-    "another shape": ((12, 20), dict(denoise=0.5)),
-    "another denoise": (SIZE, dict(denoise=0.45)),
-    "a part of the schedule": (SIZE, dict(steps=STEPS // 2, denoise=0.5)),  # its sigmas are those of the recording's second half
-    "the whole schedule": (SIZE, dict()),
+    "another size": ((12, 12), {"denoise": 0.5}),
+    "another shape": ((12, 20), {"denoise": 0.5}),
+    "another denoise": (SIZE, {"denoise": 0.45}),
+    "a part of the schedule": (
+        SIZE,
+        {"steps": STEPS // 2, "denoise": 0.5},
+    ),  # its sigmas are those of the recording's second half
+    "the whole schedule": (SIZE, {}),
 }
 ANOTHER_LATENT = "another latent .* use the MODEL before this node"
 ANOTHER_SHAPE = "canvas is 128x128 and the latent 20x12, another shape"
@@ -386,9 +488,13 @@ CROPS_REFUSED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("node, crop", [*CROPS_REFUSED, *((node, crop) for node in PATCHERS for crop in CROPS if not PATCHERS[node].changes)])
+@pytest.mark.parametrize(
+    "node, crop", [*CROPS_REFUSED, *((node, crop) for node in PATCHERS for crop in CROPS if not PATCHERS[node].changes)]
+)
 def test_a_crop_is_refused_or_sampled_as_if_the_node_were_not_there(node, crop):
-    """A collage's nodes take a latent of the canvas's proportions, at any size, for the canvas: a second pass at a larger size is one."""
+    """A collage's nodes take a latent of the canvas's proportions, at any size, for the canvas: a second pass at a
+    larger size is one.
+    """
     ours = PATCHERS[node]
     patched = ours.patch(random_model("sd15-small"), "nothing")
     before = patched.sample()
@@ -406,7 +512,7 @@ def test_a_recording_outlives_a_detailer():
     model, latent = recorder(latent=empty(size=SIZE))
     image = sample(model, latent, steps=STEPS)
     sample(model, {"samples": noise(4, 1, 4, 12, 12)}, denoise=0.5, steps=STEPS)
-    stream, = streams_of("test", [image])
+    (stream,) = streams_of("test", [image])
     assert stream.run.size == SIZE
 
 
@@ -415,4 +521,7 @@ def test_a_second_stage_goes_on_with_what_the_first_composed():
     a, b = recorded("nothing")
     model, latent = inject([a, b], masks_of(halves(SIZE)))
     half = sample_advanced(model, latent, end=1, leftover="enable", steps=STEPS)
-    close(sample_advanced(model, half, start=1, noise="disable", steps=STEPS)["samples"], sample(model, latent, steps=STEPS)["samples"])
+    close(
+        sample_advanced(model, half, start=1, noise="disable", steps=STEPS)["samples"],
+        sample(model, latent, steps=STEPS)["samples"],
+    )

@@ -1,4 +1,5 @@
 """Recording: what a LATENT with a history holds, and that it is always its own."""
+
 import gc
 import logging
 import weakref
@@ -10,11 +11,28 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicGuider, CFGGuider, DualCFGGuider
+from random_models import control_net, random_model
+from sampling import (
+    CFG,
+    NEGATIVE,
+    SIZE,
+    STEPS,
+    compose,
+    empty,
+    halves,
+    masks_of,
+    record,
+    recorder,
+    sample,
+    sample_advanced,
+    sample_custom,
+    stack,
+    words,
+)
+
 from montage.patching import recipes, session
 from montage.patching.streams import LATENT_KEY, RUNS_KEPT, Half, streams_of
 from nodes import LatentFromBatch
-from sampling import CFG, NEGATIVE, SIZE, STEPS, compose, empty, halves, masks_of, record, recorder, sample, sample_advanced, sample_custom, stack, words
-from structures import control_net, random_model
 
 SAMPLERS = ["euler", "ddim", "uni_pc", "dpmpp_2m", "heun", "dpm_2", "euler_ancestral", "dpmpp_2s_ancestral", "lcm"]
 UNCOND, COND = Half("negative", 0), Half("positive", 0)
@@ -38,7 +56,9 @@ def test_recording_changes_nothing_and_loses_nothing(sampler):
     """Every evaluation has its own record, also where a sampler visits a sigma twice."""
     calls = []
     model = random_model("sd15-small").clone()
-    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test", lambda executor, *args: (calls.append(float(args[1][0])), executor(*args))[1])
+    model.add_wrapper_with_key(
+        WrappersMP.PREDICT_NOISE, "test", lambda executor, *args: (calls.append(float(args[1][0])), executor(*args))[1]
+    )
     plain = sample(model, empty(), sampler=sampler)["samples"]
     expected, calls[:] = list(calls), []
     recorded = record(model=model, sampler=sampler, cache_mb=64)
@@ -64,7 +84,7 @@ def test_a_batch_is_as_many_streams_and_a_picked_row_finds_its_own():
     recorded = record(latent=empty(3), cache_mb=64)
     streams = streams_of("test", [recorded])
     assert [s.row for s in streams] == [0, 1, 2] and len({s.run for s in streams}) == 1
-    row, = LatentFromBatch().frombatch(recorded, 1, 1)
+    (row,) = LatentFromBatch().frombatch(recorded, 1, 1)
     assert streams_of("test", [row]) == [streams[1]]
 
 
@@ -79,7 +99,7 @@ def test_a_new_seed_pairs_with_its_own_run_and_the_old_one_is_still_found():
     old = sample(model, latent, seed=1)
     new = sample(model, latent, seed=2)
     for result, seed in ((old, 1), (new, 2)):
-        stream, = streams_of("test", [result])
+        (stream,) = streams_of("test", [result])
         assert same(stream.run.final, sample(random_model("sd15-small"), empty(), seed=seed)["samples"])
     assert not any(e.features for e in run_of(old).evaluations.values())  # only the newest keeps its features
     assert all(e.features for e in run_of(new).evaluations.values())
@@ -93,7 +113,9 @@ def test_only_the_newest_runs_are_held():
         streams_of("Node", results[:1])
 
 
-@pytest.mark.parametrize("change", [lambda s: s * 1.1, lambda s: s.flip(-1), lambda s: torch.nn.functional.interpolate(s, scale_factor=2)])
+@pytest.mark.parametrize(
+    "change", [lambda s: s * 1.1, lambda s: s.flip(-1), lambda s: torch.nn.functional.interpolate(s, scale_factor=2)]
+)
 def test_a_changed_latent_is_refused(change):
     recorded = record()
     changed = {**recorded, "samples": change(recorded["samples"])}
@@ -133,8 +155,12 @@ def test_the_budget_decides_what_is_kept_and_the_log_says_it_once(caplog):
 
 def test_cached_features_are_a_third_of_q_k_and_v():
     run = run_of(record(cache_mb=64))
-    q_k_v = 3 * 2 * sum(tokens * channels for tokens, channels in
-                        [(64, 32)] * 5 + [(16, 32)] * 5 + [(4, 64)] * 5 + [(1, 64)]) * 4
+    q_k_v = (
+        3
+        * 2
+        * sum(tokens * channels for tokens, channels in [(64, 32)] * 5 + [(16, 32)] * 5 + [(4, 64)] * 5 + [(1, 64)])
+        * 4
+    )
     assert run.evaluation_bytes * 3 == q_k_v
 
 
@@ -189,9 +215,14 @@ def test_ksampler_advanced_records_a_part_of_the_schedule():
 def test_sampler_custom_advanced_with_every_guider():
     model, latent = recorder(cache_mb=64)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", STEPS)
-    for guider, roles in ((BasicGuider.execute(model, words(1)).args[0], {"positive"}),
-                          (CFGGuider.execute(model, words(1), NEGATIVE, CFG).args[0], {"positive", "negative"}),
-                          (DualCFGGuider.execute(model, words(1), words(2), NEGATIVE, CFG, 3.0, "regular").args[0], {"positive", "middle", "negative"})):
+    for guider, roles in (
+        (BasicGuider.execute(model, words(1)).args[0], {"positive"}),
+        (CFGGuider.execute(model, words(1), NEGATIVE, CFG).args[0], {"positive", "negative"}),
+        (
+            DualCFGGuider.execute(model, words(1), words(2), NEGATIVE, CFG, 3.0, "regular").args[0],
+            {"positive", "middle", "negative"},
+        ),
+    ):
         output, denoised = sample_custom(latent, guider, sigmas)
         run = run_of(output)
         assert {half.role for half, _ in run.evaluations[run.sigmas[0], 0, 0].features} == roles
@@ -227,7 +258,9 @@ def test_a_stream_is_replayed_with_the_patches_of_its_own_model():
     masks = masks_of(halves())
     cached = [record(seed=s, model=patched(s), cache_mb=64) for s in (1, 2)]
     replayed = [record(seed=s, model=patched(s)) for s in (1, 2)]
-    torch.testing.assert_close(compose(replayed, masks, model=patched(1)), compose(cached, masks, model=patched(1)), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        compose(replayed, masks, model=patched(1)), compose(cached, masks, model=patched(1)), rtol=1e-4, atol=1e-3
+    )
 
 
 class Stopped(Exception):
@@ -238,9 +271,13 @@ class Stopped(Exception):
 def test_an_interrupt_leaves_nothing_behind(error, monkeypatch):
     sessions, evaluations = [], []
     original = recipes.Session.__init__
-    monkeypatch.setattr(recipes.Session, "__init__", lambda self, *args: (sessions.append(weakref.ref(self)), original(self, *args))[1])
+    monkeypatch.setattr(
+        recipes.Session, "__init__", lambda self, *args: (sessions.append(weakref.ref(self)), original(self, *args))[1]
+    )
     keep = session.Evaluation.__init__
-    monkeypatch.setattr(session.Evaluation, "__init__", lambda self, x: (evaluations.append(weakref.ref(self)), keep(self, x))[1])
+    monkeypatch.setattr(
+        session.Evaluation, "__init__", lambda self, x: (evaluations.append(weakref.ref(self)), keep(self, x))[1]
+    )
 
     def interrupt(executor, *args, **kwargs):
         if len(evaluations) % STEPS == 3:
@@ -285,7 +322,12 @@ def test_a_masked_conditioning_is_recorded():
     other = record(seed=2)
     masks = masks_of(1 - halves())
     assert {half.number for half, _ in run_of(cached).evaluations[run_of(cached).sigmas[0], 0, 0].features} == {0, 1}
-    torch.testing.assert_close(compose([cached, other], masks, positive=positive), compose([replayed, other], masks, positive=positive), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        compose([cached, other], masks, positive=positive),
+        compose([replayed, other], masks, positive=positive),
+        rtol=1e-4,
+        atol=1e-3,
+    )
 
 
 def test_conditioning_hooks_are_refused_before_a_replay():

@@ -1,4 +1,5 @@
 """What is published: the archive, its metadata, and the words for every node in every language."""
+
 import json
 import os
 import re
@@ -6,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from archive import ROOT, archive, git, schemas, shipped_modules
+from package_contents import ROOT, archive, git, schemas, shipped_modules
 
 try:
     import tomllib
@@ -28,16 +29,28 @@ def test_the_archive_has_what_the_nodes_need():
 
 def files_named():
     """The files beside them that the pack's modules name."""
-    return {name for path in shipped_modules() for name in re.findall(r'"([\w.-]+\.(?:safetensors|png|jpg|txt))"', path.read_text(encoding="utf-8"))}
+    return {
+        name
+        for path in shipped_modules()
+        for name in re.findall(r'"([\w.-]+\.(?:safetensors|png|jpg|txt))"', path.read_text(encoding="utf-8"))
+    }
 
 
 def test_the_archive_has_nothing_else():
     known = {path.relative_to(ROOT).as_posix() for path in shipped_modules()}
     for name in archive():
         if name.endswith(".py"):
-            assert name in known or name.partition("/")[0] in ("nodes", "patching", "kernels", "localize"), f"{name} is shipped and never loaded"
+            assert name in known or name.partition("/")[0] in (
+                "nodes",
+                "patching",
+                "kernels",
+                "localize",
+            ), f"{name} is shipped and never loaded"
         else:
-            assert name.partition("/")[0] in ("web", "locales", "subgraphs", "example_workflows", "demo") or "/" not in name, name
+            assert (
+                name.partition("/")[0] in ("web", "locales", "subgraphs", "example_workflows", "demo")
+                or "/" not in name
+            ), name
     assert {name.rpartition("/")[2] for name in archive() if name.startswith("demo/weights/")} <= files_named()
 
 
@@ -53,20 +66,26 @@ def test_the_pack_loads_from_its_archive_alone(tmp_path):
         import comfy.options; comfy.options.enable_args_parsing(False)
         from comfy.cli_args import args; args.cpu = True
         import nodes
-        spec = importlib.util.spec_from_file_location("montage", sys.argv[2] + "/__init__.py", submodule_search_locations=[sys.argv[2]])
-        module = sys.modules["montage"] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
-        extension = asyncio.run(module.comfy_entrypoint())
-        found = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
-        assert found["MontageDemoModel"].execute().args[0].model
+        spec = importlib.util.spec_from_file_location("montage", sys.argv[2] + "/__init__.py",
+        submodule_search_locations=[sys.argv[2]]) module = sys.modules["montage"] =
+        importlib.util.module_from_spec(spec); spec.loader.exec_module(module) extension =
+        asyncio.run(module.comfy_entrypoint()) found = {node.GET_SCHEMA().node_id: node for node in
+        asyncio.run(extension.get_node_list())} assert found["MontageDemoModel"].execute().args[0].model
         print(len(found))"""
-    out = subprocess.run([sys.executable, "-c", code, os.environ["COMFYUI_PATH"], str(tmp_path / "montage")], capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code, os.environ["COMFYUI_PATH"], str(tmp_path / "montage")],
+        capture_output=True,
+        text=True,
+    )
     assert out.returncode == 0 and int(out.stdout.split()[-1]) == len(schemas()), out.stderr[-2000:]
 
 
 def test_version_changelog_and_requirements_agree():
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
     assert PROJECT["project"]["version"] == newest
-    assert PROJECT["project"]["dependencies"] == [] and not (ROOT / "requirements.txt").exists()  # so nothing in ComfyUI's environment changes
+    assert (
+        PROJECT["project"]["dependencies"] == [] and not (ROOT / "requirements.txt").exists()
+    )  # so nothing in ComfyUI's environment changes
     assert PROJECT["tool"]["comfy"]["requires-comfyui"] == ">=0.30.0"
 
 
@@ -78,6 +97,7 @@ def test_ci_runs_the_suite_on_every_python():
 
 
 # ---------------------------------------------------------------- words
+
 
 def test_every_input_and_output_has_a_tooltip_and_every_node_a_help_page():
     for schema in schemas():
@@ -95,11 +115,17 @@ def test_every_input_and_output_has_a_tooltip_and_every_node_a_help_page():
 def test_every_workflow_has_a_thumbnail_and_a_twin():
     folder = ROOT / "example_workflows"
     flows = {path.stem for path in folder.glob("*.json")}
-    assert len(flows) >= 10 and flows == {path.stem for path in folder.glob("*.jpg")} == {path.stem for path in (folder / "api").glob("*.json")}
+    assert len(flows) >= 10 and flows == {path.stem for path in folder.glob("*.jpg")} == {
+        path.stem for path in (folder / "api").glob("*.json")
+    }
 
 
 def test_every_help_page_belongs_to_a_node():
-    nodes = {name for path in (ROOT / "nodes").glob("*.py") for name in re.findall(r'node_id="(\w+)"', path.read_text(encoding="utf-8"))}
+    nodes = {
+        name
+        for path in (ROOT / "nodes").glob("*.py")
+        for name in re.findall(r'node_id="(\w+)"', path.read_text(encoding="utf-8"))
+    }
     assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} <= nodes
 
 
@@ -143,7 +169,11 @@ def test_translations_are_in_their_language(language):
     script = {"zh": r"[\u4e00-\u9fff]", "ja": r"[\u3040-\u30ff\u4e00-\u9fff]"}[language]
     nodes = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
     for node, words in nodes.items():
-        sentences = [words["description"], words["display_name"], *(one["tooltip"] for group in ("inputs", "outputs") for one in words.get(group, {}).values())]
+        sentences = [
+            words["description"],
+            words["display_name"],
+            *(one["tooltip"] for group in ("inputs", "outputs") for one in words.get(group, {}).values()),
+        ]
         for sentence in sentences:
             assert re.search(script, sentence), f"{node}: {sentence}"
 

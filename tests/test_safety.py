@@ -1,18 +1,77 @@
-"""What a stranger's code must not do on somebody's machine: run what it reads, open a door, or touch files outside of ComfyUI's folders."""
+"""What a stranger's code must not do on somebody's machine: run what it reads, open a door, or touch files outside of
+ComfyUI's folders.
+"""
+
 import ast
 
 import folder_paths
 import pytest
 import torch
-from archive import ROOT, shipped_modules
+from package_contents import ROOT, shipped_modules
 
-FORBIDDEN = {"eval", "exec", "compile", "__import__", "breakpoint", "input", "torch.load", "torch.hub", "torch.jit.load", "numpy.load", "np.load", "os.system",
-             "os.popen", "importlib.import_module", "runpy"}
-MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "subprocess", "socket", "ctypes", "urllib", "http", "requests", "aiohttp", "server",
-           "app", "huggingface_hub", "pip"}
-TOUCHES = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "save", "save_file", "load_file", "safe_open", "load_torch_file", "save_torch_file",
-           "load_checkpoint_guess_config", "load_lora", "mkdir", "makedirs", "touch", "unlink", "rmtree", "rename", "symlink_to", "os.replace", "os.remove",
-           "shutil.copy", "shutil.move", "tempfile.mkdtemp"}
+FORBIDDEN = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "breakpoint",
+    "input",
+    "torch.load",
+    "torch.hub",
+    "torch.jit.load",
+    "numpy.load",
+    "np.load",
+    "os.system",
+    "os.popen",
+    "importlib.import_module",
+    "runpy",
+}
+MODULES = {
+    "pickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "marshal",
+    "shelve",
+    "subprocess",
+    "socket",
+    "ctypes",
+    "urllib",
+    "http",
+    "requests",
+    "aiohttp",
+    "server",
+    "app",
+    "huggingface_hub",
+    "pip",
+}
+TOUCHES = {
+    "open",
+    "read_text",
+    "read_bytes",
+    "write_text",
+    "write_bytes",
+    "save",
+    "save_file",
+    "load_file",
+    "safe_open",
+    "load_torch_file",
+    "save_torch_file",
+    "load_checkpoint_guess_config",
+    "load_lora",
+    "mkdir",
+    "makedirs",
+    "touch",
+    "unlink",
+    "rmtree",
+    "rename",
+    "symlink_to",
+    "os.replace",
+    "os.remove",
+    "shutil.copy",
+    "shutil.move",
+    "tempfile.mkdtemp",
+}
 ALLOWED = {  # (file, function): what it touches
     ("nodes/previews.py", "keep"): "ComfyUI's temp folder, under a name made of a hash",
     ("nodes/demo_model.py", "execute"): "the pack's own weights",
@@ -33,6 +92,7 @@ def dotted(node):
 
 def calls(tree):
     """Every call: (the name of the function around it, what is called, the call)."""
+
     def walk(node, inside):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Call):
@@ -43,32 +103,49 @@ def calls(tree):
 
 
 def modules():
-    return [(path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))) for path in shipped_modules()]
+    return [
+        (path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))) for path in shipped_modules()
+    ]
 
 
 def test_nothing_runs_what_it_reads_and_nothing_opens_a_door():
     for name, tree in modules():
         for node in ast.walk(tree):
-            imported = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module or ""} if isinstance(node, ast.ImportFrom) and not node.level else set()
+            imported = (
+                {alias.name for alias in node.names}
+                if isinstance(node, ast.Import)
+                else {node.module or ""}
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else set()
+            )
             assert not {one.partition(".")[0] for one in imported} & MODULES, f"{name}:{node.lineno} imports {imported}"
         for inside, what, call in calls(tree):
             assert what not in FORBIDDEN, f"{name}:{call.lineno} calls {what}"
-            assert what.rpartition(".")[2] != "load_torch_file" or any(k.arg == "safe_load" and k.value.value is True for k in call.keywords), f"{name}:{call.lineno}"
+            assert what.rpartition(".")[2] != "load_torch_file" or any(
+                k.arg == "safe_load" and k.value.value is True for k in call.keywords
+            ), f"{name}:{call.lineno}"
 
 
 def test_files_are_touched_in_known_places_only():
-    found = {(name, inside) for name, tree in modules() for inside, what, _ in calls(tree)
-             if what in TOUCHES or ("." in what and not what.startswith(("os.", "shutil.")) and what.rpartition(".")[2] in TOUCHES)}
+    found = {
+        (name, inside)
+        for name, tree in modules()
+        for inside, what, _ in calls(tree)
+        if what in TOUCHES
+        or ("." in what and not what.startswith(("os.", "shutil.")) and what.rpartition(".")[2] in TOUCHES)
+    }
     assert found == set(ALLOWED)
 
 
 def test_no_node_asks_for_a_place_on_disk():
     """Names of model files come from ComfyUI's lists; nothing takes a path."""
-    from archive import schemas
+    from package_contents import schemas
 
     for schema in schemas():
         for one in schema.inputs:
-            assert not any(word in one.id.split("_") for word in ("path", "folder", "directory", "file", "url")), f"{schema.node_id}.{one.id}"
+            assert not any(word in one.id.split("_") for word in ("path", "folder", "directory", "file", "url")), (
+                f"{schema.node_id}.{one.id}"
+            )
 
 
 OUTSIDE = ["../outside.pth", "../../outside.pth", "/etc/passwd", "..\\outside.pth", "sub/../../outside.pth"]

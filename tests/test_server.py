@@ -1,4 +1,5 @@
 """The pack on a real server, through its API: what is listed, what runs, and what survives caches and cancels."""
+
 import copy
 import json
 import os
@@ -8,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from live_server import dev, serving
 from PIL import Image, ImageChops
-from workbench import dev, serving
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = ROOT / "example_workflows"
@@ -44,7 +45,7 @@ def server(tmp_path_factory):
 
 
 def picture(server, outputs, node=COMPOSITE):
-    image, = outputs[node]["images"]
+    (image,) = outputs[node]["images"]
     return Image.open(server.base / "output" / image["subfolder"] / image["filename"]).convert("RGB")
 
 
@@ -64,7 +65,11 @@ def evict(server, node):
 
 
 def test_the_nodes_are_listed_with_a_tooltip_everywhere(server):
-    nodes = {name: node for name, node in server.call("/object_info").items() if node["python_module"] == "custom_nodes.montage"}
+    nodes = {
+        name: node
+        for name, node in server.call("/object_info").items()
+        if node["python_module"] == "custom_nodes.montage"
+    }
     assert {"FeatureRecorder", "GraphCutMontage", "CompositeAttentionInject", "MontageDemoModel"} <= nodes.keys()
     for name, node in nodes.items():
         assert node["category"].startswith("montage") and node["description"], name
@@ -75,8 +80,11 @@ def test_the_nodes_are_listed_with_a_tooltip_everywhere(server):
 
 
 def test_the_log_has_no_complaint_about_the_pack(server):
-    complaints = [line for line in server.log.read_text(errors="replace").splitlines()
-                  if "montage" in line.lower() and any(word in line.lower() for word in ("warn", "error", "fail", "traceback"))]
+    complaints = [
+        line
+        for line in server.log.read_text(errors="replace").splitlines()
+        if "montage" in line.lower() and any(word in line.lower() for word in ("warn", "error", "fail", "traceback"))
+    ]
     assert not complaints
 
 
@@ -89,14 +97,16 @@ def test_loading_costs_little_and_imports_nothing_optional():
         from comfy.cli_args import args; args.cpu = True
         import nodes, comfy_extras.nodes_custom_sampler, comfy_api.latest, folder_paths
         before, began = set(sys.modules), time.process_time()
-        spec = importlib.util.spec_from_file_location("montage", sys.argv[2] + "/__init__.py", submodule_search_locations=[sys.argv[2]])
-        module = sys.modules["montage"] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
-        async def load():
+        spec = importlib.util.spec_from_file_location("montage", sys.argv[2] + "/__init__.py",
+        submodule_search_locations=[sys.argv[2]]) module = sys.modules["montage"] =
+        importlib.util.module_from_spec(spec); spec.loader.exec_module(module) async def load():
             extension = await module.comfy_entrypoint()
             for node in await extension.get_node_list(): node.GET_SCHEMA()
         asyncio.run(load())
         print(time.process_time() - began, *(set(sys.modules) - before))"""
-    out = subprocess.run([sys.executable, "-c", code, os.environ["COMFYUI_PATH"], str(ROOT)], capture_output=True, text=True, check=True).stdout.split()
+    out = subprocess.run(
+        [sys.executable, "-c", code, os.environ["COMFYUI_PATH"], str(ROOT)], capture_output=True, text=True, check=True
+    ).stdout.split()
     names = {name.partition(".")[0] for name in out[1:]}
     assert not names & {"gco", "skimage", "matplotlib", "segment_anything", "groundingdino", "torchvision"}
     assert float(out[0]) < 0.3  # seconds of this process, not of the clock
@@ -109,18 +119,23 @@ def test_the_photomontage_runs_and_is_the_same_again(server):
     assert equal(picture(server, server.run(workflow(PHOTOMONTAGE), "again")), first)
 
 
-@pytest.mark.parametrize("name, node, count", [
-    ("Montage - a personal subject in a new layout (demo model)", "53", 1),
-    ("Montage - a personal subject in four layouts (demo model)", "53", 4),
-    ("Montage - a personal subject in your picture (demo model)", "35", 1),
-    ("Montage - subject swap (demo model)", "44", 1),
-    ("Montage - subject addition (demo model)", "44", 1),
-    ("Montage - subject generation (demo model)", "44", 1),
-])
+@pytest.mark.parametrize(
+    "name, node, count",
+    [
+        ("Montage - a personal subject in a new layout (demo model)", "53", 1),
+        ("Montage - a personal subject in four layouts (demo model)", "53", 4),
+        ("Montage - a personal subject in your picture (demo model)", "35", 1),
+        ("Montage - subject swap (demo model)", "44", 1),
+        ("Montage - subject addition (demo model)", "44", 1),
+        ("Montage - subject generation (demo model)", "44", 1),
+    ],
+)
 def test_the_subjects_run(server, name, node, count):
     images = server.run(quick(workflow(name)), name)[node]["images"]
     shown = [Image.open(server.base / "output" / image["subfolder"] / image["filename"]) for image in images]
-    assert len(shown) == count and all(image.size == (128, 128) and len(image.convert("RGB").getcolors(1 << 24)) > 1000 for image in shown)
+    assert len(shown) == count and all(
+        image.size == (128, 128) and len(image.convert("RGB").getcolors(1 << 24)) > 1000 for image in shown
+    )
 
 
 def test_another_seed_and_back_pairs_every_latent_with_its_own_history(server):
@@ -146,7 +161,9 @@ def test_evicting_any_one_output_changes_nothing(server):
         again["44"]["inputs"]["seed"] = 1000 + seed  # makes the composite run; its noise is the base's all the same
         evicted = evict(server, node)
         assert evicted or prompt[node]["class_type"] == "SaveImage", node
-        assert equal(picture(server, server.run(again, f"without {node}")), reference), f"evicted {node} ({prompt[node]['class_type']})"
+        assert equal(picture(server, server.run(again, f"without {node}")), reference), (
+            f"evicted {node} ({prompt[node]['class_type']})"
+        )
 
 
 def test_evicting_a_sampler_and_its_recorder_with_another_seed(server):
@@ -178,13 +195,27 @@ def test_a_cancelled_composite_leaves_the_next_run_as_it_was(server):
     assert equal(picture(server, server.run(changed, "after")), reference)
 
 
-@pytest.mark.parametrize("change, part", [
-    (lambda p: p["40"]["inputs"].update(strokes='{"v":1,"base":0,"strokes":[{"k":3,"r":9,"p":[0,0]}]}'),
-     "Graph Cut Montage: stroke 0 is on image 3, and there are 3 images"),
-    (lambda p: p["44"]["inputs"].update(steps=9), "Composite Attention Inject: its images were recorded over 3 steps"),
-    (lambda p: p["43"]["inputs"].update(sites="d9"), "Composite Attention Inject: sites: \"d9\": this model has no d9"),
-    (lambda p: p["43"]["inputs"].update(masks=["40", 0], **{"latents.latent2": ["11", 0]}), "latent 2 was not recorded"),
-])
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        (
+            lambda p: p["40"]["inputs"].update(strokes='{"v":1,"base":0,"strokes":[{"k":3,"r":9,"p":[0,0]}]}'),
+            "Graph Cut Montage: stroke 0 is on image 3, and there are 3 images",
+        ),
+        (
+            lambda p: p["44"]["inputs"].update(steps=9),
+            "Composite Attention Inject: its images were recorded over 3 steps",
+        ),
+        (
+            lambda p: p["43"]["inputs"].update(sites="d9"),
+            'Composite Attention Inject: sites: "d9": this model has no d9',
+        ),
+        (
+            lambda p: p["43"]["inputs"].update(masks=["40", 0], **{"latents.latent2": ["11", 0]}),
+            "latent 2 was not recorded",
+        ),
+    ],
+)
 def test_errors_reach_the_api_in_one_sentence(server, change, part):
     prompt = quick(workflow(PHOTOMONTAGE))
     change(prompt)
@@ -198,8 +229,21 @@ def test_a_batch_is_spread_over_two_servers_and_each_gives_the_same(server, tmp_
     prompt.write_text(json.dumps(quick(workflow(PHOTOMONTAGE))))
     with serving(tmp_path, "--fast", "fp16_accumulation") as second:  # whose owner likes it fast
         assert equal(*(picture(each, each.run(quick(workflow(PHOTOMONTAGE)), "the same")) for each in (server, second)))
-        spread = subprocess.run([sys.executable, ROOT / "docs" / "many_machines.py", prompt, server.url, second.url, "--runs", "4", "--output", tmp_path / "found"],
-                                capture_output=True, text=True)
+        spread = subprocess.run(
+            [
+                sys.executable,
+                ROOT / "docs" / "many_machines.py",
+                prompt,
+                server.url,
+                second.url,
+                "--runs",
+                "4",
+                "--output",
+                tmp_path / "found",
+            ],
+            capture_output=True,
+            text=True,
+        )
     assert spread.returncode == 0, spread.stderr
     assert server.url in spread.stdout and second.url in spread.stdout
     names = [path.name[:8] for path in (tmp_path / "found").glob("*composite*.png")]
@@ -207,6 +251,7 @@ def test_a_batch_is_spread_over_two_servers_and_each_gives_the_same(server, tmp_
 
 
 # ---------------------------------------------------------------- collages
+
 
 def pictures(server, outputs):
     """{name of a SaveImage's picture, without its number: its files}."""
@@ -219,11 +264,23 @@ def pictures(server, outputs):
     return found
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("Montage - a first collage (demo model)", ["first-collage-1-layers", "first-collage-2-image-to-image", "first-collage-3-collage"]),
-    ("Montage - a collage with a noise for each layer (demo model)", ["noise-1-layers", "noise-2-the-same-for-all", "noise-3-of-each-layer"]),
-    ("Montage - a collage with a learned look (demo model)", ["look-1-layers", "look-2-words", "look-3-learned", "look-4-loss"]),
-])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        (
+            "Montage - a first collage (demo model)",
+            ["first-collage-1-layers", "first-collage-2-image-to-image", "first-collage-3-collage"],
+        ),
+        (
+            "Montage - a collage with a noise for each layer (demo model)",
+            ["noise-1-layers", "noise-2-the-same-for-all", "noise-3-of-each-layer"],
+        ),
+        (
+            "Montage - a collage with a learned look (demo model)",
+            ["look-1-layers", "look-2-words", "look-3-learned", "look-4-loss"],
+        ),
+    ],
+)
 def test_a_collage_runs(server, name, expected):
     prompt = quick(workflow(name))
     found = pictures(server, server.run(prompt, name))
@@ -232,12 +289,22 @@ def test_a_collage_runs(server, name, expected):
     assert collage.size == (128, 128) and len(collage.getcolors(1 << 24)) > 1000 and not equal(without, collage)
 
 
-@pytest.mark.parametrize("name", ["a first collage", "a collage with a noise for each layer", "a collage with a learned look",
-                                  "one object of a collage again and again", "subject swap", "subject addition", "subject generation",
-                                  "an existing picture in the stack"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a first collage",
+        "a collage with a noise for each layer",
+        "a collage with a learned look",
+        "one object of a collage again and again",
+        "subject swap",
+        "subject addition",
+        "subject generation",
+        "an existing picture in the stack",
+    ],
+)
 def test_a_workflow_runs_on_the_structure_of_sdxl(server, name):
     prompt = quick(workflow(f"Montage - {name} (demo model)"))
-    loader, = (number for number, node in prompt.items() if node["class_type"] == "MontageDemoModel")
+    (loader,) = (number for number, node in prompt.items() if node["class_type"] == "MontageDemoModel")
     for node in prompt.values():
         for key, value in node["inputs"].items():
             if value in ([loader, 0], [loader, 1]):  # its MODEL and CLIP, not its VAE
@@ -246,23 +313,34 @@ def test_a_workflow_runs_on_the_structure_of_sdxl(server, name):
             node["inputs"]["name"] = "sdxl"
     prompt["sdxl"] = {"class_type": "MontageTestStructure", "inputs": {"name": "sdxl-small"}}
     found = pictures(server, server.run(prompt, name))
-    assert all(len(picture.getcolors(1 << 24)) > 100 for kind, those in found.items() if "labels" not in kind for picture in those)
+    assert all(
+        len(picture.getcolors(1 << 24)) > 100
+        for kind, those in found.items()
+        if "labels" not in kind
+        for picture in those
+    )
 
 
 def test_one_object_is_made_again_while_all_others_stay(server):
     prompt = quick(workflow("Montage - one object of a collage again and again (demo model)"))
     found = pictures(server, server.run(prompt, "again"))
     before = found["again-2-first"][0]
-    for step, box in ((4, (64, 0, 128, 64)), (6, (46, 56, 120, 128))):  # where the new object lies, with the blur around it
+    for step, box in (
+        (4, (64, 0, 128, 64)),
+        (6, (46, 56, 120, 128)),
+    ):  # where the new object lies, with the blur around it
         first, second = found[next(name for name in found if name.startswith(f"again-{step - 1}-ten"))]
-        picked, = found[f"again-{step}-picked"]
+        (picked,) = found[f"again-{step}-picked"]
         assert equal(picked, first) and not equal(first, second)
         changed = ImageChops.difference(before, picked).getbbox()
-        assert changed and changed[0] >= box[0] and changed[1] >= box[1] and changed[2] <= box[2] and changed[3] <= box[3]
+        assert (
+            changed and changed[0] >= box[0] and changed[1] >= box[1] and changed[2] <= box[2] and changed[3] <= box[3]
+        )
         before = picked
 
 
 # ---------------------------------------------------------------- the SD1.5 workflows on a model of full size
+
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
@@ -271,7 +349,7 @@ def full_size(tmp_path_factory):
     import torch
     from comfy.ldm.models.autoencoder import AutoencoderKL
     from comfy.sd1_clip import SD1ClipModel
-    from structures import build, control_net, fill
+    from random_models import build, control_net, fill
 
     base = tmp_path_factory.mktemp("full-size")
     for folder in ("models/checkpoints", "models/controlnet", "models/loras", "input"):
@@ -283,14 +361,26 @@ def full_size(tmp_path_factory):
     with torch.no_grad():
         weights = half(build("sd15").model.diffusion_model, "model.diffusion_model.")
         weights |= half(fill(SD1ClipModel(device="cpu").clip_l, 1), "cond_stage_model.")
-        latent = dict(double_z=True, z_channels=4, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 2, 4, 4], num_res_blocks=2,
-                      attn_resolutions=[], dropout=0.0)
+        latent = {
+            "double_z": True,
+            "z_channels": 4,
+            "resolution": 256,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 128,
+            "ch_mult": [1, 2, 4, 4],
+            "num_res_blocks": 2,
+            "attn_resolutions": [],
+            "dropout": 0.0,
+        }
         weights |= half(fill(AutoencoderKL(ddconfig=latent, embed_dim=4), 2), "first_stage_model.")
         control = half(control_net("sd15").control_model, "control_model.")
         comfy.utils.save_torch_file(weights, str(base / "models/checkpoints/v1-5-pruned-emaonly-fp16.safetensors"))
         comfy.utils.save_torch_file(control, str(base / "models/controlnet/control_v11p_sd15_canny_fp16.safetensors"))
-    lora = {f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_{part}.weight": torch.full(shape, 0.01)
-             for part, shape in (("up", (1280, 1)), ("down", (1, 1280)))}
+    lora = {
+        f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_{part}.weight": torch.full(shape, 0.01)
+        for part, shape in (("up", (1280, 1)), ("down", (1, 1280)))
+    }
     comfy.utils.save_torch_file(lora, str(base / "models/loras/my-subject.safetensors"))
     Image.effect_noise((64, 64), 80).convert("RGB").save(base / "input/example.png")
     with serving(base) as running:
@@ -334,7 +424,10 @@ def test_the_sd15_collage_runs_on_a_model_of_full_size(full_size):
 def test_a_look_is_learned_on_a_model_of_full_size(full_size):
     """SD1.5 in half precision, at its own size of text and embedding."""
     prompt = workflow("Montage - a collage with a learned look (demo model)")
-    prompt["1"] = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"}}
+    prompt["1"] = {
+        "class_type": "CheckpointLoaderSimple",
+        "inputs": {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"},
+    }
     prompt["20"]["inputs"].update(width=64, height=64)
     prompt["25"]["inputs"].update(steps=1, preview_every=0, name="full-size")
     keep = {"1", "10", "11", "20", "25", "26"}

@@ -2,9 +2,10 @@ import comfy.model_base
 import comfy.supported_models
 import pytest
 import torch
+from random_models import STRUCTURES, random_model
+
 from montage.patching.schedule import Visits, Window, position
 from montage.patching.sites import Site, parse_sites, sites_of
-from structures import STRUCTURES, random_model
 
 
 def on_meta(name):
@@ -28,10 +29,22 @@ def test_sdxl_has_seventy_sites_and_none_at_full_resolution():
     assert sites[0] == Site("input", 4, 0) and sites[-1] == Site("output", 5, 1)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("all", range(16)), ("encoder", range(6)), ("middle", [6]), ("decoder", range(7, 16)),
-    ("d0", [0]), ("d1-3,m0", [1, 2, 3, 6]), (" u8 , d5 ", [5, 15]), ("u", range(7, 16)), ("d0.0", [0]), ("u2-", range(9, 16)), ("d1-,m,u", range(1, 16)),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("all", range(16)),
+        ("encoder", range(6)),
+        ("middle", [6]),
+        ("decoder", range(7, 16)),
+        ("d0", [0]),
+        ("d1-3,m0", [1, 2, 3, 6]),
+        (" u8 , d5 ", [5, 15]),
+        ("u", range(7, 16)),
+        ("d0.0", [0]),
+        ("u2-", range(9, 16)),
+        ("d1-,m,u", range(1, 16)),
+    ],
+)
 def test_texts_name_sites(text, expected):
     model = random_model("sd15-small")
     assert parse_sites(model, text) == tuple(sites_of(model)[i] for i in expected)
@@ -42,9 +55,18 @@ def test_ranges_of_transformer_blocks():
     assert sites == tuple(Site("input", 7, i) for i in range(2, 10)) + (Site("output", 0, 0),)
 
 
-@pytest.mark.parametrize("text, part", [
-    ("d6", "no d6"), ("q1", '"q1" names no'), ("", '"" names no'), ("d0.1", "has 1 transformer block"), ("d3-1", "empty range"), ("u9-", "empty range"), ("d0,,u1", '""'),
-])
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("d6", "no d6"),
+        ("q1", '"q1" names no'),
+        ("", '"" names no'),
+        ("d0.1", "has 1 transformer block"),
+        ("d3-1", "empty range"),
+        ("u9-", "empty range"),
+        ("d0,,u1", '""'),
+    ],
+)
 def test_a_wrong_text_lists_what_the_model_has(text, part):
     with pytest.raises(ValueError) as error:
         parse_sites(random_model("sd15-small"), text)
@@ -52,9 +74,26 @@ def test_a_wrong_text_lists_what_the_model_has(text, part):
 
 
 def test_another_kind_of_model_is_refused_by_name():
-    flux = comfy.supported_models.Flux({"guidance_embed": True, "image_model": "flux", "in_channels": 16, "hidden_size": 64, "num_heads": 2, "depth": 1,
-                                        "depth_single_blocks": 1, "axes_dim": [8, 12, 12], "theta": 10, "vec_in_dim": 8, "context_in_dim": 8, "mlp_ratio": 4.0,
-                                        "qkv_bias": True, "patch_size": 2, "out_channels": 16, "txt_ids_dims": []})
+    flux = comfy.supported_models.Flux(
+        {
+            "guidance_embed": True,
+            "image_model": "flux",
+            "in_channels": 16,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "depth": 1,
+            "depth_single_blocks": 1,
+            "axes_dim": [8, 12, 12],
+            "theta": 10,
+            "vec_in_dim": 8,
+            "context_in_dim": 8,
+            "mlp_ratio": 4.0,
+            "qkv_bias": True,
+            "patch_size": 2,
+            "out_channels": 16,
+            "txt_ids_dims": [],
+        }
+    )
     model = comfy.model_base.Flux(flux, device=torch.device("meta"))
     patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
     with pytest.raises(ValueError, match="this MODEL is a Flux with a Flux. Load an SD1.x, SD2.x or SDXL"):

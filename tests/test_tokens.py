@@ -1,9 +1,11 @@
 """Finding a phrase in a prompt: the positions must be those of the CONDITIONING's token axis."""
+
 import pytest
 import torch
-from montage.patching.tokens import token_runs
+from random_models import demo_model, text_encoder
 from safetensors.torch import save_file
-from structures import demo_model, text_encoder
+
+from montage.patching.tokens import token_runs
 
 NAMES = ["sd15-small", "sd2-small", "sdxl-small"]
 
@@ -23,7 +25,9 @@ def first_difference(a, b):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("before", ["", "a ", "(very:1.3) ", "word, " * 45, "word " * 74, "word " * 80, "(one:0.8) " * 78])
+@pytest.mark.parametrize(
+    "before", ["", "a ", "(very:1.3) ", "word, " * 45, "word " * 74, "word " * 80, "(one:0.8) " * 78]
+)
 def test_a_run_begins_where_the_features_change(clips, name, before):
     """CLIP reads from left to right: the first row that another word changes is the position of that word."""
     clip = clips[name]

@@ -1,4 +1,5 @@
 """The example workflows in ComfyUI's page."""
+
 import pytest
 from test_browser import browser, run_node, server  # noqa: F401  fixtures
 

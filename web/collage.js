@@ -1,6 +1,6 @@
 // Puts the layout editor into the CollageCanvas node. It holds no value: the numbers are those of the CollageLayer nodes.
 import { app } from "../../scripts/app.js";
-import { addEditor, after, allPaths, asOneChange, elementAt, fileAddress, graphSide, isFed, placeOf, rootGraph, settle } from "./glue.js";
+import { addEditor, after, allPaths, asOneChange, elementAt, fileAddress, graphSide, isFed, placeOf, rootGraph, settle } from "./graph_node.js";
 import { settled } from "./layers.js";
 import { LayoutEditor } from "./layout.js";
 

@@ -1,4 +1,7 @@
-"""What the benchmarks share: models to measure with, and how to measure. Imported first, it puts ComfyUI and the pack in place."""
+"""What the benchmarks share: models to measure with, and how to measure. Imported first, it puts ComfyUI and the pack
+in place.
+"""
+
 import argparse
 import ctypes
 import gc
@@ -10,13 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-
 import comfy.model_management  # noqa: E402
 import comfy.utils  # noqa: E402
+import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
 import torch  # noqa: E402
+from random_models import STRUCTURES, build, demo_model, half, text_encoder  # noqa: E402
 from sampling import sample, words  # noqa: E402
-from structures import STRUCTURES, build, demo_model, half, text_encoder  # noqa: E402
 
 comfy.utils.set_progress_bar_enabled(False)
 
@@ -25,7 +27,9 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linu
 
 
 def seconds(function):
-    """(seconds, result) of a call: of the clock on a GPU; of processor time on a CPU, which other processes disturb less."""
+    """(seconds, result) of a call: of the clock on a GPU; of processor time on a CPU, which other processes disturb
+    less.
+    """
     if not CUDA:
         began = time.process_time()
         result = function()
@@ -38,7 +42,9 @@ def seconds(function):
 
 
 def peak(function):
-    """MB that a call takes at its peak above what is there before it: of the GPU, or of main memory; None where neither tells."""
+    """MB that a call takes at its peak above what is there before it: of the GPU, or of main memory; None where neither
+    tells.
+    """
     gc.collect()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
@@ -59,7 +65,10 @@ def _status(field):
 
 
 class Cost(NamedTuple):
-    """Of one call: the rounds' seconds, rows that the UNet evaluated (a CFG step of one image: 2), MB at its peak or None."""
+    """Of one call: the rounds' seconds, rows that the UNet evaluated (a CFG step of one image: 2), MB at its peak or
+    None.
+    """
+
     seconds: list
     rows: int
     peak: float | None
@@ -75,7 +84,11 @@ class Bench:
             self.model, self.clip, self.vae = demo_model()
             self.positive, self.negative = self.encode("a red ball on grass"), self.encode("")
         else:
-            self.model, self.clip, self.vae = build(name), text_encoder(name), None  # the encoder's widths are small: for its tokens alone
+            self.model, self.clip, self.vae = (
+                build(name),
+                text_encoder(name),
+                None,
+            )  # the encoder's widths are small: for its tokens alone
             if CUDA:
                 half(self.model)
             self.positive, self.negative = words(1, name=name), words(2, name=name)
@@ -96,7 +109,9 @@ class Bench:
     def rows(self, function):
         """Rows that the UNet evaluates in a call."""
         counted = []
-        hook = self.model.model.diffusion_model.register_forward_pre_hook(lambda module, inputs: counted.append(len(inputs[0])))
+        hook = self.model.model.diffusion_model.register_forward_pre_hook(
+            lambda module, inputs: counted.append(len(inputs[0]))
+        )
         try:
             function()
         finally:
@@ -115,13 +130,19 @@ class Bench:
     def report(self, cases, repeats=3, plain="plain"):
         """Measures, and prints each case beside the plain one."""
         costs = self.measure(cases, repeats)
-        print(f"\n{self.name}, latent {self.size}x{self.size}, {self.steps} steps with CFG, {'GPU fp16' if CUDA else 'CPU fp32'}, median of {repeats} rounds")
+        print(
+            f"\n{self.name}, latent {self.size}x{self.size}, {self.steps} steps with CFG,"
+            f" {'GPU fp16' if CUDA else 'CPU fp32'}, median of {repeats} rounds"
+        )
         for case, cost in costs.items():
             ratios = [a / b for a, b in zip(cost.seconds, costs[plain].seconds)]
             ratio = statistics.median(cost.seconds) / statistics.median(costs[plain].seconds)
             memory = "" if cost.peak is None else f"   peak {cost.peak:.0f} MB"
-            print(f"  {case:<28} {statistics.median(cost.seconds) / self.steps * 1000:9.1f} ms a step   {ratio:5.2f} of {plain}   (round by round "
-                  f"{min(ratios):.2f} to {max(ratios):.2f})   {cost.rows / self.steps:.1f} rows a step{memory}")
+            print(
+                f"  {case:<28} {statistics.median(cost.seconds) / self.steps * 1000:9.1f} ms a step   {ratio:5.2f} of"
+                f" {plain}   (round by round {min(ratios):.2f} to {max(ratios):.2f})   {cost.rows / self.steps:.1f}"
+                f" rows a step{memory}"
+            )
         return costs
 
 

@@ -1,17 +1,41 @@
 """What Collage Diffusion costs, as ratios to plain sampling taken in one run, beside ComfyUI's own area conditioning.
 
     python tests/benchmarks/collage.py                       the demo model and the full-size SD1.5 structure
-    python tests/benchmarks/collage.py --models sd15 --size 64 --steps 10 --layers 2 9 20      512x512 pixels; in fp16 where there is a GPU
+    python tests/benchmarks/collage.py --models sd15 --size 64 --steps 10 --layers 2 9 20      512x512 pixels; in fp16
+    where there is a GPU
 
 Needs COMFYUI_PATH and the Python of that ComfyUI. Prints, and asserts nothing.
 """
+
 import bench  # first: it puts ComfyUI and the pack in place
 import torch
-from montage.nodes.collage import CollageCrossAttn, CollageNoise
-from nodes import ConditioningCombine, ConditioningSetArea
 from test_collage_canvas import RED, canvas, layer, plain
 
-THINGS = "ball box star ring tree house cat dog bird fish car boat cup hat book shoe lamp chair flower leaf".split()
+from montage.nodes.collage import CollageCrossAttn, CollageNoise
+from nodes import ConditioningCombine, ConditioningSetArea
+
+THINGS = [
+    "ball",
+    "box",
+    "star",
+    "ring",
+    "tree",
+    "house",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "car",
+    "boat",
+    "cup",
+    "hat",
+    "book",
+    "shoe",
+    "lamp",
+    "chair",
+    "flower",
+    "leaf",
+]
 SIDE = 0.3  # of a layer and of an area, in parts of the canvas
 
 
@@ -30,14 +54,18 @@ def collage_of(on, count):
 
 def biased(on, count):
     """Cross-attention with the bias of so many layers."""
-    model, positive = CollageCrossAttn.execute(on.model, on.clip, collage_of(on, count), 1.0, "log log", 0.0, 1.0, "all", on.positive).args
+    model, positive = CollageCrossAttn.execute(
+        on.model, on.clip, collage_of(on, count), 1.0, "log log", 0.0, 1.0, "all", on.positive
+    ).args
     return lambda: on.sample(model, on.empty, positive)
 
 
 def harmonised(on, count):
     """And a noise for each layer."""
     collage = collage_of(on, count)
-    model, positive = CollageCrossAttn.execute(on.model, on.clip, collage, 1.0, "log log", 0.0, 1.0, "all", on.positive).args
+    model, positive = CollageCrossAttn.execute(
+        on.model, on.clip, collage, 1.0, "log log", 0.0, 1.0, "all", on.positive
+    ).args
     model, _ = CollageNoise.execute(model, collage, 4.0).args
     return lambda: on.sample(model, {"samples": torch.ones_like(on.empty["samples"])}, positive)
 

@@ -1,9 +1,11 @@
 """What a second phrase on the same picture costs, with full-size models of random weights.
 
-    COMFYUI_PATH=... python tests/benchmarks/localize.py [--detector swint|swinb|none] [--segmenter vit_b|none] [--width 1066 --height 800]
+    COMFYUI_PATH=... python tests/benchmarks/localize.py [--detector swint|swinb|none] [--segmenter vit_b|none] [--width
+    1066 --height 800]
 
 CPU-seconds, which other programs on the machine do not change much; on a GPU the clock, after synchronising.
 """
+
 import argparse
 import json
 import sys
@@ -16,10 +18,11 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
 import torch  # noqa: E402
-from montage.localize import files, grounding_dino, pipeline, segment_anything  # noqa: E402
-from montage.localize.managed import ManagedModel  # noqa: E402
 from reference import localize as reference  # noqa: E402
 from safetensors import safe_open  # noqa: E402
+
+from montage.localize import files, grounding_dino, pipeline, segment_anything  # noqa: E402
+from montage.localize.managed import ManagedModel  # noqa: E402
 
 
 def seeded(name: str) -> dict[str, torch.Tensor]:
@@ -57,17 +60,25 @@ def main() -> None:
         pass
 
     if options.detector != "none":
-        detector = ManagedModel(grounding_dino.build_detector(seeded(options.detector), reference.vocabulary()), files.DETECTOR_MEMORY)
+        detector = ManagedModel(
+            grounding_dino.build_detector(seeded(options.detector), reference.vocabulary()), files.DETECTOR_MEMORY
+        )
         detector.load()
-        compare(f"{options.detector} at {options.width}x{options.height}",
-                lambda: pipeline.find(detector, [picture], ["a red cat"], 800, nothing),
-                lambda: pipeline.find(detector, [picture], ["a blue dog"], 800, nothing))
+        compare(
+            f"{options.detector} at {options.width}x{options.height}",
+            lambda: pipeline.find(detector, [picture], ["a red cat"], 800, nothing),
+            lambda: pipeline.find(detector, [picture], ["a blue dog"], 800, nothing),
+        )
     if options.segmenter != "none":
         segmenter = ManagedModel(segment_anything.build_segmenter(seeded(options.segmenter)), files.SEGMENTER_MEMORY)
         segmenter.load()
         box = [[pipeline.Prompt((100.0, 100.0, 500.0, 400.0))]]
         other = [[pipeline.Prompt((600.0, 200.0, 900.0, 700.0))]]
-        compare(options.segmenter, lambda: pipeline.cut(segmenter, [picture], box, nothing), lambda: pipeline.cut(segmenter, [picture], other, nothing))
+        compare(
+            options.segmenter,
+            lambda: pipeline.cut(segmenter, [picture], box, nothing),
+            lambda: pipeline.cut(segmenter, [picture], other, nothing),
+        )
 
 
 if __name__ == "__main__":

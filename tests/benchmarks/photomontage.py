@@ -1,18 +1,21 @@
 """What Generative Photomontage costs, as ratios to plain sampling taken in one run.
 
-    python tests/benchmarks/photomontage.py                       the demo model and the full-size SD1.5 structure, and the graph cut
-    python tests/benchmarks/photomontage.py --models sd15 --size 64 --steps 10      512x512 pixels; in fp16 where there is a GPU
+    python tests/benchmarks/photomontage.py                       the demo model and the full-size SD1.5 structure, and
+    the graph cut python tests/benchmarks/photomontage.py --models sd15 --size 64 --steps 10      512x512 pixels; in
+    fp16 where there is a GPU
 
 Needs COMFYUI_PATH and the Python of that ComfyUI. Prints, and asserts nothing.
 """
+
 import statistics
 
 import bench  # first: it puts ComfyUI and the pack in place
 import numpy as np
 import torch
+from sampling import inject, masks_of, recorder, sample
+
 from montage.kernels import graphcut
 from montage.patching.streams import streams_of
-from sampling import inject, masks_of, recorder, sample
 
 
 def recorded(on, cache_mb, seed=1):
@@ -22,7 +25,9 @@ def recorded(on, cache_mb, seed=1):
 def composing(on, images, cache_mb):
     """The composite of a stack of images, whose features are cached, or replayed (cache_mb 0)."""
     stripes = torch.arange(on.size).mul(images).div(on.size, rounding_mode="floor").long().expand(on.size, on.size)
-    patched = inject([recorded(on, cache_mb, seed) for seed in range(images)], masks_of(stripes, images), model=on.model)
+    patched = inject(
+        [recorded(on, cache_mb, seed) for seed in range(images)], masks_of(stripes, images), model=on.model
+    )
     return lambda: on.sample(*patched)
 
 
@@ -36,10 +41,14 @@ def cases(on, images=(2, 4)):
 
 
 def stored(on):
-    """Bytes of one image and step: of the latent, of the cached features, and of Q, K and V of all self-attention layers."""
+    """Bytes of one image and step: of the latent, of the cached features, and of Q, K and V of all self-attention
+    layers.
+    """
     run = streams_of("benchmark", [recorded(on, 1 << 20)])[0].run
     seen, watched = {}, on.model.clone()
-    watched.set_model_attn1_patch(lambda n, k, v, extra: (seen.setdefault((extra["block"], extra["block_index"]), 3 * n.nbytes), (n, k, v))[1])
+    watched.set_model_attn1_patch(
+        lambda n, k, v, extra: (seen.setdefault((extra["block"], extra["block_index"]), 3 * n.nbytes), (n, k, v))[1]
+    )
     sample(watched, on.empty, positive=on.positive, negative=on.negative, steps=1)
     return on.empty["samples"].nbytes, run.evaluation_bytes, sum(seen.values())
 
@@ -47,11 +56,13 @@ def stored(on):
 def measure_cut(images=4, grid=64, repeats=5):
     rng = np.random.default_rng(0)
     blur = torch.nn.AvgPool2d(7, 1, 3)
-    keys = [[blur(torch.randn(320, grid, grid)).flatten(1).T.contiguous() * 30 for _ in range(2)] for _ in range(images)]
+    keys = [
+        [blur(torch.randn(320, grid, grid)).flatten(1).T.contiguous() * 30 for _ in range(2)] for _ in range(images)
+    ]
     strokes = np.full((grid, grid), -1)
     for label in range(images):
         y, x = rng.integers(4, grid - 12, 2)
-        strokes[y:y + 6, x:x + 8] = label
+        strokes[y : y + 6, x : x + 8] = label
     times = {"components": [], "scipy": [], "gco": []}
     for _ in range(repeats):
         taken, distances = bench.seconds(lambda: [graphcut.image_distances(k, (grid, grid), 10) for k in keys])
@@ -67,10 +78,15 @@ def measure_cut(images=4, grid=64, repeats=5):
             times[solver].append(taken)
             energies.add(graphcut.energy(labels, costs, edges))
     median = {what: statistics.median(taken) for what, taken in times.items() if taken}
-    print(f"\ngraph cut, {grid}x{grid}, {images} labels: components {median['components']:.3f} s, scipy {median['scipy']:.3f} s, "
-          f"together {median['components'] + median['scipy']:.3f} s")
+    print(
+        f"\ngraph cut, {grid}x{grid}, {images} labels: components {median['components']:.3f} s, scipy"
+        f" {median['scipy']:.3f} s, together {median['components'] + median['scipy']:.3f} s"
+    )
     if "gco" in median:
-        print(f"  gco {median['gco']:.3f} s (scipy takes {median['scipy'] / median['gco']:.1f} times as long); energies {energies}")
+        print(
+            f"  gco {median['gco']:.3f} s (scipy takes {median['scipy'] / median['gco']:.1f} times as long); energies"
+            f" {energies}"
+        )
 
 
 if __name__ == "__main__":
@@ -82,5 +98,7 @@ if __name__ == "__main__":
         for on in bench.benches(options):
             on.report(cases(on, options.images), options.repeats)
             latent, kept, all_of_it = stored(on)
-            print(f"  stored for an image and step: latent {latent / 2**10:.1f} KB, cache {kept / 2**20:.2f} MB; "
-                  f"Q, K and V of all layers: {all_of_it / 2**20:.2f} MB ({kept / all_of_it:.3f})")
+            print(
+                f"  stored for an image and step: latent {latent / 2**10:.1f} KB, cache {kept / 2**20:.2f} MB; "
+                f"Q, K and V of all layers: {all_of_it / 2**20:.2f} MB ({kept / all_of_it:.3f})"
+            )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 CAPTION = "a red cat . is it a blue dog ? hot ball ."
-WORDS = "a red cat is it blue dog hot ball".split()
+WORDS = ["a", "red", "cat", "is", "it", "blue", "dog", "hot", "ball"]
 DETECT_SIZE = 240
 IMAGE_SIZE = 150, 211  # odd on purpose: every rounding shows
 BOX, POINTS = (40.0, 30.0, 151.0, 109.0), [(90.0, 70.0, 1), (20.0, 140.0, 0)]
@@ -37,7 +37,15 @@ def picture() -> np.ndarray:
 def vocabulary() -> dict[str, int]:
     """As long as BERT's and with its special tokens in their places, but only our words in it."""
     tokens = [f"[unused{i}]" for i in range(30522)]
-    for at, token in {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}.items():
+    for at, token in {
+        0: "[PAD]",
+        100: "[UNK]",
+        101: "[CLS]",
+        102: "[SEP]",
+        103: "[MASK]",
+        1012: ".",
+        1029: "?",
+    }.items():
         tokens[at] = token
     tokens[2000 : 2000 + len(WORDS)] = WORDS
     return {token: at for at, token in enumerate(tokens)}
@@ -101,16 +109,24 @@ def detector_reference(kind: str) -> tuple[dict, dict]:
     shapes = shapes_of(model)
     model.load_state_dict(seeded(shapes), strict=False)
 
-    resize = T.Compose([T.RandomResize([DETECT_SIZE], max_size=1333), T.ToTensor(),
-                        T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    resize = T.Compose(
+        [
+            T.RandomResize([DETECT_SIZE], max_size=1333),
+            T.ToTensor(),
+            T.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        ]
+    )
     pixels, _ = resize(Image.fromarray(picture()), None)
     with torch.no_grad(), TopK() as top:
         out = model(pixels[None], captions=[CAPTION])
     tokens = len(model.tokenizer(CAPTION)["input_ids"])
     return {
-        "pixels_shape": torch.tensor(pixels.shape), "pixels_mean": pixels.mean((1, 2)),
+        "pixels_shape": torch.tensor(pixels.shape),
+        "pixels_mean": pixels.mean((1, 2)),
         "ids": torch.tensor(model.tokenizer(CAPTION)["input_ids"]),
-        "logits": out["pred_logits"][0, :, :tokens], "boxes": out["pred_boxes"][0], "top": top.indices[0][0].int(),
+        "logits": out["pred_logits"][0, :, :tokens],
+        "boxes": out["pred_boxes"][0],
+        "top": top.indices[0][0].int(),
     }, shapes
 
 
@@ -124,9 +140,11 @@ def segmenter_reference() -> tuple[dict, dict]:
     predictor.set_image(picture())
     outputs = {"embedding": predictor.features[0, ::8, ::8, ::8]}
     points = np.array([p[:2] for p in POINTS]), np.array([p[2] for p in POINTS])
-    prompts = {"box": dict(box=np.array(BOX), multimask_output=False),
-               "points": dict(point_coords=points[0], point_labels=points[1], multimask_output=True),
-               "both": dict(box=np.array(BOX), point_coords=points[0], point_labels=points[1], multimask_output=False)}
+    prompts = {
+        "box": {"box": np.array(BOX), "multimask_output": False},
+        "points": {"point_coords": points[0], "point_labels": points[1], "multimask_output": True},
+        "both": {"box": np.array(BOX), "point_coords": points[0], "point_labels": points[1], "multimask_output": False},
+    }
     for name, prompt in prompts.items():
         logits, quality, _ = predictor.predict(**prompt, return_logits=True)
         outputs[f"{name}_logits"] = torch.from_numpy(logits)[:, ::5, ::5]
@@ -138,7 +156,11 @@ def segmenter_reference() -> tuple[dict, dict]:
 if __name__ == "__main__":
     from safetensors.torch import save_file
 
-    for name, make in {"swint": detector_reference, "swinb": detector_reference, "vit_b": lambda _: segmenter_reference()}.items():
+    for name, make in {
+        "swint": detector_reference,
+        "swinb": detector_reference,
+        "vit_b": lambda _: segmenter_reference(),
+    }.items():
         tensors, shapes = make(name)
         path = Path(sys.argv[1]) / f"localize_{name}.safetensors"
         save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"shapes": json.dumps(shapes)})

@@ -1,5 +1,6 @@
 """A custom node pack for the tests' own server: takes one output out of ComfyUI's cache, as memory pressure would, and
 loads a structure with random weights."""
+
 import gc
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ from execution import PromptExecutor
 from server import PromptServer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from structures import STRUCTURES, random_model, text_encoder  # noqa: E402
+from models import STRUCTURES, random_model, text_encoder  # noqa: E402
 
 
 class Structure:
     """MODEL and CLIP of one of the tests' small structures."""
+
     INPUT_TYPES = classmethod(lambda cls: {"required": {"name": (list(STRUCTURES),)}})
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL", "CLIP"), "load", "testing"
 
@@ -27,7 +29,7 @@ NODE_CLASS_MAPPINGS = {"MontageTestStructure": Structure}
 
 @PromptServer.instance.routes.post("/montage_test/evict/{node}")
 async def evict(request):
-    executor, = (thing for thing in gc.get_objects() if isinstance(thing, PromptExecutor))
+    (executor,) = (thing for thing in gc.get_objects() if isinstance(thing, PromptExecutor))
     cache = executor.caches.outputs
     key = cache.cache_key_set.get_data_key(request.match_info["node"])
     return web.json_response({"evicted": cache.cache.pop(key, None) is not None})

@@ -1,7 +1,7 @@
 // Puts the stroke editor into the GraphCutMontage node, as the widget of its `strokes` input.
 import { app } from "../../scripts/app.js";
 import { StrokeEditor } from "./editor.js";
-import { addEditor, after, asOneChange, fileAddress, graphSide, isFed, settle } from "./glue.js";
+import { addEditor, after, asOneChange, fileAddress, graphSide, isFed, settle } from "./graph_node.js";
 
 const NODE = "GraphCutMontage";
 const WIDGET = "MONTAGE_STROKES";

@@ -1,10 +1,12 @@
 """Step-blended sampling: one run of one sampler whose model changes on the way (Layout-and-Retouch, section 3.1).
 
-A guider is ComfyUI's pair of MODEL and CONDITIONING. The guiders' sampling environments are entered one inside the other,
-each by its own `sample`, so that wrappers, hooks, ControlNets and patches of each are in place as in a run of its own; in
-the innermost the sampler runs once, on a model that passes every evaluation to the guider whose turn it is. The state of a
-multistep sampler goes on, since for the sampler nothing changed. A model is loaded when its first turn comes.
+A guider is ComfyUI's pair of MODEL and CONDITIONING. The guiders' sampling environments are entered one inside the
+other, each by its own `sample`, so that wrappers, hooks, ControlNets and patches of each are in place as in a run of
+its own; in the innermost the sampler runs once, on a model that passes every evaluation to the guider whose turn it is.
+The state of a multistep sampler goes on, since for the sampler nothing changed. A model is loaded when its first turn
+comes.
 """
+
 import copy
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,8 +21,9 @@ from .session import KEY
 
 
 class Stage(NamedTuple):
-    """A guider and its part of the schedule. start: where it takes over, 0 (first step) to 1 (after the last). ramp: the part of
-    the schedule over which its share of the prediction grows."""
+    """A guider and its part of the schedule. start: where it takes over, 0 (first step) to 1 (after the last). ramp:
+    the part of the schedule over which its share of the prediction grows."""
+
     guider: Any
     start: float
     ramp: float
@@ -55,21 +58,31 @@ class StepBlend:
     def model_patcher(self):
         return self.stages[0].guider.model_patcher
 
-    def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None):
+    def sample(
+        self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None
+    ):
         """As CFGGuider.sample; noise and latent_image: [B, C, h, w]."""
         if len(sigmas) == 0:
             return latent_image
         steps = max(len(sigmas) - 1, 1)
         needed = set().union(*(shares(self.stages, step, steps) for step in range(steps)))
         stages = [stage for number, stage in enumerate(self.stages) if number in needed]
-        return Blend(stages, sampler, latent_image, sigmas, denoise_mask, seed).enter(0, noise, sigmas, callback, disable_pbar)
+        return Blend(stages, sampler, latent_image, sigmas, denoise_mask, seed).enter(
+            0, noise, sigmas, callback, disable_pbar
+        )
 
 
 class Blend:
     """One such run, and the model that the sampler sees: it has what samplers read of a guider."""
 
     def __init__(self, stages, sampler, latent_image, sigmas, denoise_mask, seed):
-        self.stages, self.sampler, self.latent_image, self.denoise_mask, self.seed = stages, sampler, latent_image, denoise_mask, seed
+        self.stages, self.sampler, self.latent_image, self.denoise_mask, self.seed = (
+            stages,
+            sampler,
+            latent_image,
+            denoise_mask,
+            seed,
+        )
         self.schedule = sigmas.tolist()  # the whole, of which a node on the first MODEL may leave steps out
         self.guiders = [self.guest(number, stage.guider) for number, stage in enumerate(stages)]
         self.loads = {}  # number -> what loads its model, as ComfyUI would have before sampling
@@ -81,7 +94,9 @@ class Blend:
         """A copy of a guider, whose model is loaded when its turn comes."""
         guider = copy.copy(guider)
         guider.model_options = create_model_options_clone(guider.model_options)
-        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, partial(self.prepare, number), guider.model_options, is_model_options=True)
+        add_wrapper_with_key(
+            WrappersMP.PREPARE_SAMPLING, KEY, partial(self.prepare, number), guider.model_options, is_model_options=True
+        )
         return guider
 
     def prepare(self, number, executor, model, noise_shape, conds, model_options, **kwargs):
@@ -103,7 +118,9 @@ class Blend:
         patcher.model.current_patcher = patcher  # two MODELs may share their weights and differ in LoRAs
 
     def enter(self, number, noise, sigmas, callback=None, disable_pbar=True):
-        return self.guiders[number].sample(noise, self.latent_image, Inside(self, number), sigmas, self.denoise_mask, callback, disable_pbar, self.seed)
+        return self.guiders[number].sample(
+            noise, self.latent_image, Inside(self, number), sigmas, self.denoise_mask, callback, disable_pbar, self.seed
+        )
 
     def go(self, number, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar):
         """A guider's environment stands: enter the next one's, or sample."""
@@ -111,8 +128,10 @@ class Blend:
         if number == 0:
             self.arguments = sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
         elif not (torch.equal(sigmas, self.arguments[0]) and torch.equal(noise, self.arguments[3])):
-            raise ValueError("Step Blend Sampler: a node on a later MODEL wants to begin the run in its own way (Composite Attention Inject and Multi "
-                             "Source Swap do). Put it on the first MODEL, or sample in two runs.")
+            raise ValueError(
+                "Step Blend Sampler: a node on a later MODEL wants to begin the run in its own way (Composite Attention"
+                " Inject and Multi Source Swap do). Put it on the first MODEL, or sample in two runs."
+            )
         if number + 1 < len(self.guiders):
             self.enter(number + 1, noise, sigmas)
         else:
@@ -138,7 +157,9 @@ class Blend:
         return self.guiders[0].cfg
 
     def __call__(self, x, sigma, model_options={}, seed=None):
-        """The denoised latent [B, C, h, w] at sigma [B]: one guider's prediction, or on a ramp the mean of several by their shares."""
+        """The denoised latent [B, C, h, w] at sigma [B]: one guider's prediction, or on a ramp the mean of several by
+        their shares.
+        """
         found = shares(self.stages, step_of(float(sigma[0]), self.schedule), len(self.schedule) - 1)
         result = None
         for number in sorted(found, key=lambda number: number != self.turn):  # the one that is loaded first
@@ -151,7 +172,9 @@ class Blend:
     def predict(self, number, x, sigma, model_options, seed):
         guider = self.guiders[number]
         self.take_turn(number, guider.model_patcher)
-        return guider(x, sigma, model_options=options_for(self.options[number], model_options, self.options[0]), seed=seed)
+        return guider(
+            x, sigma, model_options=options_for(self.options[number], model_options, self.options[0]), seed=seed
+        )
 
 
 class Inside(comfy.samplers.Sampler):
@@ -159,9 +182,13 @@ class Inside(comfy.samplers.Sampler):
 
     def __init__(self, blend, number):
         self.blend, self.number = blend, number
-        self.sampler_function = getattr(blend.sampler, "sampler_function", blend.sampler)  # by whose name a recording calls it
+        self.sampler_function = getattr(
+            blend.sampler, "sampler_function", blend.sampler
+        )  # by whose name a recording calls it
 
-    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
         return self.blend.go(self.number, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
 
 

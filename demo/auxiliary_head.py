@@ -5,12 +5,13 @@ texture and style. The renderer knows all of that exactly, so words are bound to
 that self-attention carries, after far fewer pictures than the noise alone would teach (the idea is REPA's, Yu et al.
 2024, with the renderer in the place of an encoder). The head is thrown away.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .detector import encode_style, shown
 from .diffusion import WIDTH
-from .reader import encode_style, shown
 from .scenes import BACKGROUNDS, COLOURS, FANCY_TEXTURES, SHAPES, TEXTURES, Scenes, masks
 
 _TEXTURES = len(TEXTURES) + FANCY_TEXTURES
@@ -21,8 +22,12 @@ _TINT = 5  # its place in encode_style's code: one place a variable, two for the
 class Heads(nn.Module):
     def __init__(self, channels: int = WIDTH):
         super().__init__()
-        self.net = nn.Sequential(nn.GroupNorm(32, channels), nn.Conv2d(channels, channels, 1), nn.SiLU(),
-                                 nn.Conv2d(channels, sum(_OUTPUTS.values()), 1))
+        self.net = nn.Sequential(
+            nn.GroupNorm(32, channels),
+            nn.Conv2d(channels, channels, 1),
+            nn.SiLU(),
+            nn.Conv2d(channels, sum(_OUTPUTS.values()), 1),
+        )
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """(n, 64, h, w) -> by output (n, h, w, c)."""
@@ -38,8 +43,10 @@ def owners(scenes: Scenes, side: int) -> Tensor:
 
 def loss(maps: dict[str, Tensor], scenes: Scenes, owner: Tensor) -> Tensor:
     """Scalar: cross entropies of what, colour and texture, squared error of the style that a place shows."""
+
     def at(field: Tensor) -> Tensor:
         return field.gather(1, slot.flatten(1)).view_as(owner)
+
     owner = owner.long()
     slot, covered = owner.clamp(max=2), owner < 3
     behind = (len(SHAPES) + scenes.background)[:, None, None]

@@ -1,18 +1,20 @@
 """Token Attention Map: where a model looks for words, while it samples and after."""
+
 import comfy.samplers
 import node_helpers
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_custom_sampler import CFGGuider
-from montage.nodes.retouch import TokenAttentionMap, tokens_of
-from montage.patching.crossmap import RunningMap, TokenMap, marked, probability
+from random_models import random_model, text_encoder
+from sampling import NEGATIVE, empty, recorder, sample, sample_custom, words
+
+from montage.nodes.layout_retouch import TokenAttentionMap, tokens_of
+from montage.patching.attention_maps import RunningMap, TokenMap, marked, probability
 from montage.patching.recipes import install
 from montage.patching.sites import Site, parse_sites, scales_of, transformer_block
 from montage.patching.streams import streams_of
 from nodes import ConditioningCombine, ConditioningSetArea
-from sampling import NEGATIVE, empty, recorder, sample, sample_custom, words
-from structures import random_model, text_encoder
 
 NAMES = ["sd15-small", "sd2-small", "sdxl-small"]
 PROMPT, WORDS = "a red cat and a blue dog", "cat, blue dog"
@@ -20,7 +22,9 @@ PROMPT, WORDS = "a red cat and a blue dog", "cat, blue dog"
 
 def measuring(model=None, latent=None, prompt=PROMPT, phrase=WORDS, sites="d@2-4,u@2-4", name="sd15-small"):
     """(MODEL, LATENT, CONDITIONING)"""
-    return TokenAttentionMap.execute(model or random_model(name), latent or empty(), text_encoder(name), prompt, phrase, sites).args
+    return TokenAttentionMap.execute(
+        model or random_model(name), latent or empty(), text_encoder(name), prompt, phrase, sites
+    ).args
 
 
 def run_of(latent):
@@ -40,9 +44,14 @@ def explicit(model, latent, positive, tokens, sites, **settings):
         heads = extra["n_heads"]
         for number, part in enumerate(extra["cond_or_uncond"]):
             if part == 0:
-                rows = slice(number * len(q) // len(extra["cond_or_uncond"]), (number + 1) * len(q) // len(extra["cond_or_uncond"]))
+                rows = slice(
+                    number * len(q) // len(extra["cond_or_uncond"]),
+                    (number + 1) * len(q) // len(extra["cond_or_uncond"]),
+                )
                 qh, kh = (t[rows].unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k))
-                weights = (qh @ kh.transpose(2, 3) / extra["dim_head"] ** 0.5).softmax(3)[..., list(tokens)].sum(3).mean(1)
+                weights = (
+                    (qh @ kh.transpose(2, 3) / extra["dim_head"] ** 0.5).softmax(3)[..., list(tokens)].sum(3).mean(1)
+                )
                 seen.append(weights.unflatten(1, tuple(extra["activations_shape"][-2:])))
         return optimized_attention(q, k, v, heads, attn_precision=extra["attn_precision"], transformer_options=extra)
 
@@ -73,7 +82,9 @@ def test_scales_are_those_of_the_run(name):
 def test_sites_by_scale():
     model = random_model("sd15-small")
     assert parse_sites(model, "u@1-2") == tuple(Site("output", number, 0) for number in range(6, 12))  # "layers 10-15"
-    assert parse_sites(model, "d@2-4,u@2-4") == tuple(Site("input", n, 0) for n in (4, 5, 7, 8)) + tuple(Site("output", n, 0) for n in range(3, 9))
+    assert parse_sites(model, "d@2-4,u@2-4") == tuple(Site("input", n, 0) for n in (4, 5, 7, 8)) + tuple(
+        Site("output", n, 0) for n in range(3, 9)
+    )
     assert {site.number for site in parse_sites(random_model("sdxl-small"), "u@1-2")} == {3, 4, 5}
     with pytest.raises(ValueError, match=r'"u@16": this model has no attention at that scale, only at \[1, 2, 4, 8\]'):
         parse_sites(model, "u@16")
@@ -88,7 +99,9 @@ def test_the_map_is_the_plain_formula(name, size):
     negative = text_encoder(name)
     negative = negative.encode_from_tokens_scheduled(negative.tokenize(""))
     found = finished(sample(model, latent, positive=positive, negative=negative))
-    expected = explicit(random_model(name), latent, positive, tokens, parse_sites(model, "d@2-4,u@2-4"), negative=negative)
+    expected = explicit(
+        random_model(name), latent, positive, tokens, parse_sites(model, "d@2-4,u@2-4"), negative=negative
+    )
     assert found.shape == expected.shape == (1, -(-size[0] // 2), -(-size[1] // 2))
     assert (found - expected).abs().max() < 1e-4
     assert found.min() == 0 and found.max() == 1
@@ -106,7 +119,9 @@ def test_a_longer_negative_prompt_does_not_move_the_map():
     """ComfyUI repeats the shorter prompt until both are as long: the copies of a token count together."""
     model, latent, positive = measuring()
     long = [[NEGATIVE[0][0].repeat(1, 2, 1), {}]]
-    short, repeated = (finished(sample(*measuring()[:2], positive=positive, negative=negative)) for negative in (NEGATIVE, long))
+    short, repeated = (
+        finished(sample(*measuring()[:2], positive=positive, negative=negative)) for negative in (NEGATIVE, long)
+    )
     assert (short - repeated).abs().max() < 1e-4
 
 
@@ -125,6 +140,7 @@ def test_each_image_of_a_batch_by_itself():
 
 def test_only_the_marked_prompt_counts_and_split_calls_are_the_same(monkeypatch):
     """The map is that of the cond half, in one call with the other or alone."""
+
     def go():
         model, latent, positive = measuring()
         return finished(sample(model, latent, positive=positive))
@@ -140,7 +156,9 @@ def test_only_the_marked_prompt_counts_and_split_calls_are_the_same(monkeypatch)
 
 
 def explicit_of_first(model, beside):
-    """As `explicit`, for the first of two positive conditionings that run together with the negative: [1, 0, 0] reversed."""
+    """As `explicit`, for the first of two positive conditionings that run together with the negative: [1, 0, 0]
+    reversed.
+    """
     seen, spied = [], model.clone()
 
     def spy(q, k, v, extra):
@@ -159,6 +177,7 @@ def explicit_of_first(model, beside):
 
 def test_others_patches_stay_in_effect():
     """A replacement and a patch of another pack act as without us, whichever came first on the MODEL."""
+
     def patch(n, context, value, extra):
         return n, context * 1.5, value * 0.5
 
@@ -191,7 +210,9 @@ def test_two_maps_in_one_run():
 
 
 def test_the_map_is_read_during_the_run():
-    """By recipes, as of the evaluations before; what this one has found so far depends on the order of the CFG halves."""
+    """By recipes, as of the evaluations before; what this one has found so far depends on the order of the CFG
+    halves.
+    """
     model = random_model("sd15-small")
     sites = parse_sites(model, "d@2-4,u@2-4")
     counts, seen, before = {}, [], []
@@ -210,10 +231,13 @@ def test_the_map_is_read_during_the_run():
     model.set_model_attn1_patch(look)
     sample(model, empty(), positive=positive, steps=2)
     assert counts[Site("input", 1, 0)] == [0, len(sites)]
-    assert counts[Site("output", 6, 0)] == [7, 7 + len(sites)]  # d4, d5, d7, d8, u3, u4, u5: all before the first site of the swap
+    assert counts[Site("output", 6, 0)] == [
+        7,
+        7 + len(sites),
+    ]  # d4, d5, d7, d8, u3, u4, u5: all before the first site of the swap
     assert counts[Site("output", 7, 0)] == [8, 8 + len(sites)]
     assert seen[0] is None and before[:16] == [None] * 16 and all(torch.equal(found, seen[16]) for found in before[16:])
-    assert all(0 <= found.min() and found.max() == 1 for found in seen[-9:])
+    assert all(found.min() >= 0 and found.max() == 1 for found in seen[-9:])
 
 
 def test_a_flat_map_is_zero():
@@ -249,11 +273,17 @@ def test_custom_samplers():
     assert finished(output).max() == 1
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda positive: words(1), 'no conditioning of the prompt "a red cat and a blue dog". Connect the CONDITIONING'),
-    (lambda positive: marked(words(1), "another"), "no conditioning of the prompt"),
-    (lambda positive: ConditioningSetArea().append(positive, 32, 32, 0, 0, 1.0)[0], "masks instead of areas"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda positive: words(1),
+            'no conditioning of the prompt "a red cat and a blue dog". Connect the CONDITIONING',
+        ),
+        (lambda positive: marked(words(1), "another"), "no conditioning of the prompt"),
+        (lambda positive: ConditioningSetArea().append(positive, 32, 32, 0, 0, 1.0)[0], "masks instead of areas"),
+    ],
+)
 def test_conditionings_that_do_not_fit(change, message):
     model, latent, positive = measuring()
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):

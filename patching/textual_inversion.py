@@ -4,6 +4,7 @@ ComfyUI makes weights in inference mode, and autograd refuses such tensors. `dif
 its own weights while it is computed, so that no second model is needed; with `checkpointed` the copies and activations
 of one block at a time are alive.
 """
+
 import base64
 import contextlib
 import json
@@ -29,13 +30,15 @@ PATIENCE = 4  # steps without a usable gradient, at the start, before that is an
 
 class Row(NamedTuple):
     """Stands in tokens for a row of the token that is being learned."""
+
     number: int
 
 
 class Token:
     """An embedding that is being learned, and all that is needed to go on with it.
 
-    rows: {encoder: [vectors, width]}, float32. belongs: what it is learned from, as a text. losses: one for each step done.
+    rows: {encoder: [vectors, width]}, float32. belongs: what it is learned from, as a text. losses: one for each step
+    done.
     """
 
     @torch.inference_mode(False)
@@ -76,15 +79,26 @@ class Token:
 
     def save(self, path):
         """As an embedding that ComfyUI and others read; how far it is goes into the file's metadata."""
-        moments = {f"{number}.{name}": value for number, state in self.optimizer.state_dict()["state"].items() for name, value in state.items()}
-        kept = {"belongs": self.belongs, "losses": self.losses, "optimizer": base64.b64encode(safetensors.torch.save(moments)).decode()}
+        moments = {
+            f"{number}.{name}": value
+            for number, state in self.optimizer.state_dict()["state"].items()
+            for name, value in state.items()
+        }
+        kept = {
+            "belongs": self.belongs,
+            "losses": self.losses,
+            "optimizer": base64.b64encode(safetensors.torch.save(moments)).decode(),
+        }
         part = path.with_suffix(".part")  # never half a file
         tensors = {f"clip_{name}": rows.detach().clone() for name, rows in self.rows.items()}
         comfy.utils.save_torch_file(tensors, str(part), metadata={MADE_BY: json.dumps(kept)})
         part.replace(path)
 
     def tokenize(self, clip, text):
-        """The tokens of a text that names the embedding, as it was last saved; in its place stand Rows. Weights count for nothing."""
+        """The tokens of a text that names the embedding, as it was last saved; in its place stand Rows. Weights count
+        for nothing.
+        """
+
         def marked(name, values):
             rows, met = self.rows[name], 0  # its vectors stand in their order, and may be equal
             for value in values:
@@ -102,13 +116,19 @@ class Token:
 
     def living(self, tokens):
         """Tokens for the text encoder, through which the rows learn."""
-        return {name: [[(self.rows[name][value.number] if isinstance(value, Row) else value, 1.0) for value in chunk] for chunk in chunks]
-                for name, chunks in tokens.items()}
+        return {
+            name: [
+                [(self.rows[name][value.number] if isinstance(value, Row) else value, 1.0) for value in chunk]
+                for chunk in chunks
+            ]
+            for name, chunks in tokens.items()
+        }
 
 
 class Task(NamedTuple):
-    """What is learned from. latent: [1, 4, h, w], as the model sees it. mask: [1, 1, h, w] in [0, 1], where errors count. texts: prompts
-    that name the embedding, of which each sample draws one. seed: of all that is drawn."""
+    """What is learned from. latent: [1, 4, h, w], as the model sees it. mask: [1, 1, h, w] in [0, 1], where errors
+    count. texts: prompts that name the embedding, of which each sample draws one. seed: of all that is drawn."""
+
     latent: torch.Tensor
     mask: torch.Tensor
     texts: list
@@ -116,19 +136,25 @@ class Task(NamedTuple):
 
 
 def learn(token, path, model, clip, task, steps, learning_rate, batch, done):
-    """Go on until `steps` steps are done in all, call done() after each, and keep what is learned at `path`, whatever happens.
+    """Go on until `steps` steps are done in all, call done() after each, and keep what is learned at `path`, whatever
+    happens.
 
-    Each step draws noise, a time t in U[0, 1000) and a text for each of `batch` samples, one after the other in memory, and
-    lowers the model's own training error where the mask is (paper, section 3.3). A step depends on the seed and its number
-    alone, so that a run that was cut off goes on as if it had not been. Raises InterruptProcessingException on a cancel.
+    Each step draws noise, a time t in U[0, 1000) and a text for each of `batch` samples, one after the other in memory,
+    and lowers the model's own training error where the mask is (paper, section 3.3). A step depends on the seed and its
+    number alone, so that a run that was cut off goes on as if it had not been. Raises InterruptProcessingException on a
+    cancel.
     """
     token.save(path)
     texts = [token.tokenize(clip, text) for text in task.texts]
     for group in token.optimizer.param_groups:
         group["lr"] = learning_rate
-    comfy.model_management.load_models_gpu([model, clip.patcher], memory_required=3 * model.memory_required([1, *task.latent.shape[1:]]))
+    comfy.model_management.load_models_gpu(
+        [model, clip.patcher], memory_required=3 * model.memory_required([1, *task.latent.shape[1:]])
+    )
     unet, rows = model.model.diffusion_model, list(token.rows.values())
-    scale = 2.0**12 if model.model.get_dtype_inference() == torch.float16 else 1.0  # half precision loses small gradients
+    scale = (
+        2.0**12 if model.model.get_dtype_inference() == torch.float16 else 1.0
+    )  # half precision loses small gradients
     try:
         with differentiable(unet), differentiable(clip.cond_stage_model), checkpointed(unet):
             latent, mask = (t.clone().to(model.load_device) for t in (task.latent, task.mask))
@@ -141,7 +167,9 @@ def learn(token, path, model, clip, task, steps, learning_rate, batch, done):
                     t = 1000 * torch.rand(1, generator=generator)
                     noise = torch.randn(latent.shape, generator=generator).to(latent)
                     loss = error(model.model, latent, noise, t, mask, *encode(clip, token.living(text))).mean()
-                    for gradient, part in zip(gradients, torch.autograd.grad(loss * scale, rows)):  # of the rows alone: all else is frozen
+                    for gradient, part in zip(
+                        gradients, torch.autograd.grad(loss * scale, rows)
+                    ):  # of the rows alone: all else is frozen
                         gradient += part / (scale * batch)
                     losses.append(loss.item())
                 for row, gradient in zip(rows, gradients):
@@ -150,8 +178,10 @@ def learn(token, path, model, clip, task, steps, learning_rate, batch, done):
                     torch.nn.utils.clip_grad_norm_(rows, MOST_GRADIENT)
                     token.optimizer.step()
                 elif not token.optimizer.state and len(token.losses) >= PATIENCE:
-                    raise ValueError("Learn Layer Token: every gradient holds values that are no numbers, so nothing can be learned. Start ComfyUI with "
-                                     "--force-fp32, or use a checkpoint in another precision.")
+                    raise ValueError(
+                        "Learn Layer Token: every gradient holds values that are no numbers, so nothing can be learned."
+                        " Start ComfyUI with --force-fp32, or use a checkpoint in another precision."
+                    )
                 token.losses.append(round(sum(losses) / batch, 5))
                 done()
     finally:
@@ -177,9 +207,19 @@ def error(model, latent, noise, t, mask, features, pooled):
     sigma = sampling.sigma(t.to(latent.device)).clone()
     noised = sampling.noise_scaling(sigma[:, None, None, None], noise, latent)
     height, width = (8 * side for side in latent.shape[-2:])
-    conds = model.extra_conds(cross_attn=features, pooled_output=pooled, noise=noised, device=latent.device, width=width, height=height, prompt_type="positive")
+    conds = model.extra_conds(
+        cross_attn=features,
+        pooled_output=pooled,
+        noise=noised,
+        device=latent.device,
+        width=width,
+        height=height,
+        prompt_type="positive",
+    )
     conds = {name: cond.process_cond(batch_size=len(latent), area=None).cond for name, cond in conds.items()}
-    options = {"optimized_attention_override": lambda _, *args, **kwargs: attention.attention_pytorch(*args, **kwargs)}  # others know no backward
+    options = {
+        "optimized_attention_override": lambda _, *args, **kwargs: attention.attention_pytorch(*args, **kwargs)
+    }  # others know no backward
     denoised = model.apply_model(noised, sigma, transformer_options=options, **conds)
     one, none = torch.ones_like(latent), torch.zeros_like(latent)
     slope = sampling.calculate_denoised(sigma, one, none) - sampling.calculate_denoised(sigma, none, none)
@@ -188,8 +228,9 @@ def error(model, latent, noise, t, mask, features, pooled):
 
 @contextlib.contextmanager
 def differentiable(module):
-    """Every operation of a module computes with a copy of its weights, which autograd may keep. What is loaded stays as it is.
-    And norms get a copy of what they are given, since ComfyUI's text encoders add to it in place."""
+    """Every operation of a module computes with a copy of its weights, which autograd may keep. What is loaded stays as
+    it is. And norms get a copy of what they are given, since ComfyUI's text encoders add to it in place."""
+
     def copied(part, args):
         return args[0].clone(), *args[1:]
 
@@ -198,7 +239,13 @@ def differentiable(module):
         before = [(part.weight_function, part.bias_function) for part in operations]
         hooks = [part.register_forward_pre_hook(copied) for part in operations if isinstance(part, torch.nn.LayerNorm)]
         for part in operations:
-            part.weight_function, part.bias_function = [*part.weight_function, torch.clone], [*part.bias_function, torch.clone]
+            part.weight_function, part.bias_function = (
+                [*part.weight_function, torch.clone],
+                [
+                    *part.bias_function,
+                    torch.clone,
+                ],
+            )
         try:
             yield
         finally:

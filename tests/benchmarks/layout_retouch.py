@@ -1,16 +1,19 @@
 """What Layout-and-Retouch costs, as ratios to plain sampling taken in one run.
 
     python tests/benchmarks/retouch.py                       the demo model and the full-size SD1.5 structure
-    python tests/benchmarks/retouch.py --models sd15 --size 64 --steps 50      512x512 pixels; in fp16 where there is a GPU
+    python tests/benchmarks/retouch.py --models sd15 --size 64 --steps 50      512x512 pixels; in fp16 where there is a
+    GPU
 
 Needs COMFYUI_PATH and the Python of that ComfyUI. Prints, and asserts nothing.
 """
+
 import bench  # first: it puts ComfyUI and the pack in place
 import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
-from montage.nodes.record import InvertImage
-from montage.nodes.retouch import AdaptiveMaskBlend, MultiSourceSwap, StepBlendSampler, TokenAttentionMap
 from sampling import recorder, sample_custom
+
+from montage.nodes.layout_retouch import AdaptiveMaskBlend, MultiSourceSwap, StepBlendSampler, TokenAttentionMap
+from montage.nodes.record import InvertImage
 
 PROMPT = "a red ball on grass"
 
@@ -41,21 +44,31 @@ def cases(on):
     personal = on.model.clone()  # as with an embedding: a LoRA is patched in at the switch, which is no cost of a step
     layout, subject = blended(on, *recorder(personal, on.empty, 0)), reference(on)
     mask = torch.zeros(1, on.size, on.size)
-    mask[:, on.size // 4:-on.size // 4, on.size // 4:-on.size // 4] = 1
+    mask[:, on.size // 4 : -on.size // 4, on.size // 4 : -on.size // 4] = 1
     running = AdaptiveMaskBlend.execute(0.3, 0.01, "or").args[1]
 
     def retouched(**optional):
-        return lambda: on.sample(*MultiSourceSwap.execute(on.model, layout, subject, 0.2, 0.6, 1.0, "u@1-2", **optional).args)
+        return lambda: on.sample(
+            *MultiSourceSwap.execute(on.model, layout, subject, 0.2, 0.6, 1.0, "u@1-2", **optional).args
+        )
 
     def whole():
         laid = blended(on, *recorder(personal, on.empty, 0))
         on.sample(*MultiSourceSwap.execute(on.model, laid, reference(on), 0.2, 0.6, 1.0, "u@1-2", mask=mask).args)
 
     swap = MultiSourceSwap.execute(on.model, layout, subject, 0.2, 0.6, 1.0, "u@1-2", running_mask=running).args
-    return {"plain": on.plain, "token map": lambda: on.sample(*measured(on, on.model, on.empty)), "step blend": lambda: blended(on, personal, on.empty),
-            "step blend, ramp of half": lambda: blended(on, personal, on.empty, 0.25, 0.5), "inversion": lambda: reference(on),
-            "retouch, no mask": retouched(), "retouch": retouched(mask=mask), "retouch, reference prompt": retouched(mask=mask, reference_prompt=on.positive),
-            "retouch, running mask": lambda: on.sample(*measured(on, *swap)), "both stages, inversion": whole}
+    return {
+        "plain": on.plain,
+        "token map": lambda: on.sample(*measured(on, on.model, on.empty)),
+        "step blend": lambda: blended(on, personal, on.empty),
+        "step blend, ramp of half": lambda: blended(on, personal, on.empty, 0.25, 0.5),
+        "inversion": lambda: reference(on),
+        "retouch, no mask": retouched(),
+        "retouch": retouched(mask=mask),
+        "retouch, reference prompt": retouched(mask=mask, reference_prompt=on.positive),
+        "retouch, running mask": lambda: on.sample(*measured(on, *swap)),
+        "both stages, inversion": whole,
+    }
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 SD1.x's structure at a fifth of its width: ComfyUI reads every size from the weights except the number of
 heads and the sizes of the text encoder, and those are what this file states.
 """
+
 from pathlib import Path
 
 import comfy.model_base

@@ -1,4 +1,7 @@
-"""Textual inversion of a layer: what it learns and what it leaves, cancelling and going on, and the embedding that comes of it."""
+"""Textual inversion of a layer: what it learns and what it leaves, cancelling and going on, and the embedding that
+comes of it.
+"""
+
 import functools
 
 import comfy.model_management
@@ -6,14 +9,15 @@ import comfy.utils
 import pytest
 import torch
 from comfy_api.latest import io
-from montage.kernels import collage as kernel
-from montage.nodes.collage import CollageCrossAttn, owned_tokens
-from montage.nodes.learn import TEMPLATES, LearnLayerToken
-from montage.patching import textual
+from random_models import build, demo_model, random_model, text_encoder
 from sampling import sample
-from structures import build, demo_model, random_model, text_encoder
 from test_collage_canvas import BLUE, RED, canvas, layer, plain
 from test_recording import same
+
+from montage.kernels import collage as kernel
+from montage.nodes.collage import CollageCrossAttn, owned_tokens
+from montage.nodes.textual_inversion import TEMPLATES, LearnLayerToken
+from montage.patching import textual_inversion
 
 TEXT = "embedding:new cat"
 
@@ -22,15 +26,17 @@ def task(texts=(TEXT,), size=(8, 8), seed=1):
     latent = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(5))
     mask = torch.zeros(1, 1, *size)
     mask[..., : size[1] // 2] = 1
-    return textual.Task(latent, mask, list(texts), seed)
+    return textual_inversion.Task(latent, mask, list(texts), seed)
 
 
 def begun(clip, vectors=1):
-    return textual.Token.new(clip, "a", vectors, "these")
+    return textual_inversion.Token.new(clip, "a", vectors, "these")
 
 
 def learned(token, folder, clip, steps, name="sd15-small", done=lambda: None, model=None, **settings):
-    textual.learn(token, folder / "new.safetensors", model or random_model(name), clip, task(**settings), steps, 1e-3, 1, done)
+    textual_inversion.learn(
+        token, folder / "new.safetensors", model or random_model(name), clip, task(**settings), steps, 1e-3, 1, done
+    )
     return token
 
 
@@ -44,6 +50,7 @@ def unchanged(module, before):
 
 # ---------------------------------------------------------------- the mathematics
 
+
 def test_what_is_outside_of_the_mask_has_no_gradient():
     """The mean is over the mask: a small layer counts as much as a large one."""
     with torch.inference_mode(False):
@@ -53,7 +60,9 @@ def test_what_is_outside_of_the_mask_has_no_gradient():
         means = kernel.masked_mean(errors, mask)
         means.sum().backward()
         assert same(means.detach(), torch.ones(2))
-        assert (errors.grad[(mask == 0).expand_as(errors)] == 0).all() and (errors.grad[(mask > 0).expand_as(errors)] > 0).all()
+        assert (errors.grad[(mask == 0).expand_as(errors)] == 0).all() and (
+            errors.grad[(mask > 0).expand_as(errors)] > 0
+        ).all()
 
 
 @pytest.mark.parametrize("name", ["sd15-small", "sd2-small", "sdxl-small"])
@@ -67,10 +76,21 @@ def test_the_gradient_is_that_of_the_models_own_error(tmp_path, name):
     comfy.model_management.load_models_gpu([model, clip.patcher])
 
     def error():
-        return textual.error(model.model, one.latent.clone(), noise.clone(), t.clone(), one.mask.clone(), *textual.encode(clip, token.living(marked))).mean()
+        return textual_inversion.error(
+            model.model,
+            one.latent.clone(),
+            noise.clone(),
+            t.clone(),
+            one.mask.clone(),
+            *textual_inversion.encode(clip, token.living(marked)),
+        ).mean()
 
     unet = model.model.diffusion_model
-    with textual.differentiable(unet), textual.differentiable(clip.cond_stage_model), textual.checkpointed(unet):
+    with (
+        textual_inversion.differentiable(unet),
+        textual_inversion.differentiable(clip.cond_stage_model),
+        textual_inversion.checkpointed(unet),
+    ):
         error().backward()
         for rows in token.rows.values():
             way = rows.grad / rows.grad.norm()
@@ -88,7 +108,7 @@ def test_the_error_is_that_of_the_noise():
     model = random_model("sd15-small").model
     one, noise, t = task(), torch.randn(1, 4, 8, 8), torch.tensor([300.0])
     features = torch.randn(1, 77, 16)
-    found = textual.error(model, one.latent, noise, t, one.mask, features, None)
+    found = textual_inversion.error(model, one.latent, noise, t, one.mask, features, None)
     sigma = model.model_sampling.sigma(t)
     noised = one.latent + sigma * noise
     told = model.diffusion_model(noised / (sigma**2 + 1) ** 0.5, t, context=features)
@@ -96,6 +116,7 @@ def test_the_error_is_that_of_the_noise():
 
 
 # ---------------------------------------------------------------- learning
+
 
 @pytest.mark.parametrize("name", ["sd15-small", "sdxl-small"])
 def test_only_the_new_rows_change(tmp_path, name):
@@ -109,7 +130,10 @@ def test_only_the_new_rows_change(tmp_path, name):
     assert all((rows - start[key]).abs().amax(1).min() > 1e-5 for key, rows in token.rows.items())
     for module in (model.model, clip.cond_stage_model):
         assert all(parameter.grad is None for parameter in module.parameters())
-        assert not any(getattr(part, "weight_function", ()) or part._forward_pre_hooks or "forward" in vars(part) for part in module.modules())
+        assert not any(
+            getattr(part, "weight_function", ()) or part._forward_pre_hooks or "forward" in vars(part)
+            for part in module.modules()
+        )
     assert torch.is_inference_mode_enabled()
 
 
@@ -124,11 +148,11 @@ def test_a_cancelled_run_keeps_what_it_learned_and_goes_on_as_if_it_had_not_been
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         learned(token, tmp_path, clip, 5, done=cancel)
-    again = textual.Token.load(tmp_path / "new.safetensors")
+    again = textual_inversion.Token.load(tmp_path / "new.safetensors")
     assert len(again.losses) == 2 and same(again.rows["l"], token.rows["l"])
     learned(again, tmp_path, clip, 5)
     assert same(again.rows["l"], whole.rows["l"]) and again.losses == whole.losses
-    assert same(textual.Token.load(tmp_path / "new.safetensors").rows["l"], whole.rows["l"])
+    assert same(textual_inversion.Token.load(tmp_path / "new.safetensors").rows["l"], whole.rows["l"])
 
 
 def test_the_rows_are_told_from_other_embeddings(tmp_path):
@@ -136,8 +160,8 @@ def test_the_rows_are_told_from_other_embeddings(tmp_path):
     comfy.utils.save_torch_file({"clip_l": torch.ones(1, 16)}, str(tmp_path / "other.safetensors"))
     token = begun(clip, vectors=2)
     token.save(tmp_path / "new.safetensors")
-    tokens = [value for value in token.tokenize(clip, "(embedding:other:1.3) and embedding:new, (cat)")["l"][0]]
-    assert [value.number for value in tokens if isinstance(value, textual.Row)] == [0, 1]
+    tokens = list(token.tokenize(clip, "(embedding:other:1.3) and embedding:new, (cat)")["l"][0])
+    assert [value.number for value in tokens if isinstance(value, textual_inversion.Row)] == [0, 1]
     assert sum(torch.is_tensor(value) for value in tokens) == 1
     assert all(weight == 1 for _, weight in token.living({"l": [tokens]})["l"][0])
 
@@ -155,9 +179,9 @@ def test_a_block_at_a_time_is_kept_for_the_backward_pass(tmp_path):
         return sum(sizes)
 
     comfy.model_management.load_models_gpu([model])
-    with textual.differentiable(unet):
+    with textual_inversion.differentiable(unet):
         plainly = kept()
-        with textual.checkpointed(unet):
+        with textual_inversion.checkpointed(unet):
             assert kept() < 0.3 * plainly
 
 
@@ -174,6 +198,7 @@ def test_half_precision_learns(tmp_path):
 
 # ---------------------------------------------------------------- the node
 
+
 def test_a_model_that_gives_no_numbers_is_an_error(tmp_path):
     clip, model = text_encoder("sd15-small", embeddings=str(tmp_path)), build("sd15-small")
     model.model.diffusion_model.out[0].weight.data.fill_(float("nan"))
@@ -183,9 +208,9 @@ def test_a_model_that_gives_no_numbers_is_an_error(tmp_path):
 
 def test_another_packs_own_forward_stays():
     unet = build("sd15-small").model.diffusion_model
-    block = next(part for part in unet.modules() if isinstance(part, textual.ResBlock))
+    block = next(part for part in unet.modules() if isinstance(part, textual_inversion.ResBlock))
     block.forward = own = functools.partial(type(block).forward, block)
-    with textual.checkpointed(unet):
+    with textual_inversion.checkpointed(unet):
         assert block.forward is not own
     assert block.forward is own
 
@@ -203,14 +228,45 @@ def collage(texts=("a red ball", "a blue box"), prompt="a red ball and a blue bo
     return canvas(layer(plain(BLUE), texts[1], x=0.7, scale=0.4, behind=behind, node="2"), prompt=prompt, **settings)[0]
 
 
-def learn(clip, one=None, layer=0, name="red", steps=2, seed=0, preview_every=0, vectors=1, init="a", templates=TEMPLATES, resume=True, model=None):
-    made = LearnLayerToken.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.prompt: None, io.Hidden.extra_pnginfo: None}})
+def learn(
+    clip,
+    one=None,
+    layer=0,
+    name="red",
+    steps=2,
+    seed=0,
+    preview_every=0,
+    vectors=1,
+    init="a",
+    templates=TEMPLATES,
+    resume=True,
+    model=None,
+):
+    made = LearnLayerToken.PREPARE_CLASS_CLONE(
+        {"hidden_inputs": {io.Hidden.prompt: None, io.Hidden.extra_pnginfo: None}}
+    )
     model_, _, vae = demo_model()
-    return made.execute(model or model_, clip, vae, one or collage(), layer, name, steps, 1e-3, seed, preview_every, 1, vectors, init, templates, resume).args
+    return made.execute(
+        model or model_,
+        clip,
+        vae,
+        one or collage(),
+        layer,
+        name,
+        steps,
+        1e-3,
+        seed,
+        preview_every,
+        1,
+        vectors,
+        init,
+        templates,
+        resume,
+    ).args
 
 
 def steps_done(tmp_path, name="red"):
-    return len(textual.Token.load(tmp_path / f"{name}.safetensors").losses)
+    return len(textual_inversion.Token.load(tmp_path / f"{name}.safetensors").losses)
 
 
 def test_what_was_learned_is_an_embedding_at_once(clip, tmp_path):
@@ -219,10 +275,12 @@ def test_what_was_learned_is_an_embedding_at_once(clip, tmp_path):
     assert [one.text for one in found.layers] == ["embedding:red a red ball", "a blue box"]
     assert owned_tokens("", clip, found) == {**dict.fromkeys((1, 2, 3, 4, 5), (0,)), **dict.fromkeys((7, 8, 9), (1,))}
     rows = [value for value, _ in clip.tokenize(found.prompt)["l"][0] if torch.is_tensor(value)]
-    assert same(torch.stack(rows), textual.Token.load(tmp_path / "red.safetensors").rows["l"])
+    assert same(torch.stack(rows), textual_inversion.Token.load(tmp_path / "red.safetensors").rows["l"])
     assert loss.shape == (1, 320, 640, 3) and pictures.shape == (3, 64, 64, 3)
     model, positive = CollageCrossAttn.execute(demo_model()[0], clip, found, 1.0, "log log", 0.0, 1.0, "all").args
-    assert torch.isfinite(sample(model, {"samples": torch.zeros(1, 4, 8, 8)}, positive=positive, negative=positive, steps=1)["samples"]).all()
+    assert torch.isfinite(
+        sample(model, {"samples": torch.zeros(1, 4, 8, 8)}, positive=positive, negative=positive, steps=1)["samples"]
+    ).all()
     second = learn(clip, found, layer=1, name="blue")[0]
     assert second.prompt == "embedding:red a red ball and embedding:blue a blue box on grass"
     assert list(map(str, sorted(path.name for path in tmp_path.iterdir()))) == ["blue.safetensors", "red.safetensors"]
@@ -234,11 +292,13 @@ def test_it_goes_on_where_it_was_and_not_with_another_picture(clip, tmp_path):
     assert steps_done(tmp_path) == 3
     moved = collage()
     moved = moved._replace(layers=(moved.layers[0]._replace(x=0.4), moved.layers[1]))
-    first = textual.Token.load(tmp_path / "red.safetensors").rows["l"]
+    first = textual_inversion.Token.load(tmp_path / "red.safetensors").rows["l"]
     learn(clip, moved, steps=1)  # another place is no other layer, and it has its step already
-    assert steps_done(tmp_path) == 3 and same(textual.Token.load(tmp_path / "red.safetensors").rows["l"], first)
+    assert steps_done(tmp_path) == 3 and same(
+        textual_inversion.Token.load(tmp_path / "red.safetensors").rows["l"], first
+    )
     other = moved._replace(layers=(moved.layers[0]._replace(picture=moved.layers[1].picture), moved.layers[1]))
-    for change in (dict(one=other), dict(seed=7), dict(resume=False)):
+    for change in ({"one": other}, {"seed": 7}, {"resume": False}):
         learn(clip, steps=3)
         learn(clip, **{"steps": 1, **change})
         assert steps_done(tmp_path) == 1
@@ -265,12 +325,15 @@ def test_a_cancel_in_the_node_is_a_cancel_of_the_queue(clip, tmp_path):
     assert shown[-1][:2] == (3, 3) and kind == "JPEG" and picture.size[1] == 320 and size == 1024
 
 
-@pytest.mark.parametrize("prompt, text, expected", [
-    ("(a red ball:1.2) and a blue box", "a red ball", "( embedding:red a red ball:1.2) and a blue box"),
-    ("A Red  ball, a blue box", "a red ball", "embedding:red A Red  ball, a blue box"),
-    ("a box of blue, a blue box", "a box", "embedding:red a box of blue, a blue box"),
-    ("a blue box, embedding:red a red ball", "embedding:red a red ball", "a blue box, embedding:red a red ball"),
-])
+@pytest.mark.parametrize(
+    "prompt, text, expected",
+    [
+        ("(a red ball:1.2) and a blue box", "a red ball", "( embedding:red a red ball:1.2) and a blue box"),
+        ("A Red  ball, a blue box", "a red ball", "embedding:red A Red  ball, a blue box"),
+        ("a box of blue, a blue box", "a box", "embedding:red a box of blue, a blue box"),
+        ("a blue box, embedding:red a red ball", "embedding:red a red ball", "a blue box, embedding:red a red ball"),
+    ],
+)
 def test_the_embedding_stands_before_the_layers_words(clip, prompt, text, expected):
     assert LearnLayerToken.with_token(clip, collage((text, "a blue box"), prompt), 0, "red").prompt == expected
 
@@ -284,21 +347,26 @@ def test_layers_of_the_same_words_have_one_each(clip):
 
 def test_the_layer_lies_on_top_of_what_is_behind_it():
     picture, mask = LearnLayerToken.target(collage(), 0)
-    assert torch.allclose(picture[:, 32, 20], torch.tensor(RED), atol=1e-6) and torch.allclose(picture[:, 32, 44], torch.tensor([150 / 255] * 3), atol=1e-6)
+    assert torch.allclose(picture[:, 32, 20], torch.tensor(RED), atol=1e-6) and torch.allclose(
+        picture[:, 32, 44], torch.tensor([150 / 255] * 3), atol=1e-6
+    )
     assert mask[32, 20] == pytest.approx(1) and mask[32, 44] == 0
     assert torch.allclose(LearnLayerToken.target(collage(), 1)[0][:, 32, 20], torch.tensor(RED), atol=1e-6)
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(layer=2), "layer 2 is not there: the collage has 2"),
-    (dict(name="../red"), '"../red" cannot be the name of an embedding'),
-    (dict(templates="a photo"), 'the template "a photo" has no {}'),
-    (dict(templates=""), "has no {}"),
-    (dict(init=" "), "init is empty"),
-    (dict(one=collage(("", "a blue box"))), "layer 0 .node 1. has no text"),
-    (dict(one=collage(("a tree", "a blue box"))), '"a tree" is not in the prompt'),
-    (dict(one=collage(prompt="a (red:1.3) ball, a blue box")), "with weights or other signs in between"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"layer": 2}, "layer 2 is not there: the collage has 2"),
+        ({"name": "../red"}, '"../red" cannot be the name of an embedding'),
+        ({"templates": "a photo"}, 'the template "a photo" has no {}'),
+        ({"templates": ""}, "has no {}"),
+        ({"init": " "}, "init is empty"),
+        ({"one": collage(("", "a blue box"))}, "layer 0 .node 1. has no text"),
+        ({"one": collage(("a tree", "a blue box"))}, '"a tree" is not in the prompt'),
+        ({"one": collage(prompt="a (red:1.3) ball, a blue box")}, "with weights or other signs in between"),
+    ],
+)
 def test_what_does_not_fit_is_refused(clip, change, message):
     with pytest.raises(ValueError, match=f"Learn Layer Token: .*{message}"):
         learn(clip, **change)
@@ -307,7 +375,10 @@ def test_what_does_not_fit_is_refused(clip, change, message):
 def test_other_peoples_embeddings_and_clips_are_left_alone(clip, tmp_path):
     comfy.utils.save_torch_file({"emb_params": torch.ones(1, 64)}, str(tmp_path / "red.safetensors"))
     before = (tmp_path / "red.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="Learn Layer Token: there is an embedding red.safetensors already, which this node did not make"):
+    with pytest.raises(
+        ValueError,
+        match="Learn Layer Token: there is an embedding red.safetensors already, which this node did not make",
+    ):
         learn(clip)
     assert (tmp_path / "red.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match="Learn Layer Token: this CLIP was loaded without a folder of embeddings"):

@@ -1,4 +1,5 @@
 """Models for the tests: the demo model, and UNets and text encoders of real structure with random weights."""
+
 import functools
 import math
 
@@ -11,18 +12,50 @@ import comfy.supported_models
 import torch
 from comfy.supported_models_base import ClipTarget
 
-COMMON = dict(image_size=32, in_channels=4, out_channels=4, use_spatial_transformer=True, legacy=False, use_temporal_attention=False,
-              use_temporal_resblock=False, use_checkpoint=False)
-SD15 = dict(COMMON, num_res_blocks=[2] * 4, channel_mult=[1, 2, 4, 4], transformer_depth=[1] * 6 + [0, 0],
-            transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1, adm_in_channels=None)
-SDXL = dict(COMMON, num_res_blocks=[2] * 3, channel_mult=[1, 2, 4], transformer_depth=[0, 0, 2, 2, 10, 10], num_classes="sequential",
-            transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], transformer_depth_middle=10, adm_in_channels=2816,
-            use_linear_in_transformer=True)
+COMMON = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "use_checkpoint": False,
+}
+SD15 = dict(
+    COMMON,
+    num_res_blocks=[2] * 4,
+    channel_mult=[1, 2, 4, 4],
+    transformer_depth=[1] * 6 + [0, 0],
+    transformer_depth_output=[1] * 9 + [0] * 3,
+    transformer_depth_middle=1,
+    adm_in_channels=None,
+)
+SDXL = dict(
+    COMMON,
+    num_res_blocks=[2] * 3,
+    channel_mult=[1, 2, 4],
+    transformer_depth=[0, 0, 2, 2, 10, 10],
+    num_classes="sequential",
+    transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10],
+    transformer_depth_middle=10,
+    adm_in_channels=2816,
+    use_linear_in_transformer=True,
+)
 
 STRUCTURES = {  # name: (ComfyUI's family, UNet configuration)
-    "sd15": (comfy.supported_models.SD15, dict(SD15, model_channels=320, context_dim=768, use_linear_in_transformer=False)),
-    "sd15-small": (comfy.supported_models.SD15, dict(SD15, channel_mult=[1, 1, 2, 2], model_channels=32, context_dim=16, use_linear_in_transformer=False)),
-    "sd2-small": (comfy.supported_models.SD20, dict(SD15, channel_mult=[1, 1, 2, 2], model_channels=64, context_dim=16, use_linear_in_transformer=True)),
+    "sd15": (
+        comfy.supported_models.SD15,
+        dict(SD15, model_channels=320, context_dim=768, use_linear_in_transformer=False),
+    ),
+    "sd15-small": (
+        comfy.supported_models.SD15,
+        dict(SD15, channel_mult=[1, 1, 2, 2], model_channels=32, context_dim=16, use_linear_in_transformer=False),
+    ),
+    "sd2-small": (
+        comfy.supported_models.SD20,
+        dict(SD15, channel_mult=[1, 1, 2, 2], model_channels=64, context_dim=16, use_linear_in_transformer=True),
+    ),
     "sdxl": (comfy.supported_models.SDXL, dict(SDXL, model_channels=320, context_dim=2048)),
     "sdxl-small": (comfy.supported_models.SDXL, dict(SDXL, channel_mult=[1, 2, 2], model_channels=64, context_dim=16)),
 }
@@ -48,8 +81,11 @@ def build(name, seed=0, device="cpu"):
     family, unet = STRUCTURES[name]
     config = family(dict(unet))
     model = fill(config.get_model({}, "", device=device), seed)
-    return comfy.model_patcher.CoreModelPatcher(model, load_device=comfy.model_management.get_torch_device(),
-                                                offload_device=comfy.model_management.unet_offload_device())
+    return comfy.model_patcher.CoreModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
 
 
 def half(model):
@@ -69,22 +105,28 @@ def control_net(name="sd15-small", seed=7):
     settings = {**unet, "num_heads": 8, "num_head_channels": -1, "operations": comfy.ops.disable_weight_init}
     for unused in ("out_channels", "transformer_depth_output", "use_temporal_attention", "use_temporal_resblock"):
         settings.pop(unused)
-    return comfy.controlnet.ControlNet(fill(comfy.cldm.cldm.ControlNet(hint_channels=3, **settings), seed, scale=0.3),
-                                       load_device=comfy.model_management.get_torch_device())
+    return comfy.controlnet.ControlNet(
+        fill(comfy.cldm.cldm.ControlNet(hint_channels=3, **settings), seed, scale=0.3),
+        load_device=comfy.model_management.get_torch_device(),
+    )
 
 
-SMALL_CLIP = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+SMALL_CLIP = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 def text_encoder(name="sd15-small", seed=3, embeddings=None):
-    """A CLIP for a small structure of that name, with random weights. embeddings: the folder of its textual inversions."""
+    """A CLIP for a small structure of that name, with random weights. embeddings: the folder of its textual
+    inversions.
+    """
     family = STRUCTURES[name][0]
     target = family(dict(STRUCTURES[name][1])).clip_target({})
     width = 8 if name.startswith("sdxl") else 16  # SDXL joins the features of two encoders
     config = {**SMALL_CLIP, "hidden_size": width}
     options = {"model_name": "clip_h"} if name.startswith("sd2") else {}
     options.update({f"clip_{encoder}_model_config": config for encoder in "lgh"})
-    clip = comfy.sd.CLIP(ClipTarget(target.tokenizer, target.clip), embedding_directory=embeddings, model_options=options)
+    clip = comfy.sd.CLIP(
+        ClipTarget(target.tokenizer, target.clip), embedding_directory=embeddings, model_options=options
+    )
     for encoder in "lgh":
         if hasattr(clip.tokenizer, f"clip_{encoder}"):
             getattr(clip.tokenizer, f"clip_{encoder}").embedding_size = width

@@ -1,8 +1,10 @@
 """The adaptive mask: its formula, its cleaning, its modes."""
+
 import numpy as np
 import pytest
 import torch
-from montage.kernels.masks import MODES, adaptive, at_size, distance_inside, without_small_components
+
+from montage.kernels.adaptive_mask import MODES, adaptive, at_size, distance_inside, without_small_components
 
 
 def blob(size=20, first=5, last=15):
@@ -19,7 +21,9 @@ def test_the_formula():
     assert found.mask.min() == 0 and found.mask.max() == 1
     assert (found.mask[blob() == 0] == 0).all() and (found.mask[blob() == 1] >= 0.5).all()
     assert (found.mask[:, 6:8, 6:8] == 1).all() and found.mask[0, 9, 9] == 1
-    assert found.mask[0, 5, 14] == 0.5 + 0.5 / 5 and found.distance[0, 5, 14] == pytest.approx(0.2)  # 1 of 5 pixels deep
+    assert found.mask[0, 5, 14] == 0.5 + 0.5 / 5 and found.distance[0, 5, 14] == pytest.approx(
+        0.2
+    )  # 1 of 5 pixels deep
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -30,11 +34,17 @@ def test_nothing_found_is_nothing(mode):
 
 
 def test_small_pieces_are_noise():
-    """Of 400 pixels, 1 % are 4: a piece of 3 goes, one of 4 (by its corner) stays; OR adds nothing to what was cleaned."""
+    """Of 400 pixels, 1 % are 4: a piece of 3 goes, one of 4 (by its corner) stays; OR adds nothing to what was
+    cleaned.
+    """
     words = torch.zeros(1, 20, 20)
     words[0, 0, :3] = words[0, 10:12, 10] = words[0, 12:14, 11] = 0.1
     found = adaptive(words, None, (20, 20))
-    assert found.cross.sum() == 7 and found.cleaned.sum() == 4 == found.region.sum() and (found.mask[found.cleaned == 1] == 1).all()
+    assert (
+        found.cross.sum() == 7
+        and found.cleaned.sum() == 4 == found.region.sum()
+        and (found.mask[found.cleaned == 1] == 1).all()
+    )
     assert adaptive(words, None, (20, 20), min_area=0.0).cleaned.sum() == 7
     assert adaptive(words, None, (20, 20), threshold=0.11).mask.sum() == 0
 
@@ -54,14 +64,16 @@ def test_each_image_by_itself():
     segment = torch.stack([blob(16, 2, 6)[0], blob(16, 8, 16)[0], torch.zeros(16, 16)])
     together = adaptive(words, segment, (16, 16), 0.6)
     for number in range(3):
-        alone = adaptive(words[number:number + 1], segment[number:number + 1], (16, 16), 0.6)
-        assert all(torch.equal(a[number:number + 1], b) for a, b in zip(together, alone))
+        alone = adaptive(words[number : number + 1], segment[number : number + 1], (16, 16), 0.6)
+        assert all(torch.equal(a[number : number + 1], b) for a, b in zip(together, alone))
 
 
 def test_sizes():
     ramp = torch.linspace(0, 1, 12).expand(1, 6, 12)
     assert torch.equal(at_size(ramp, (6, 12)), ramp) and at_size(ramp, (3, 6)).shape == (1, 3, 6)
-    assert torch.allclose(at_size(ramp, (3, 6))[0, 0], ramp[0, 0].view(6, 2).mean(1)) and at_size(ramp, (13, 25)).shape == (1, 13, 25)
+    assert torch.allclose(at_size(ramp, (3, 6))[0, 0], ramp[0, 0].view(6, 2).mean(1)) and at_size(
+        ramp, (13, 25)
+    ).shape == (1, 13, 25)
     assert (at_size(ramp, (3, 25)).diff(dim=2) >= 0).all()
 
 

@@ -3,6 +3,7 @@
 A small convolutional network (a CenterNet) trained on renders. It is the judge of everything the demo model
 draws, so it never sees the demo model's samples in training; metrics.py uses it, evaluate.py validates it.
 """
+
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +17,18 @@ from .scenes import BACKGROUNDS, COLOURS, MOST_OBJECTS, SHAPES, STYLE, STYLE_NAM
 WEIGHTS = Path(__file__).parent / "weights" / "demo-reader.safetensors"
 # Style as the network sees it: an angle is a point on the unit circle, where 0 and a full turn meet.
 _CIRCULAR = {"angle": 0.5, "light": 1.0}  # style variable -> its period in turns
-_OUTPUTS = {"centre": 1, "shape": len(SHAPES), "colour": len(COLOURS), "texture": len(TEXTURES),
-            "style": sum(2 if name in _CIRCULAR else 1 for name in STYLE)}
+_OUTPUTS = {
+    "centre": 1,
+    "shape": len(SHAPES),
+    "colour": len(COLOURS),
+    "texture": len(TEXTURES),
+    "style": sum(2 if name in _CIRCULAR else 1 for name in STYLE),
+}
 
 
 class Found(NamedTuple):
     """One object that the reader sees. Centre (x, y) as fractions of the side, style in STYLE's units."""
+
     score: float
     centre: tuple[float, float]
     shape: int
@@ -33,15 +40,28 @@ class Found(NamedTuple):
 class Reader(nn.Module):
     def __init__(self, width: int = 32):
         super().__init__()
+
         def layer(n_in, n_out, stride=1):
             return nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, 1), nn.GroupNorm(8, n_out), nn.SiLU())
-        self.fine = nn.Sequential(layer(3, width, 2), layer(width, 2 * width, 2), layer(2 * width, 2 * width),
-                                  layer(2 * width, 3 * width, 2), layer(3 * width, 3 * width))
-        self.coarse = nn.Sequential(layer(3 * width, 4 * width, 2), layer(4 * width, 4 * width), layer(4 * width, 4 * width))
+
+        self.fine = nn.Sequential(
+            layer(3, width, 2),
+            layer(width, 2 * width, 2),
+            layer(2 * width, 2 * width),
+            layer(2 * width, 3 * width, 2),
+            layer(3 * width, 3 * width),
+        )
+        self.coarse = nn.Sequential(
+            layer(3 * width, 4 * width, 2), layer(4 * width, 4 * width), layer(4 * width, 4 * width)
+        )
         self.merge = nn.Sequential(nn.Conv2d(7 * width, 4 * width, 1), layer(4 * width, 4 * width))
         # Normalised layers lose how much of a colour there is: hue and brightness come from the pixels directly.
-        self.paint = nn.Sequential(nn.Conv2d(9, 2 * width, 3, padding=1), nn.SiLU(), nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU())
-        self.head = nn.Sequential(nn.Conv2d(6 * width, 4 * width, 1), nn.SiLU(), nn.Conv2d(4 * width, sum(_OUTPUTS.values()), 1))
+        self.paint = nn.Sequential(
+            nn.Conv2d(9, 2 * width, 3, padding=1), nn.SiLU(), nn.Conv2d(2 * width, 2 * width, 3, padding=1), nn.SiLU()
+        )
+        self.head = nn.Sequential(
+            nn.Conv2d(6 * width, 4 * width, 1), nn.SiLU(), nn.Conv2d(4 * width, sum(_OUTPUTS.values()), 1)
+        )
         self.whole = nn.Linear(4 * width, len(BACKGROUNDS) + 1)
 
     def forward(self, image: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -111,19 +131,23 @@ def loss(reader: Reader, image: Tensor, scenes: Scenes) -> Tensor:
     cell = scenes.centre * w - 0.5
     apart2 = (x - cell[..., 0, None, None]) ** 2 + (y - cell[..., 1, None, None]) ** 2  # (n, 3, h, w)
     apart2 = apart2.masked_fill(~present[..., None, None], 1e9)
-    bump = torch.exp(-apart2 / (2 * 0.9 ** 2)).amax(1)
+    bump = torch.exp(-apart2 / (2 * 0.9**2)).amax(1)
     weight = 1 + 20 * bump
     total = (weight * F.binary_cross_entropy_with_logits(maps["centre"][:, 0], bump, reduction="none")).mean()
 
     nearest, owner = apart2.min(1)
-    row, at_y, at_x = (nearest < 1.5 ** 2).nonzero().unbind(1)
+    row, at_y, at_x = (nearest < 1.5**2).nonzero().unbind(1)
     slot = owner[row, at_y, at_x]
     total = total + F.cross_entropy(maps["shape"][row, :, at_y, at_x], scenes.shape[row, slot])
     # The look of a fancy object has no words and no style to learn from.
     named = scenes.colour[row, slot] < len(COLOURS)
     row, slot, at_y, at_x = row[named], slot[named], at_y[named], at_x[named]
     texture, colour = scenes.texture[row, slot], scenes.colour[row, slot]
-    total = total + F.cross_entropy(maps["colour"][row, :, at_y, at_x], colour) + F.cross_entropy(maps["texture"][row, :, at_y, at_x], texture)
+    total = (
+        total
+        + F.cross_entropy(maps["colour"][row, :, at_y, at_x], colour)
+        + F.cross_entropy(maps["texture"][row, :, at_y, at_x], texture)
+    )
     target, style = encode_style(scenes.style)[row], maps["style"][row, :, at_y, at_x]
     total = total + 8 * (shown(texture, colour) * (style - target) ** 2).mean()
     tint_target = scenes.style[:, STYLE_NAMES.index("tint")]
@@ -132,8 +156,16 @@ def loss(reader: Reader, image: Tensor, scenes: Scenes) -> Tensor:
 
 def shown(texture: Tensor, colour: Tensor) -> Tensor:
     """(n, 9) in encode_style's order: 1 where an object of this texture and colour shows the style variable."""
-    table = torch.tensor([[[shows(name, t, c) for name in STYLE for _ in range(2 if name in _CIRCULAR else 1)]
-                           for c in range(len(COLOURS))] for t in range(len(TEXTURES))], device=texture.device)
+    table = torch.tensor(
+        [
+            [
+                [shows(name, t, c) for name in STYLE for _ in range(2 if name in _CIRCULAR else 1)]
+                for c in range(len(COLOURS))
+            ]
+            for t in range(len(TEXTURES))
+        ],
+        device=texture.device,
+    )
     return table[texture, colour].float()
 
 
@@ -152,15 +184,21 @@ def read(reader: Reader, image: Tensor, threshold: float = 0.3) -> list[tuple[in
                 break
             y, x = divmod(cell, heat.shape[3])
             at = {name: maps[name][i, :, y, x] for name in _OUTPUTS}
-            objects.append(Found(score, ((x + 0.5) / heat.shape[3], (y + 0.5) / heat.shape[2]),
-                                 *(at[name].argmax().item() for name in ("shape", "colour", "texture")),
-                                 decode_style(at["style"])))
+            objects.append(
+                Found(
+                    score,
+                    ((x + 0.5) / heat.shape[3], (y + 0.5) / heat.shape[2]),
+                    *(at[name].argmax().item() for name in ("shape", "colour", "texture")),
+                    decode_style(at["style"]),
+                )
+            )
         result.append((background[i].argmax().item(), tint[i].item(), objects))
     return result
 
 
 def load(path: Path = WEIGHTS) -> Reader:
     from safetensors.torch import load_file
+
     reader = Reader()
     reader.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     return reader.eval()

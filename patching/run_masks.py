@@ -1,5 +1,6 @@
 """What a collage does to a whole sampling run, in a MODEL: when each place may begin to change, and how strongly
 ControlNets act where."""
+
 import torch
 import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
@@ -12,13 +13,16 @@ KEY = "montage_collage"
 def with_noise_map(model, node, noise, dilation):
     """A clone of the MODEL in which every place of the latent stays at the image's own until its time comes.
 
-    noise: noise map [H, W] in [0, 1]. dilation: of kernels.collage.free. Works through ComfyUI's own inpainting: a mask for
-    each sigma, times the latent's noise_mask or what another node makes of it.
+    noise: noise map [H, W] in [0, 1]. dilation: of kernels.collage.free. Works through ComfyUI's own inpainting: a mask
+    for each sigma, times the latent's noise_mask or what another node makes of it.
     """
+
     def outer_sample(executor, noise_, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
         check_shape(node, noise.shape, noise_.shape[-2:])
         if not latent_image.count_nonzero():
-            raise ValueError(f"{node}: the latent is empty, so there is nothing to keep. Sample the encoded image of Collage Canvas.")
+            raise ValueError(
+                f"{node}: the latent is empty, so there is nothing to keep. Sample the encoded image of Collage Canvas."
+            )
         guider = executor.class_obj
         options, device = guider.model_options, guider.model_patcher.load_device  # the options are this run's own copy
         level = F.interpolate(noise[None, None], size=noise_.shape[-2:], mode="nearest-exact").to(device)
@@ -35,10 +39,15 @@ def with_noise_map(model, node, noise, dilation):
 
 
 def masked_by(level, dilation, previous):
-    """A denoise_mask_function: the mask it is given, or what the previous such function makes of it, where the map is free."""
+    """A denoise_mask_function: the mask it is given, or what the previous such function makes of it, where the map is
+    free.
+    """
+
     def mask(sigma, denoise_mask, extra_options):
         sampling = extra_options["model"].inner_model.model_sampling
-        t, first, last = (float(sampling.timestep(torch.as_tensor(s))) for s in (sigma[0], sampling.sigma_min, sampling.sigma_max))
+        t, first, last = (
+            float(sampling.timestep(torch.as_tensor(s))) for s in (sigma[0], sampling.sigma_min, sampling.sigma_max)
+        )
         t = (t - first) / (last - first)
         if previous is not None:
             denoise_mask = previous(sigma, denoise_mask, extra_options=extra_options)
@@ -49,15 +58,21 @@ def masked_by(level, dilation, previous):
 
 def with_control_map(model, node, strength):
     """A clone of the MODEL that multiplies what ControlNets add to it by a map. strength: [H, W]."""
+
     def outer_sample(executor, noise, *args, **kwargs):
         check_shape(node, strength.shape, noise.shape[-2:])
         if not any("control" in cond for group in executor.class_obj.conds.values() for cond in group):
-            raise ValueError(f"{node}: no ControlNet acts in this run. Apply one to the sampler's conditioning (Apply ControlNet), or disconnect the node.")
+            raise ValueError(
+                f"{node}: no ControlNet acts in this run. Apply one to the sampler's conditioning (Apply ControlNet),"
+                " or disconnect the node."
+            )
         return executor(noise, *args, **kwargs)
 
     def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, *args, **kwargs):
         if control is not None:
-            control = {block: [scaled(residual, strength) for residual in residuals] for block, residuals in control.items()}
+            control = {
+                block: [scaled(residual, strength) for residual in residuals] for block, residuals in control.items()
+            }
         return executor(x, t, c_concat, c_crossattn, control, *args, **kwargs)
 
     return with_wrapper(with_wrapper(model, WrappersMP.OUTER_SAMPLE, outer_sample), WrappersMP.APPLY_MODEL, apply_model)
@@ -80,5 +95,7 @@ def check_shape(node, canvas, latent):
     """Refuse a latent of other proportions than the canvas; it may be of another size."""
     (height, width), (h, w) = canvas, latent
     if abs(h * width - w * height) > width + height:  # more than a row or column of latent pixels
-        raise ValueError(f"{node}: the canvas is {width}x{height} and the latent {w}x{h}, another shape. Sample the encoded image of Collage Canvas, or a "
-                         "latent of its proportions.")
+        raise ValueError(
+            f"{node}: the canvas is {width}x{height} and the latent {w}x{h}, another shape. Sample the encoded image of"
+            " Collage Canvas, or a latent of its proportions."
+        )

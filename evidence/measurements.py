@@ -7,6 +7,7 @@ A module of this folder holds one method's studies. It starts with
 
 and has `sections(options)`, which yields Sections for docs/evidence.md.
 """
+
 import argparse
 import hashlib
 import json
@@ -27,12 +28,14 @@ PICTURES = ROOT / "docs" / "evidence"
 
 class Section(NamedTuple):
     """A part of the page: a title and its Markdown."""
+
     title: str
     text: str
 
 
 class Interval(NamedTuple):
     """A mean and the half width of its 95 % interval (normal approximation)."""
+
     mean: float
     half: float
     n: int
@@ -50,11 +53,13 @@ class Interval(NamedTuple):
 
 
 class Study:
-    """Figures by sample and variant. Each sample is appended to a file as soon as it is measured, so that a killed run goes
-    on where it was; the file belongs to the demo model's weights and is begun anew with others."""
+    """Figures by sample and variant. Each sample is appended to a file as soon as it is measured, so that a killed run
+    goes on where it was; the file belongs to the demo model's weights and is begun anew with others."""
 
     def __init__(self, name, folder):
-        weights = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(WEIGHTS.glob("*.safetensors")))).hexdigest()[:8]
+        weights = hashlib.sha256(
+            b"".join(path.read_bytes() for path in sorted(WEIGHTS.glob("*.safetensors")))
+        ).hexdigest()[:8]
         self.name, self.path = name, Path(folder) / f"{name}-{weights}.jsonl"
         self.samples = {}
         if self.path.exists():
@@ -87,13 +92,21 @@ class Study:
 
     def difference(self, variant, other, figure):
         """Interval of the paired difference variant - other, over the samples that have both."""
-        return Interval.of(a - b for a, b in zip(self.of(variant, figure), self.of(other, figure)) if None not in (a, b))
+        return Interval.of(
+            a - b for a, b in zip(self.of(variant, figure), self.of(other, figure)) if None not in (a, b)
+        )
 
     def table(self, **figures):
         """Markdown: a row for each variant, a column for each figure. figures: key=title."""
         head = ["", *figures.values(), "n"]
-        rows = [[variant, *(str(self.mean(variant, key)) for key in figures), str(max(self.mean(variant, key).n for key in figures))]
-                for variant in self.variants]
+        rows = [
+            [
+                variant,
+                *(str(self.mean(variant, key)) for key in figures),
+                str(max(self.mean(variant, key).n for key in figures)),
+            ]
+            for variant in self.variants
+        ]
         return markdown(head, rows)
 
 
@@ -137,7 +150,9 @@ def options(argv=None):
     """What every study takes from the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a sample of a tenth")
-    parser.add_argument("--folder", type=Path, default=ROOT / "output" / "evidence", help="where the measured samples are kept")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "output" / "evidence", help="where the measured samples are kept"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,5 @@
 """What of this repository goes to people: the registry's archive is what git tracks less what .comfyignore names."""
+
 import ast
 import asyncio
 import subprocess
@@ -8,7 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def git(*arguments):
-    return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True).stdout.splitlines()
+    return subprocess.run(
+        ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
 
 
 def archive():
@@ -38,7 +41,11 @@ def shipped_modules():
             continue
         found.add(path)
         for place in imported(path):
-            waiting += [file for file in (place.with_suffix(".py"), place / "__init__.py", place.parent / "__init__.py") if file.is_file()]
+            waiting += [
+                file
+                for file in (place.with_suffix(".py"), place / "__init__.py", place.parent / "__init__.py")
+                if file.is_file()
+            ]
     return sorted(found)
 
 

@@ -1,4 +1,5 @@
 """Layout-and-Retouch: two models in one run, and a target fed from a layout and a reference."""
+
 import gc
 import weakref
 from collections import Counter
@@ -12,22 +13,31 @@ from comfy.k_diffusion import sampling
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
-from montage.kernels import masks as kernel
-from montage.nodes.record import InvertImage
-from montage.nodes.retouch import AdaptiveMaskBlend, FromBoth, MultiSourceSwap, RunningMask, StepBlendSampler, TokenAttentionMap
-from montage.patching.blend import Stage, shares
-from montage.patching.branches import join
-from montage.patching.schedule import Window
-from montage.patching.sites import sites_of
-from montage.patching.streams import streams_of
-from nodes import ControlNetApplyAdvanced
+from random_models import build, control_net, random_model, text_encoder
 from sampling import CFG, NEGATIVE, SIZE, STEPS, empty, record, recorder, sample, sample_custom, words
-from structures import build, control_net, random_model, text_encoder
 from test_composite import close
 from test_inversion import evaluations_of, image_latent
 from test_recording import low_memory, same
 
+from montage.kernels import adaptive_mask as kernel
+from montage.nodes.layout_retouch import (
+    AdaptiveMaskBlend,
+    FromBoth,
+    MultiSourceSwap,
+    RunningMask,
+    StepBlendSampler,
+    TokenAttentionMap,
+)
+from montage.nodes.record import InvertImage
+from montage.patching.branches import join
+from montage.patching.schedule import Window
+from montage.patching.sites import sites_of
+from montage.patching.step_blend import Stage, shares
+from montage.patching.streams import streams_of
+from nodes import ControlNetApplyAdvanced
+
 # ---------------------------------------------------------------- the step blend
+
 
 def plain_model():
     """The MODEL that guider() has; personal_model() is another of its kind."""
@@ -39,7 +49,9 @@ def personal_model():
 
 
 def guider(seed=0, prompt=1, model=None, cfg=CFG, name="sd15-small"):
-    return CFGGuider.execute(model or random_model(name, seed), words(prompt, name=name), words(99, name=name), cfg).args[0]
+    return CFGGuider.execute(
+        model or random_model(name, seed), words(prompt, name=name), words(99, name=name), cfg
+    ).args[0]
 
 
 def blend(first, then, switch=0.5, ramp=0.0):
@@ -91,6 +103,7 @@ def test_the_first_has_the_highest_sigmas(steps, switch):
 
 def predictor(model, positive, cfg=CFG):
     """x, sigma -> denoised, by ComfyUI's own sampling function."""
+
     def predict(x, sigma):
         guide = comfy.samplers.CFGGuider(model)
         guide.set_conds(positive, NEGATIVE)
@@ -110,7 +123,9 @@ def predictor(model, positive, cfg=CFG):
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
 @pytest.mark.parametrize("ramp", [0.0, 0.5])
 def test_each_step_is_of_the_model_whose_turn_it_is(sampler, ramp):
-    """Against the sampler run by hand over single evaluations: the state of a multistep sampler goes on across the switch."""
+    """Against the sampler run by hand over single evaluations: the state of a multistep sampler goes on across the
+    switch.
+    """
     models = plain_model(), personal_model()
     predictors = [predictor(model, words(prompt)) for model, prompt in zip(models, (1, 2))]
     schedule, steps = sigmas(8), 8
@@ -122,7 +137,9 @@ def test_each_step_is_of_the_model_whose_turn_it_is(sampler, ramp):
 
     noise = torch.randn(1, 4, *SIZE, generator=torch.manual_seed(1))
     scaled = models[0].model.model_sampling.noise_scaling(schedule[0], noise, torch.zeros_like(noise), True)
-    expected = models[0].model.process_latent_out(getattr(sampling, f"sample_{sampler}")(model, scaled, schedule, disable=True))
+    expected = models[0].model.process_latent_out(
+        getattr(sampling, f"sample_{sampler}")(model, scaled, schedule, disable=True)
+    )
     close(run(blend(guider(0, 1), guider(5, 2), 0.5, ramp), sampler=sampler, steps=8), expected, 1e-4)
 
 
@@ -151,7 +168,9 @@ def test_three_by_chaining():
 def changes(model, strength=0.05, seed=3):
     """{key: what is added to the weight}, for every self-attention."""
     generator = torch.Generator().manual_seed(seed)
-    weights = {key: value for key, value in model.model_state_dict().items() if "attn1.to_" in key and key.endswith("weight")}
+    weights = {
+        key: value for key, value in model.model_state_dict().items() if "attn1.to_" in key and key.endswith("weight")
+    }
     return {key: strength * torch.randn(value.shape, generator=generator) for key, value in weights.items()}
 
 
@@ -164,7 +183,13 @@ def test_a_lora_of_one_does_not_leak_into_the_other(reverse):
     for key, change in changes(plain).items():
         baked.model.state_dict()[key].add_(change)
     before = run(guider(0, 1))
-    pair, expected = (guider(prompt=1), guider(prompt=2, model=personal)), (guider(prompt=1), guider(prompt=2, model=baked))
+    pair, expected = (
+        (guider(prompt=1), guider(prompt=2, model=personal)),
+        (
+            guider(prompt=1),
+            guider(prompt=2, model=baked),
+        ),
+    )
     if reverse:
         pair, expected = pair[::-1], expected[::-1]
     assert (run(guider(prompt=2, model=personal)) - run(guider(prompt=2))).abs().max() > 0.05
@@ -193,7 +218,9 @@ def test_patches_and_conditionings_stay_with_their_model():
     assert not torch.equal(text, other)
     run(blend(first, then, 0.5))
     for steps, own, contexts in ((seen[0], text, slice(0, 2)), (seen[5], other, slice(2, 4))):
-        assert sorted({sigma for sigma, _ in steps}, reverse=True) == [round(sigma, 3) for sigma in sigmas().tolist()[contexts]]
+        assert sorted({sigma for sigma, _ in steps}, reverse=True) == [
+            round(sigma, 3) for sigma in sigmas().tolist()[contexts]
+        ]
         assert all(any(torch.equal(row, own[0]) for row in context) for _, context in steps)
 
 
@@ -224,7 +251,9 @@ def test_a_lora_on_a_small_card(ramp, monkeypatch):
     personal.add_patches({key: (change,) for key, change in changes(personal).items()})
     both = blend(guider(prompt=1), guider(prompt=2, model=personal), 0.5, ramp)
     expected, load = run(both), comfy.model_management.LoadedModel.model_load
-    monkeypatch.setattr(comfy.model_management.LoadedModel, "model_load", lambda self, memory=0, **how: load(self, 1, **how))
+    monkeypatch.setattr(
+        comfy.model_management.LoadedModel, "model_load", lambda self, memory=0, **how: load(self, 1, **how)
+    )
     comfy.model_management.unload_all_models()
     close(run(both), expected)
     assert personal.model.model_lowvram
@@ -233,9 +262,13 @@ def test_a_lora_on_a_small_card(ramp, monkeypatch):
 
 def test_a_controlnet_stays_with_its_guider():
     hint = torch.rand(1, 64, 64, 3, generator=torch.manual_seed(0))
-    positive, negative = ControlNetApplyAdvanced().apply_controlnet(words(2), words(99), control_net(), hint, 1.0, 0.0, 1.0)
+    positive, negative = ControlNetApplyAdvanced().apply_controlnet(
+        words(2), words(99), control_net(), hint, 1.0, 0.0, 1.0
+    )
     plain, controlled = guider(prompt=1), CFGGuider.execute(personal_model(), positive, negative, CFG).args[0]
-    assert same(run(blend(plain, controlled, 0.0)), run(controlled)) and same(run(blend(plain, controlled, 1.0)), run(plain))
+    assert same(run(blend(plain, controlled, 0.0)), run(controlled)) and same(
+        run(blend(plain, controlled, 1.0)), run(plain)
+    )
     assert (run(blend(plain, controlled)) - run(blend(plain, guider(5, 2)))).abs().max() > 0.1
 
 
@@ -244,7 +277,11 @@ def test_the_guiders_that_came_in_are_unchanged():
     options = str(first.model_options), str(then.model_options)
     plain = run(first), run(then)
     blended = run(blend(first, then))
-    assert (str(first.model_options), str(then.model_options)) == options and same(run(first), plain[0]) and same(run(then), plain[1])
+    assert (
+        (str(first.model_options), str(then.model_options)) == options
+        and same(run(first), plain[0])
+        and same(run(then), plain[1])
+    )
     assert not same(blended, plain[0]) and not same(blended, plain[1])
     assert same(run(blend(first, then)), blended)
 
@@ -261,9 +298,13 @@ def test_a_blended_run_can_be_recorded(sampler):
 
 
 def test_a_recording_of_a_blend_holds_no_model():
-    """Else gigabytes stay with a LATENT, and ComfyUI, which sees a model that nobody can unload, collects garbage before every load."""
+    """Else gigabytes stay with a LATENT, and ComfyUI, which sees a model that nobody can unload, collects garbage
+    before every load.
+    """
     model = build("sd15-small")
-    patched, latent, positive = TokenAttentionMap.execute(model, empty(), text_encoder(), "a red ball", "ball", "u@1-2").args
+    patched, latent, positive = TokenAttentionMap.execute(
+        model, empty(), text_encoder(), "a red ball", "ball", "u@1-2"
+    ).args
     then = CFGGuider.execute(patched, positive, words(99), CFG).args[0]
     kept, held = sample_custom(latent, blend(guider(model=model), then), sigmas())[0], weakref.ref(model.model)
     comfy.model_management.unload_all_models()
@@ -273,7 +314,9 @@ def test_a_recording_of_a_blend_holds_no_model():
 
 
 def test_models_must_share_a_latent():
-    with pytest.raises(ValueError, match="Step Blend Sampler: the first MODEL is SD15 and the other SDXL, whose latents differ"):
+    with pytest.raises(
+        ValueError, match="Step Blend Sampler: the first MODEL is SD15 and the other SDXL, whose latents differ"
+    ):
         blend(guider(), guider(name="sdxl-small"))
     assert torch.isfinite(run(blend(guider(), guider(name="sd2-small")))).all()
 
@@ -315,9 +358,12 @@ def test_cancelling_leaves_nothing_behind():
 
 # ---------------------------------------------------------------- the swap
 
+
 def reference(seed=3, conditioning=None, steps=STEPS, size=SIZE, name="sd15-small", batch=1):
     samples = torch.cat([image_latent(seed + row, size=size)["samples"] for row in range(batch)])
-    return InvertImage.execute(random_model(name), {"samples": samples}, sigmas(steps, random_model(name)), conditioning or words(9, name=name)).args[0]
+    return InvertImage.execute(
+        random_model(name), {"samples": samples}, sigmas(steps, random_model(name)), conditioning or words(9, name=name)
+    ).args[0]
 
 
 def layout(seed=1, **settings):
@@ -326,13 +372,34 @@ def layout(seed=1, **settings):
 
 def swap(source=None, subject=None, layout_end=0.25, mask_start=0.5, end=1.0, sites="u@1-2", model=None, **optional):
     """(MODEL, LATENT)"""
-    return MultiSourceSwap.execute(model or random_model("sd15-small"), source or layout(), subject or reference(), layout_end, mask_start, end, sites,
-                                   **optional).args
+    return MultiSourceSwap.execute(
+        model or random_model("sd15-small"),
+        source or layout(),
+        subject or reference(),
+        layout_end,
+        mask_start,
+        end,
+        sites,
+        **optional,
+    ).args
 
 
 def retouch(*sources, seed=7, positive=None, **settings):
-    node = {key: settings.pop(key) for key in ("layout_end", "mask_start", "end", "sites", "model", "mask", "running_mask", "layout_prompt",
-                                               "reference_prompt") if key in settings}
+    node = {
+        key: settings.pop(key)
+        for key in (
+            "layout_end",
+            "mask_start",
+            "end",
+            "sites",
+            "model",
+            "mask",
+            "running_mask",
+            "layout_prompt",
+            "reference_prompt",
+        )
+        if key in settings
+    }
     return sample(*swap(*sources, **node), seed=seed, positive=positive or words(2), **settings)["samples"]
 
 
@@ -355,7 +422,9 @@ def test_all_of_the_schedule_from_the_layout_is_the_layout(mask):
     """Lambda 2 = T: nothing is computed, and the result is the layout."""
     source, subject = layout(), reference()
     model = random_model("sd15-small")
-    count = evaluations_of(model, lambda: close(retouch(source, subject, layout_end=1.0, mask=mask), source["samples"], 0))
+    count = evaluations_of(
+        model, lambda: close(retouch(source, subject, layout_end=1.0, mask=mask), source["samples"], 0)
+    )
     assert count == 0
 
 
@@ -378,15 +447,21 @@ def start_of(model, latent, sampler):
     """(noise, latent image, sigmas) with which a run of KSampler begins."""
     seen = []
     watched = model.clone()
-    watched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, "test", lambda executor, guide, sigmas, extra, callback, noise, image, *rest: (
-        seen.append((noise, image, sigmas)), executor(guide, sigmas, extra, callback, noise, image, *rest))[1])
+    watched.add_wrapper_with_key(
+        WrappersMP.SAMPLER_SAMPLE,
+        "test",
+        lambda executor, guide, sigmas, extra, callback, noise, image, *rest: (
+            seen.append((noise, image, sigmas)),
+            executor(guide, sigmas, extra, callback, noise, image, *rest),
+        )[1],
+    )
     sample(watched, latent, seed=7, positive=words(2), sampler=sampler)
     return seen[0]
 
 
 def test_what_the_skipped_steps_rest_on():
-    """From the layout's noise, with Q, K and V of the layout in every self- and cross-attention (so, with what those give), a target
-    of any other prompt is the layout: the steps before layout_end need no computing."""
+    """From the layout's noise, with Q, K and V of the layout in every self- and cross-attention (so, with what those
+    give), a target of any other prompt is the layout: the steps before layout_end need no computing."""
     given = {}
 
     def model(keep):
@@ -405,19 +480,35 @@ def test_what_the_skipped_steps_rest_on():
 
     laid = sample(model(True), empty())["samples"]
     assert same(sample(model(False), empty(), positive=words(2), negative=words(3))["samples"], laid)
-    assert (sample(random_model("sd15-small"), empty(), positive=words(2), negative=words(3))["samples"] - laid).abs().max() > 0.1
+    assert (
+        sample(random_model("sd15-small"), empty(), positive=words(2), negative=words(3))["samples"] - laid
+    ).abs().max() > 0.1
 
 
 def test_a_target_fed_with_the_layout_alone_is_the_layout():
     """M = 0 everywhere and always, at all sites, and the layout's prompt."""
     source = layout()
-    close(retouch(source, reference(), layout_end=0.0, mask_start=0.0, sites="all", mask=torch.zeros(1, *SIZE), positive=words(1)), source["samples"], 2e-3)
+    close(
+        retouch(
+            source,
+            reference(),
+            layout_end=0.0,
+            mask_start=0.0,
+            sites="all",
+            mask=torch.zeros(1, *SIZE),
+            positive=words(1),
+        ),
+        source["samples"],
+        2e-3,
+    )
 
 
 def test_mask_of_nothing_and_of_everything():
-    """M = 0 everywhere, from the first step, in all layers: the target's self-attention is the layout's. M = 1: no blending."""
+    """M = 0 everywhere, from the first step, in all layers: the target's self-attention is the layout's. M = 1: no
+    blending.
+    """
     source, subject = layout(), reference()
-    everything = dict(layout_end=0.0, mask_start=0.0, sites="all")
+    everything = {"layout_end": 0.0, "mask_start": 0.0, "sites": "all"}
     close(retouch(source, subject, **everything, mask=torch.ones(1, *SIZE)), retouch(source, subject, **everything))
     nothing = retouch(source, subject, **everything, mask=torch.zeros(1, *SIZE))
     assert (nothing - retouch(source, subject, **everything)).abs().max() > 0.05
@@ -434,12 +525,16 @@ def test_a_mask_blends_each_place_by_its_weight():
     weight = mask.flatten(1)[..., None]
     target, source = optimized_attention(n, r, r, 4), optimized_attention(o, o, o, 4)
     close(found, weight * target + (1 - weight) * source, 1e-5)
-    assert q.shape[1] == 16 + 64 and torch.equal(recipe.attn1(None, n, n, n, [r, o], SIZE)[0].rows, OBJECT.flatten().nonzero()[:, 0])
+    assert q.shape[1] == 16 + 64 and torch.equal(
+        recipe.attn1(None, n, n, n, [r, o], SIZE)[0].rows, OBJECT.flatten().nonzero()[:, 0]
+    )
 
 
 @pytest.mark.parametrize("end, last", [(1.0, 5), (0.8, 2)])
 def test_where_and_when_the_sources_are_read(end, last):
-    """The reference in u@1-2 from layout_end to end, the layout from mask_start on; streams that are not read cost nothing."""
+    """The reference in u@1-2 from layout_end to end, the layout from mask_start on; streams that are not read cost
+    nothing.
+    """
     steps = 10
     model = random_model("sd15-small")
     patched, latent = swap(layout(steps=steps), reference(steps=steps), 0.2, 0.6, end, mask=OBJECT)
@@ -451,18 +546,27 @@ def test_where_and_when_the_sources_are_read(end, last):
 
 
 def test_evaluations_of_the_whole_method():
-    """350 UNet evaluations for 50 steps, 70 for 10. With a photo that was inverted with the prompt it is read with, whose
-    halves are one, 310 and 62."""
+    """350 UNet evaluations for 50 steps, 70 for 10. With a photo that was inverted with the prompt it is read with,
+    whose halves are one, 310 and 62."""
     steps = 10
 
     def whole(**optional):
         subject = InvertImage.execute(personal_model(), image_latent(), sigmas(steps), words(9)).args[0]
         model, latent = recorder(personal_model())
         laid = sample_custom(latent, blend(guider(0, 1), guider(prompt=2, model=model), 0.1), sigmas(steps))[0]
-        sample(*swap(laid, subject, 0.2, 0.6, mask=OBJECT, model=personal_model(), **optional), steps=steps, positive=words(2))
+        sample(
+            *swap(laid, subject, 0.2, 0.6, mask=OBJECT, model=personal_model(), **optional),
+            steps=steps,
+            positive=words(2),
+        )
 
     def count(**optional):
-        return evaluations_of(plain_model(), lambda: found.append(evaluations_of(personal_model(), lambda: whole(**optional)))) + found.pop()
+        return (
+            evaluations_of(
+                plain_model(), lambda: found.append(evaluations_of(personal_model(), lambda: whole(**optional)))
+            )
+            + found.pop()
+        )
 
     found = []
     assert count(reference_prompt=words(4)) == 20 + 10 + 4 * 4 + 4 * 6
@@ -470,8 +574,8 @@ def test_evaluations_of_the_whole_method():
 
 
 def test_the_sources_are_what_they_are_without_us():
-    """The reference's and the layout's rows as in an unpatched run: what a composite of them alone shows (0.0 in test_composite),
-    and here in that a cache, taken from their own runs, gives the same as replaying them."""
+    """The reference's and the layout's rows as in an unpatched run: what a composite of them alone shows (0.0 in
+    test_composite), and here in that a cache, taken from their own runs, gives the same as replaying them."""
     subject = reference()
     replayed = retouch(layout(), subject, mask=OBJECT)
     close(retouch(layout(cache_mb=64), subject, mask=OBJECT), replayed)
@@ -502,8 +606,8 @@ def test_a_batch_of_layouts():
     result = retouch(both, subject, mask=masks)
     assert result.shape[0] == 2
     for row in range(2):
-        alone = {**both, "samples": both["samples"][row:row + 1]}
-        close(retouch(alone, subject, mask=masks[row:row + 1]), result[row:row + 1], 1e-4)
+        alone = {**both, "samples": both["samples"][row : row + 1]}
+        close(retouch(alone, subject, mask=masks[row : row + 1]), result[row : row + 1], 1e-4)
     close(retouch(both, reference(batch=2), mask=masks)[:1], result[:1], 1e-4)
 
 
@@ -513,7 +617,9 @@ def test_structures_and_odd_sizes(name, size):
     laid = sample(*recorder(model, empty(size=size)), positive=words(1, name=name), negative=words(99, name=name))
     mask = torch.zeros(1, 8 * size[0], 8 * size[1])
     mask[:, :30] = 0.7
-    patched, latent = swap(laid, reference(size=size, name=name), model=model, mask=mask, reference_prompt=words(4, name=name))
+    patched, latent = swap(
+        laid, reference(size=size, name=name), model=model, mask=mask, reference_prompt=words(4, name=name)
+    )
     result = sample(patched, latent, positive=words(2, name=name), negative=words(99, name=name))["samples"]
     assert result.shape == (1, 4, *size) and torch.isfinite(result).all()
 
@@ -524,11 +630,16 @@ def test_a_layout_of_two_models_is_followed_from_where_the_second_began():
     laid = sample_custom(latent, blend(guider(0, 1), guider(prompt=2, model=model), 0.5), sigmas())[0]
     result = retouch(laid, reference(), layout_end=0.5, model=personal, mask=OBJECT, mask_start=0.5)
     assert torch.isfinite(result).all() and not same(result, laid["samples"])
-    with pytest.raises(ValueError, match="another model made the layout up to 0.5 of its schedule.*Set layout_end to 0.5 or more"):
+    with pytest.raises(
+        ValueError, match="another model made the layout up to 0.5 of its schedule.*Set layout_end to 0.5 or more"
+    ):
         retouch(laid, reference(), layout_end=0.25, model=personal)
     model, latent = recorder(plain_model())
     begun = sample_custom(latent, blend(guider(prompt=1, model=model), guider(5, 2), 0.5), sigmas())[0]
-    with pytest.raises(ValueError, match="the layout was recorded over 2 of its 4 steps. Put Feature Recorder on the MODEL that finishes it"):
+    with pytest.raises(
+        ValueError,
+        match="the layout was recorded over 2 of its 4 steps. Put Feature Recorder on the MODEL that finishes it",
+    ):
         swap(begun, model=personal)
 
 
@@ -564,16 +675,28 @@ def test_a_running_mask(monkeypatch):
     close(sample(measured, latent, positive=positive)["samples"], retouch(source, subject, positive=positive))
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(mask=torch.zeros(3, *SIZE)), "3 masks for 1 layouts"),
-    (dict(sites="x9"), "Multi Source Swap: sites: "),
-    (dict(mask=OBJECT, running_mask=object()), "mask and running_mask are both connected"),
-    (dict(subject=dict(steps=3)), "the layout was recorded over 4 steps .* and the reference over 3 steps .* Make all of them with one scheduler"),
-    (dict(subject=dict(batch=2)), "2 references for 1 layouts"),
-    (dict(source=empty()), "Multi Source Swap: layout: latent 0 was not recorded"),
-    (dict(model=random_model("sdxl-small")), "the MODEL is SDXL and a history was made with SD15. Use models of one family"),
-    (dict(running_mask=RunningMask(torch.zeros(3, *SIZE), 0.1, 0.01, "or")), "3 masks for 1 layouts"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"mask": torch.zeros(3, *SIZE)}, "3 masks for 1 layouts"),
+        ({"sites": "x9"}, "Multi Source Swap: sites: "),
+        ({"mask": OBJECT, "running_mask": object()}, "mask and running_mask are both connected"),
+        (
+            {"subject": {"steps": 3}},
+            (
+                "the layout was recorded over 4 steps .* and the reference over 3 steps .* Make all of them with one"
+                " scheduler"
+            ),
+        ),
+        ({"subject": {"batch": 2}}, "2 references for 1 layouts"),
+        ({"source": empty()}, "Multi Source Swap: layout: latent 0 was not recorded"),
+        (
+            {"model": random_model("sdxl-small")},
+            "the MODEL is SDXL and a history was made with SD15. Use models of one family",
+        ),
+        ({"running_mask": RunningMask(torch.zeros(3, *SIZE), 0.1, 0.01, "or")}, "3 masks for 1 layouts"),
+    ],
+)
 def test_what_does_not_fit(change, message):
     if isinstance(change.get("subject"), dict):
         change = {**change, "subject": reference(**change["subject"])}
@@ -582,20 +705,27 @@ def test_what_does_not_fit(change, message):
 
 
 def test_a_photo_is_not_followed_where_its_history_has_no_evaluation():
-    with pytest.raises(ValueError, match=r"As sampler, use one of a single evaluation a step \(euler, ddim, dpmpp_2m\)"):
+    with pytest.raises(
+        ValueError, match=r"As sampler, use one of a single evaluation a step \(euler, ddim, dpmpp_2m\)"
+    ):
         retouch(layout(sampler="heun"), reference(), sampler="heun")
 
 
 # ---------------------------------------------------------------- the mask's node
 
+
 def test_the_adaptive_mask_of_a_finished_map():
-    model, latent, positive = TokenAttentionMap.execute(random_model("sd15-small"), empty(2), text_encoder(), "a red cat", "cat", "d@2-4,u@2-4").args
+    model, latent, positive = TokenAttentionMap.execute(
+        random_model("sd15-small"), empty(2), text_encoder(), "a red cat", "cat", "d@2-4,u@2-4"
+    ).args
     latent = sample(model, latent, positive=positive)
     mask, _, pictures = AdaptiveMaskBlend.execute(0.3, 0.01, "or", latent).args
     assert mask.shape == (2, 64, 64) and pictures.shape == (12, 64, 64, 3)
-    assert torch.equal(pictures[11, ..., 0], mask[1]) and 0 <= mask.min() and mask.max() == 1
+    assert torch.equal(pictures[11, ..., 0], mask[1]) and mask.min() >= 0 and mask.max() == 1
     found = torch.stack([list(run.maps.values())[0][row] for run, row in streams_of("test", [latent])])
-    assert torch.allclose(torch.nn.functional.adaptive_avg_pool2d(pictures[0::6, ..., 0][:, None], 4)[:, 0], found, atol=0.2)
+    assert torch.allclose(
+        torch.nn.functional.adaptive_avg_pool2d(pictures[0::6, ..., 0][:, None], 4)[:, 0], found, atol=0.2
+    )
     segmented, _, _ = AdaptiveMaskBlend.execute(0.3, 0.01, "or", latent, torch.ones(1, 32, 48)).args
     assert segmented.shape == (2, 32, 48) and (segmented >= 0.5).all()
     with pytest.raises(ValueError, match="3 sam_masks for 2 images"):

@@ -1,23 +1,31 @@
 """Layout-and-Retouch (arXiv 2407.09779): whose layout is it, whose look, and what does the prompt keep?"""
+
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider  # noqa: E402
-from montage.demo import metrics, reader, scenes  # noqa: E402
-from montage.evidence import study  # noqa: E402
-from montage.nodes.demo_model import MontageDemoSubject  # noqa: E402
-from montage.nodes.record import InvertImage  # noqa: E402
-from montage.nodes.retouch import AdaptiveMaskBlend, MultiSourceSwap, StepBlendSampler, TokenAttentionMap  # noqa: E402
+from random_models import demo_model  # noqa: E402
 from sampling import sample, sample_custom  # noqa: E402
-from structures import demo_model  # noqa: E402
+
+from montage.demo import detector, metrics, scenes  # noqa: E402
+from montage.evidence import measurements  # noqa: E402
+from montage.nodes.demo_model import MontageDemoSubject  # noqa: E402
+from montage.nodes.layout_retouch import AdaptiveMaskBlend, MultiSourceSwap, StepBlendSampler, TokenAttentionMap  # noqa: E402
+from montage.nodes.record import InvertImage  # noqa: E402
 
 SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 10, 3.0, 25, 930_000
-SWITCHES = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)  # lambda 1, of the schedule: at 10 steps each is whole steps, and so are the paper's lambda 2 and mask start
+SWITCHES = (
+    0.0,
+    0.1,
+    0.2,
+    0.3,
+    0.5,
+    1.0,
+)  # lambda 1, of the schedule: at 10 steps each is whole steps, and so are the paper's lambda 2 and mask start
 SITES = "d@1,u@1"  # of the map: the demo model's 16x16 tokens, as many as SD1.5 has at 1/4 of its latent
 LEAST = 0.3  # threshold of the map
 PLAIN, BASE, BLEND = "plain model", "personalised model", "+ step blend"
@@ -55,16 +63,24 @@ class Example:
     def blended(self, switch):
         """Stage one, carrying its history and the map of the subject's words where the personalised model took part."""
         empty = {"samples": torch.zeros(1, 4, SIZE // 8, SIZE // 8)}
-        model, latent, positive = TokenAttentionMap.execute(self.personal, empty, self.clip, self.prompts[1], "sks ball", SITES).args
+        model, latent, positive = TokenAttentionMap.execute(
+            self.personal, empty, self.clip, self.prompts[1], "sks ball", SITES
+        ).args
         first = CFGGuider.execute(self.model, self.encode(self.prompts[0]), self.negative, CFG).args[0]
         then = CFGGuider.execute(model, positive, self.negative, CFG).args[0]
-        return sample_custom(latent, StepBlendSampler.execute(first, then, switch, 0.0).args[0], self.sigmas, self.seed)[0]
+        return sample_custom(
+            latent, StepBlendSampler.execute(first, then, switch, 0.0).args[0], self.sigmas, self.seed
+        )[0]
 
     def reference(self):
-        return InvertImage.execute(self.personal, {"samples": self.vae.encode(self.photo)}, self.sigmas, self.encode("a sks ball")).args[0]
+        return InvertImage.execute(
+            self.personal, {"samples": self.vae.encode(self.photo)}, self.sigmas, self.encode("a sks ball")
+        ).args[0]
 
     def retouched(self, layout, reference, layout_end=0.2, **optional):
-        patched = MultiSourceSwap.execute(self.personal, layout, reference, layout_end, 0.6, 1.0, "u@1-2", **optional).args
+        patched = MultiSourceSwap.execute(
+            self.personal, layout, reference, layout_end, 0.6, 1.0, "u@1-2", **optional
+        ).args
         return sample(*patched, self.seed, self.encode(self.prompts[1]), self.negative, "euler", "normal", STEPS, CFG)
 
 
@@ -88,7 +104,9 @@ def figures(example, judge, picture, plain, layout, mask):
     """What one picture shows. None where there is nothing to measure."""
     *_, found = seen = metrics.look(judge, picture)
     verdict = metrics.judge(seen, example.place, metrics.wanted(example.scene, 0))
-    other = verdict.objects[0] if verdict.colour[0] or len(found) > 1 else None  # an only object of another colour is the subject
+    other = (
+        verdict.objects[0] if verdict.colour[0] or len(found) > 1 else None
+    )  # an only object of another colour is the subject
     rest = [one for one in found if one is not other]
     shown = {
         "layout": float(np.corrcoef(np.asarray(picture).ravel(), np.asarray(plain).ravel())[0, 1]),
@@ -100,34 +118,67 @@ def figures(example, judge, picture, plain, layout, mask):
     if rest:
         x, y = min(rest, key=lambda one: one.shape != BALL).centre  # of those that are seen alike, the surest
         area, photo, inside = disc((x, y)), np.asarray(example.photo[0]), example.inside
-        shown |= {"x": x, "y": y, "colour": metrics.colour_distance(picture, area, photo, inside),
-                  "texture": metrics.texture_similarity(picture, area, photo, inside)}
+        shown |= {
+            "x": x,
+            "y": y,
+            "colour": metrics.colour_distance(picture, area, photo, inside),
+            "texture": metrics.texture_similarity(picture, area, photo, inside),
+        }
     return shown
 
 
 def measure(number):
-    example, judge = Example(number), reader.load()
+    example, judge = Example(number), detector.load()
     pictures, mask = variants(example)
-    return {name: figures(example, judge, picture, pictures[PLAIN], pictures[BLEND], mask) for name, picture in pictures.items()}
+    return {
+        name: figures(example, judge, picture, pictures[PLAIN], pictures[BLEND], mask)
+        for name, picture in pictures.items()
+    }
 
 
 def spread(found, variant):
-    """Each sample's distance from the mean place of the subject, in sides of the picture; None where it was not found."""
+    """Each sample's distance from the mean place of the subject, in sides of the picture; None where it was not
+    found.
+    """
     places = [(one.get(variant, {}).get("x"), one.get(variant, {}).get("y")) for one in found.samples.values()]
     known = np.array([place for place in places if None not in place])
-    return [None if None in place or not len(known) else float(np.hypot(*(np.array(place) - known.mean(0)))) for place in places]
+    return [
+        None if None in place or not len(known) else float(np.hypot(*(np.array(place) - known.mean(0))))
+        for place in places
+    ]
 
 
 def spread_claim(found, text, first, second):
     pairs = [(a, b) for a, b in zip(spread(found, first), spread(found, second)) if None not in (a, b)]
-    return study.claim(text, study.Interval.of(a - b for a, b in pairs), 1, "(figures only)")
+    return measurements.claim(text, measurements.Interval.of(a - b for a, b in pairs), 1, "(figures only)")
 
 
 CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     ("step blending brings the layout nearer to the plain model's", BLEND, BASE, "layout", 1, "(figures only)"),
-    ("and the nearer, the later the switch: 0.3 against 0.1", "step blend at 0.3", BLEND, "layout", 1, "(figures only)"),
-    ("the later the switch, the less of the subject: 0.5 against 0.1", "step blend at 0.5", BLEND, "colour", 1, "identity down (curve)"),
-    ("the later the switch, the better the prompt is followed: 0.5 against 0.1", "step blend at 0.5", BLEND, "prompt", 1, "fidelity up (curve)"),
+    (
+        "and the nearer, the later the switch: 0.3 against 0.1",
+        "step blend at 0.3",
+        BLEND,
+        "layout",
+        1,
+        "(figures only)",
+    ),
+    (
+        "the later the switch, the less of the subject: 0.5 against 0.1",
+        "step blend at 0.5",
+        BLEND,
+        "colour",
+        1,
+        "identity down (curve)",
+    ),
+    (
+        "the later the switch, the better the prompt is followed: 0.5 against 0.1",
+        "step blend at 0.5",
+        BLEND,
+        "prompt",
+        1,
+        "fidelity up (curve)",
+    ),
     ("step blending follows the prompt better", BLEND, BASE, "prompt", 1, "T-CLIP .319 / .313"),
     ("and costs likeness", BLEND, BASE, "colour", 1, "I-DINO .620 / .637"),
     ("the reference swap alone gains likeness", REFERENCE, BASE, "colour", -1, "I-DINO .707 / .637"),
@@ -140,41 +191,62 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     ("and than the personalised model", OURS, BASE, "colour", -1, "I-DINO .655 / .637"),
     ("and follows the prompt better than it", OURS, BASE, "prompt", 1, "T-CLIP .317 / .313"),
 )
-COLUMNS = {"layout": "layout like the plain model's", "colour": "colour distance to the photo", "texture": "texture similarity", "prompt": "prompt",
-           "around": "PSNR around the subject"}
+COLUMNS = {
+    "layout": "layout like the plain model's",
+    "colour": "colour distance to the photo",
+    "texture": "texture similarity",
+    "prompt": "prompt",
+    "around": "PSNR around the subject",
+}
 
 
 def table(found, names):
-    rows = [[name, *(str(found.mean(name, key)) for key in COLUMNS), str(study.Interval.of(spread(found, name)))] for name in names]
-    return study.markdown(["", *COLUMNS.values(), "spread of places"], rows)
+    rows = [
+        [name, *(str(found.mean(name, key)) for key in COLUMNS), str(measurements.Interval.of(spread(found, name)))]
+        for name in names
+    ]
+    return measurements.markdown(["", *COLUMNS.values(), "spread of places"], rows)
 
 
 def sections(options):
     count = SAMPLES // 10 if options.quick else SAMPLES
-    found = study.Study("retouch", options.folder).run(range(count), measure)
-    claims = [study.claim(what, found.difference(a, b, figure), sign, paper) for what, a, b, figure, sign, paper in CLAIMS]
-    claims += [spread_claim(found, "the plain model places its object more freely than the personalised one", PLAIN, BASE),
-               spread_claim(found, "and so does the whole method", OURS, BASE)]
+    found = measurements.Study("retouch", options.folder).run(range(count), measure)
+    claims = [
+        measurements.claim(what, found.difference(a, b, figure), sign, paper)
+        for what, a, b, figure, sign, paper in CLAIMS
+    ]
+    claims += [
+        spread_claim(found, "the plain model places its object more freely than the personalised one", PLAIN, BASE),
+        spread_claim(found, "and so does the whole method", OURS, BASE),
+    ]
     shown, titles = [], ["photo", PLAIN, *ROWS]
     for number in range(4):
         example = Example(number)
         pictures, _ = variants(example)
         shown.append([example.photo[0], *(pictures[name] for name in titles[1:])])
-    text = "\n\n".join([
-        f"{count} prompts of the subject, another object and a place; {STEPS} steps, the paper's parts of the schedule. Targets are "
-        "sampled with the whole prompt: with the subject's alone, the paper's choice, this small model leaves the scene. *Layout* is the correlation of the "
-        "pixels with the plain model's picture of the same seed. *Colour distance* (CIE Lab, smaller is liker) and *texture similarity* compare a disc about "
-        "the subject with its photo; they stand for I-DINO and I-CLIP. *Prompt* is the share of place, colour, shape and texture of the other object, and "
-        "subject that a reader finds; it stands for T-CLIP. *PSNR around the subject* is against the picture of stage one, outside the mask, which is of the "
-        "words alone: there is no segmentation here. *Spread* is the mean distance of the subject's place from its mean place. Human preference and "
-        "ImageReward are not checkable here.",
-        "By lambda 1, the part of the schedule that is the plain model's:", table(found, [named(switch) for switch in SWITCHES]),
-        "The rows of the paper's ablation:", table(found, ROWS),
-        study.markdown(study.CLAIMS, claims),
-        study.grid("retouch", shown, titles),
-    ])
-    yield study.Section("Layout-and-Retouch", text)
+    text = "\n\n".join(
+        [
+            (
+                f"{count} prompts of the subject, another object and a place; {STEPS} steps, the paper's parts of the"
+                " schedule. Targets are sampled with the whole prompt: with the subject's alone, the paper's choice, this"
+                " small model leaves the scene. *Layout* is the correlation of the pixels with the plain model's picture"
+                " of the same seed. *Colour distance* (CIE Lab, smaller is liker) and *texture similarity* compare a disc"
+                " about the subject with its photo; they stand for I-DINO and I-CLIP. *Prompt* is the share of place,"
+                " colour, shape and texture of the other object, and subject that a reader finds; it stands for T-CLIP."
+                " *PSNR around the subject* is against the picture of stage one, outside the mask, which is of the words"
+                " alone: there is no segmentation here. *Spread* is the mean distance of the subject's place from its mean"
+                " place. Human preference and ImageReward are not checkable here."
+            ),
+            "By lambda 1, the part of the schedule that is the plain model's:",
+            table(found, [named(switch) for switch in SWITCHES]),
+            "The rows of the paper's ablation:",
+            table(found, ROWS),
+            measurements.markdown(measurements.CLAIMS, claims),
+            measurements.grid("retouch", shown, titles),
+        ]
+    )
+    yield measurements.Section("Layout-and-Retouch", text)
 
 
 if __name__ == "__main__":
-    study.main(sections)
+    measurements.main(sections)

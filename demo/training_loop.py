@@ -1,6 +1,7 @@
 """One training loop for every network here: a time or step budget, an average of the weights, and checkpoints
 from which a killed run goes on as if nothing had happened. Under torchrun every process trains on batches of its own,
 and every few steps all go on from the mean of their weights (local SGD: cheap where processes outnumber free cores)."""
+
 import json
 import math
 import os
@@ -15,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 BETAS = (0.9, 0.99)
-AVERAGE = 0.995     # of the weights: how much of it stays at every step
-SAVE_EVERY = 60.0   # seconds
-MEET_EVERY = 8      # steps, when several processes train
+AVERAGE = 0.995  # of the weights: how much of it stays at every step
+SAVE_EVERY = 60.0  # seconds
+MEET_EVERY = 8  # steps, when several processes train
 
 
 def ranks() -> tuple[int, int]:
@@ -35,9 +36,17 @@ class Budget:
         return step / self.steps if self.steps else elapsed / self.seconds
 
 
-def fit(name: str, folder: Path, parameters: dict[str, Tensor], loss_of: Callable[[torch.Generator], Tensor],
-        budget: Budget, lr: float, seed: int = 0, warmup: int = 100,
-        show: Callable[[int], None] | None = None) -> dict:
+def fit(
+    name: str,
+    folder: Path,
+    parameters: dict[str, Tensor],
+    loss_of: Callable[[torch.Generator], Tensor],
+    budget: Budget,
+    lr: float,
+    seed: int = 0,
+    warmup: int = 100,
+    show: Callable[[int], None] | None = None,
+) -> dict:
     """Trains `parameters` in place and leaves their average over the last steps in them.
 
     loss_of draws all its randomness from the generator it is given, on the parameters' device; the generator
@@ -143,8 +152,12 @@ def _save(path, parameters, average, optimiser, step, elapsed, mean) -> None:
     tensors = {}
     for (key, value), smooth in zip(parameters.items(), average):
         state = optimiser.state[value]
-        tensors |= {f"now.{key}": value, f"average.{key}": smooth,
-                    f"first.{key}": state["exp_avg"], f"second.{key}": state["exp_avg_sq"]}
+        tensors |= {
+            f"now.{key}": value,
+            f"average.{key}": smooth,
+            f"first.{key}": state["exp_avg"],
+            f"second.{key}": state["exp_avg_sq"],
+        }
     progress = {"step": step, "elapsed": elapsed, "mean": mean}
     save_safely(tensors, path, {"progress": json.dumps(progress)})
 

@@ -1,5 +1,6 @@
-"""The adaptive mask of Layout-and-Retouch (arXiv 2407.09779, section 3.3): how much of the target a place takes, the rest being
-the layout. Maps and masks are [B, H, W] in [0, 1], each image of the batch by itself."""
+"""The adaptive mask of Layout-and-Retouch (arXiv 2407.09779, section 3.3): how much of the target a place takes, the
+rest being the layout. Maps and masks are [B, H, W] in [0, 1], each image of the batch by itself."""
+
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ EIGHT = np.ones((3, 3))  # neighbours of a pixel, itself among them
 
 class AdaptiveMask(NamedTuple):
     """The steps of the paper's formula, [B, H, W] each."""
+
     cross: torch.Tensor  # M^c: where the map reaches the threshold, 0 or 1
     cleaned: torch.Tensor  # C(M^c): without its small components
     region: torch.Tensor  # M^k: of the object
@@ -22,11 +24,12 @@ class AdaptiveMask(NamedTuple):
 def adaptive(found, segment, size, threshold=0.1, min_area=0.01, mode="or"):
     """M = clip([M^k] (1/2 + 1/2 D(M^k) / max D) + C(M^c), 0, 1), with M^k = C(M^c) OR M^SAM.
 
-    0 outside of the region, 1/2 at its edge and more inside, 1 where the model looked for the words. The formula as printed is
-    1/2 in the background and up to 2 inside, which is no share of two images; this reading is.
-    found: cross-attention map [B, h, w], segment: mask of the object [B or 1, H', W'] (None: all 0). size: (H, W) of the result.
-    threshold: of the map. min_area: components of less than this part of the picture are noise. mode: what M^k is: "or", "and"
-    (where both agree; M is 1 there), "sam" (the segment alone), "cross" (the map alone).
+    0 outside of the region, 1/2 at its edge and more inside, 1 where the model looked for the words. The formula as
+    printed is 1/2 in the background and up to 2 inside, which is no share of two images; this reading is.
+    found: cross-attention map [B, h, w], segment: mask of the object [B or 1, H', W'] (None: all 0). size: (H, W) of
+    the result.
+    threshold: of the map. min_area: components of less than this part of the picture are noise. mode: what M^k is:
+    "or", "and" (where both agree; M is 1 there), "sam" (the segment alone), "cross" (the map alone).
     """
     cross = at_size(found, size) >= threshold
     cleaned = _each(lambda mask: without_small_components(mask, min_area * mask.size), cross)
@@ -48,7 +51,9 @@ def at_size(masks, size):
 
 
 def without_small_components(mask, least):
-    """A boolean array [H, W] without its connected components of fewer than `least` pixels (diagonal neighbours are connected)."""
+    """A boolean array [H, W] without its connected components of fewer than `least` pixels (diagonal neighbours are
+    connected).
+    """
     components, count = ndimage.label(mask, EIGHT)
     kept = ndimage.sum_labels(mask, components, np.arange(count + 1)) >= least
     kept[0] = False
@@ -58,7 +63,8 @@ def without_small_components(mask, least):
 def distance_inside(mask):
     """How deep inside a boolean array [H, W] each pixel lies, Euclidean, as a part of the deepest: float32, 0 outside.
 
-    The picture's edge is no edge of the region: what is cut off there goes on. A mask without an outside is 1 everywhere.
+    The picture's edge is no edge of the region: what is cut off there goes on. A mask without an outside is 1
+    everywhere.
     """
     if mask.all():
         return np.ones(mask.shape, dtype=np.float32)

@@ -1,0 +1,460 @@
+"""Generative Photomontage (arXiv 2408.07116): strokes on a stack of images, a graph cut in the space of self-attention
+keys, and one image sampled with the attention composed of theirs."""
+
+import logging
+
+import torch
+from comfy_api.latest import io
+
+from ..kernels import graphcut, labels
+from ..patching.recipes import Branch, Recipe, begin_on, install
+from ..patching.schedule import Window
+from ..patching.sites import parse_sites
+from ..patching.streams import check_together, streams_of
+from . import previews
+from .inputs import image_of, mask_of, numbers
+
+STACK = 32  # inputs of a stack; each may be a batch
+COLOURS = [
+    "#{:02x}{:02x}{:02x}".format(*tuple(colour)) for colour in (labels.palette(2 * STACK) * 255).round().int().tolist()
+]  # for the stroke editor
+
+
+def stack_input(kind, name, tooltip):
+    return io.Autogrow.Input(
+        name + "s",
+        template=io.Autogrow.TemplatePrefix(kind.Input(name), prefix=name, min=1, max=STACK),
+        tooltip=tooltip,
+    )
+
+
+class GraphCutMontage(io.ComfyNode):
+    NAME = "Graph Cut Montage"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="GraphCutMontage",
+            display_name=cls.NAME,
+            category="montage",
+            description=(
+                "Decides which image of a recorded stack owns which pixel: your strokes say what to keep from each, and"
+                " a graph cut lays the seams where all images have an edge (Generative Photomontage)."
+            ),
+            is_output_node=True,  # its own run button: cut again without sampling again
+            has_intermediate_output=True,  # a cached run still shows its pictures, after a reload for one
+            search_aliases=["generative photomontage", "graph cut", "brush strokes", "scribble labels"],
+            inputs=[
+                stack_input(
+                    io.Latent,
+                    "latent",
+                    "Sampled latents with their recordings (Feature Recorder). Batches count as several images.",
+                ),
+                stack_input(io.Image, "image", "The same images, decoded, in the same order."),
+                io.Int.Input(
+                    "base",
+                    default=0,
+                    min=0,
+                    max=999,
+                    tooltip="The base image, counted from 0: its prompt, noise and composition carry the result.",
+                ),
+                io.String.Input(
+                    "strokes",
+                    default="",
+                    socketless=True,
+                    optional=True,
+                    extra_dict={"widgetType": "MONTAGE_STROKES", "colours": COLOURS},
+                    tooltip=(
+                        "What to keep, painted in the node. As text:"
+                        ' {"v":1,"base":0,"strokes":[{"k":image,"r":radius,"p":[x,y,...]}]}, all lengths in 1/10000 of'
+                        " the picture."
+                    ),
+                ),
+                io.Mask.Input(
+                    "stroke_masks",
+                    optional=True,
+                    tooltip="What to keep, as masks: one for each image, in their order and size.",
+                ),
+                io.Image.Input(
+                    "stroke_picture",
+                    optional=True,
+                    tooltip=(
+                        "What to keep, as one picture in the colours of the label picture; dark pixels are unmarked."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "unmarked_is_base",
+                    default=False,
+                    tooltip=(
+                        "Lets what you did not paint lean to the base image. Turn it on when the base has no stroke of"
+                        " its own."
+                    ),
+                ),
+                io.Float.Input(
+                    "lam",
+                    display_name="lambda",
+                    default=100.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=1.0,
+                    advanced=True,
+                    tooltip="Weight of a seam where nothing changes (paper: 100).",
+                ),
+                io.Float.Input(
+                    "sigma",
+                    default=10.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip=(
+                        "Feature distance that counts as an edge (paper: 10, for SD1.5). 0 measures it: the median"
+                        " distance between neighbours, right for SDXL and other models."
+                    ),
+                ),
+                io.Int.Input(
+                    "components",
+                    default=10,
+                    min=1,
+                    max=64,
+                    advanced=True,
+                    tooltip="Principal components of the keys, for each CFG half (paper: 10).",
+                ),
+                io.Combo.Input(
+                    "solver",
+                    options=["auto", "scipy", "gco"],
+                    default="auto",
+                    advanced=True,
+                    tooltip=(
+                        "Both reach the same energy. gco is faster and needs the package gco-wrapper, whose core may be"
+                        " used for research only; auto takes it when it is installed."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Mask.Output(
+                    "masks", tooltip="One mask for each image, in their order. Together they cover every pixel once."
+                ),
+                io.Image.Output("labels", tooltip="Who owns which pixel, each image in its colour."),
+                io.Image.Output(
+                    "paste", tooltip="The images' pixels pasted along the seams: a preview of what will be composed."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        latents,
+        images,
+        base,
+        lam,
+        sigma,
+        components,
+        solver,
+        unmarked_is_base,
+        strokes="",
+        stroke_masks=None,
+        stroke_picture=None,
+    ):
+        numbers(cls.NAME, lam=lam, sigma=sigma)
+        stack = streams_of(cls.NAME, latents.values())
+        check_together(cls.NAME, stack)
+        pictures = cls.pictures(images, stack)
+        count, grid = len(stack), stack[0].run.keys_grid
+        check_base(cls.NAME, base, count)
+        marks = cls.marks(pictures, base, strokes, stroke_masks, stroke_picture)
+
+        distances = [graphcut.image_distances(keys_of(stream), grid, components) for stream in stack]
+        sigma = sigma or graphcut.median_distance(distances) or 1.0
+        edges = graphcut.edge_weights(distances, lam, sigma)
+        cells = labels.pool(marks, grid).numpy()
+        if (cells >= 0).any():
+            costs = graphcut.stroke_costs(cells, count, base if unmarked_is_base else None, edges)
+            owner = torch.from_numpy(graphcut.cut(costs, edges, solver))
+        else:
+            logging.info("%s: nothing is painted, so everything is kept from the base image.", cls.NAME)
+            owner = torch.full(grid, base)
+
+        owner = labels.at_grid(owner, pictures.shape[1:3])
+        masks = labels.to_masks(owner, count)
+        paste = (masks[..., None] * pictures).sum(0)
+        regions = labels.picture(owner, count)
+        shown = {  # in private keys: "images" would make ComfyUI add a gallery of its own
+            "montage_images": [previews.photograph(picture) for picture in pictures],
+            "montage_regions": [previews.diagram(regions)],
+            "montage_size": [pictures.shape[2], pictures.shape[1]],
+        }
+        return io.NodeOutput(masks, regions[None], paste[None], ui=shown)
+
+    @classmethod
+    def pictures(cls, images, stack):
+        """The images as one batch [N, H, W, 3], checked against the stack."""
+        batches = [image_of(cls.NAME, name, batch) for name, batch in images.items()]
+        sizes = {tuple(batch.shape[1:3]) for batch in batches}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{cls.NAME}: the images have different sizes ({', '.join(f'{w}x{h}' for h, w in sorted(sizes))})."
+                " Connect the decoded latents, all of one size."
+            )
+        pictures = torch.cat([batch[..., :3] for batch in batches])
+        if len(pictures) != len(stack):
+            raise ValueError(
+                f"{cls.NAME}: {len(stack)} latents and {len(pictures)} images. Connect one image for each latent, in"
+                " the same order."
+            )
+        (height, width), (h, w) = pictures.shape[1:3], stack[0].run.size
+        if height * w != width * h:
+            raise ValueError(
+                f"{cls.NAME}: the images are {width}x{height} pixels and the latents {w}x{h}, another shape. Connect"
+                " the decoded latents."
+            )
+        return pictures
+
+    @classmethod
+    def marks(cls, pictures, base, strokes, stroke_masks, stroke_picture):
+        """All strokes [N, H, W] in [0, 1], from the three ways to give them."""
+        count, height, width = pictures.shape[:3]
+        try:
+            painted_base, drawn = labels.parse_document(strokes, count)
+        except ValueError as error:
+            raise ValueError(f"{cls.NAME}: {error}.") from None
+        if painted_base not in (None, base):
+            raise ValueError(
+                f"{cls.NAME}: base is {base}, but the strokes were painted for base {painted_base}. Set both to the"
+                " same image."
+            )
+        marks = labels.draw(drawn, count, height, width)
+        if stroke_masks is not None:
+            stroke_masks = mask_of(cls.NAME, "stroke_masks", stroke_masks)
+            if stroke_masks.shape != marks.shape:
+                raise ValueError(
+                    f"{cls.NAME}: stroke_masks are {len(stroke_masks)} of"
+                    f" {stroke_masks.shape[-1]}x{stroke_masks.shape[-2]}, and there are {count} images of"
+                    f" {width}x{height}. Give one mask of that size for each image (an empty one where you keep"
+                    " nothing)."
+                )
+            marks = torch.maximum(marks, stroke_masks)
+        if stroke_picture is not None:
+            stroke_picture = image_of(cls.NAME, "stroke_picture", stroke_picture)
+            if stroke_picture.shape[1:3] != marks.shape[1:]:
+                raise ValueError(
+                    f"{cls.NAME}: stroke_picture is {stroke_picture.shape[2]}x{stroke_picture.shape[1]} and the images"
+                    f" are {width}x{height}. Use a picture of that size."
+                )
+            marks = torch.maximum(marks, labels.from_picture(stroke_picture[0], count))
+        twice = (marks > 0.5).sum(0) > 1
+        if twice.any():
+            y, x = twice.nonzero()[0].tolist()
+            both = (marks[:, y, x] > 0.5).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{cls.NAME}: {int(twice.sum())} pixels are painted for several images at once, the first at ({x}, {y})"
+                f" for images {' and '.join(map(str, both))}. A pixel can be kept from one image only: erase one of the"
+                " strokes there."
+            )
+        return marks
+
+
+def keys_of(stream):
+    """K of the first self-attention at the end of the run, [tokens, channels] for each CFG half."""
+    keys = [keys[stream.row] for half, keys in stream.run.keys.items() if half.number == 0]
+    if not keys:
+        raise ValueError(
+            f"{GraphCutMontage.NAME}: the recording holds no attention keys: another node ran the first attention block"
+            " in its own way. Disconnect it from the recorded MODEL."
+        )
+    return keys[:2]
+
+
+def check_base(node, base, count):
+    if base >= count:
+        raise ValueError(f"{node}: base is image {base}, and there are {count} images (0 to {count - 1}).")
+
+
+class CompositeAttention(Recipe):
+    """Self-attention of the composite (paper, section 3.3): Q, K and V of a token come from the image that owns it.
+
+    Composed as rows of n = norm1(x), which Q, K and V are linear in. Base tokens take K and V from the recorded base
+    run, and Q from the running model (Q^model) or the recorded run as well.
+    """
+
+    node = "Composite Attention Inject"
+
+    def __init__(self, window, stack, owner, base, base_q, kv):
+        """stack: every image's Stream. owner: [H, W] int64 label map. base_q: "model" or "stored".
+        kv: "composite", or for the paper's ablations "concat" (of all images) or "model" (the running one's)."""
+        super().__init__(window)
+        self.owner, self.base, self.base_q, self.kv = owner, base, base_q, kv
+        self.base_stream = stack[base]
+        self.read = [image for image in range(len(stack)) if self.reads(image)]
+        self.streams = tuple(stack[image] for image in self.read)
+        self.rows_of = {}
+
+    def reads(self, image):
+        if self.kv == "concat":
+            return True
+        needed = image != self.base or self.base_q == "stored" or self.kv == "composite"
+        return needed and bool((self.owner == image).any())
+
+    def rows(self, image, grid, device):
+        """The tokens that an image owns at a level."""
+        key = image, grid, device
+        if key not in self.rows_of:
+            self.rows_of[key] = (labels.at_grid(self.owner, grid).flatten() == image).nonzero()[:, 0].to(device)
+        return self.rows_of[key]
+
+    def keep(self, number, n, grid):
+        return n.clone() if self.kv == "concat" else n[:, self.rows(self.read[number], grid, n.device)]
+
+    def attn1(self, session, n, k, v, sources, grid):
+        q, stored_base = n.clone(), None
+        for image, source in zip(self.read, sources):
+            rows = self.rows(image, grid, n.device)
+            own = source[:, rows] if self.kv == "concat" else source
+            if image == self.base and self.base_q == "model":
+                stored_base = rows, own
+            else:
+                q[:, rows] = own
+        if self.kv == "model":
+            return [Branch(q, k, v)]
+        if self.kv == "concat":
+            context = torch.cat(sources, 1).expand(n.shape[0], -1, -1)
+        elif stored_base:
+            context = q.clone()
+            context[:, stored_base[0]] = stored_base[1]
+        else:
+            context = q
+        return [Branch(q, context, context)]
+
+    def check(self, session):
+        session.check_size(self, self.base_stream.run)  # the start is its, also where its features are not read
+
+    def start(self, session, noise, latent_image, sigmas):
+        """Begin where the base image was: a composite of base tokens alone is the base image."""
+        return *begin_on(self.base_stream, self, session, noise, latent_image), sigmas
+
+
+class CompositeAttentionInject(io.ComfyNode):
+    NAME = CompositeAttention.node
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="CompositeAttentionInject",
+            display_name=cls.NAME,
+            category="montage",
+            description=(
+                "Makes a model sample one seamless image whose self-attention is composed of several recorded ones,"
+                " region by region (Generative Photomontage). Sample its MODEL and LATENT with the base image's prompt,"
+                " ControlNet and sampler settings."
+            ),
+            search_aliases=["generative photomontage", "compose images", "attention composite"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the images were recorded with."),
+                stack_input(io.Latent, "latent", "The recorded latents, in the same order as for Graph Cut Montage."),
+                io.Mask.Input(
+                    "masks",
+                    tooltip=(
+                        "One mask for each image: from Graph Cut Montage, or your own. The largest wins, and uncovered"
+                        " pixels belong to the base."
+                    ),
+                ),
+                io.Int.Input(
+                    "base",
+                    default=0,
+                    min=0,
+                    max=999,
+                    tooltip=(
+                        "The base image, counted from 0: the composite starts from its noise. Give the sampler its"
+                        " prompt and ControlNet."
+                    ),
+                ),
+                io.Float.Input(
+                    "start",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="Where in the schedule composing begins: 0 is the first step.",
+                ),
+                io.Float.Input(
+                    "end",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip=(
+                        "Where in the schedule composing ends: 1 is after the last step. 0.8 leaves the last fifth to"
+                        " the plain model."
+                    ),
+                ),
+                io.String.Input(
+                    "sites",
+                    default="all",
+                    advanced=True,
+                    tooltip=(
+                        "The self-attention blocks to compose: all (paper), encoder, middle, decoder, or a list like"
+                        " d0-3,m0,u2-5."
+                    ),
+                ),
+                io.Combo.Input(
+                    "base_q",
+                    options=["model", "stored"],
+                    default="model",
+                    advanced=True,
+                    tooltip=(
+                        "Queries of the base's region: from the running composite (paper), which lets it adapt at"
+                        " seams, or from the recorded base."
+                    ),
+                ),
+                io.Combo.Input(
+                    "kv",
+                    options=["composite", "concat", "model"],
+                    default="composite",
+                    advanced=True,
+                    tooltip=(
+                        "Keys and values: composed (paper); or, as in the paper's ablation, all images' side by side,"
+                        " or the running model's own."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "composing_model",
+                    display_name="MODEL",
+                    tooltip="The model that composes. Sample it with the settings of the recording.",
+                ),
+                io.Latent.Output(
+                    "start_latent",
+                    display_name="LATENT",
+                    tooltip="Where the base image started. KSampler may use any seed: the noise is the base's own.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, latents, masks, base, start, end, sites, base_q, kv):
+        numbers(cls.NAME, start=start, end=end)
+        stack = streams_of(cls.NAME, latents.values())
+        check_together(cls.NAME, stack, model)
+        check_base(cls.NAME, base, len(stack))
+        masks = mask_of(cls.NAME, "masks", masks)
+        if len(masks) != len(stack):
+            raise ValueError(
+                f"{cls.NAME}: {len(masks)} masks for {len(stack)} images. Give one mask for each image, in their order."
+            )
+        try:
+            window = Window(start, end, parse_sites(model, sites))
+        except ValueError as error:
+            raise ValueError(f"{cls.NAME}: sites: {error}") from None
+        recipe = CompositeAttention(window, stack, labels.from_masks(masks, base), base, base_q, kv)
+        run, row = stack[base]
+        latent = {"samples": run.latent_image[row : row + 1]}
+        if run.denoise_mask is not None:
+            latent["noise_mask"] = run.denoise_mask[row : row + 1, :1]
+        return io.NodeOutput(install(model, recipe), latent)
+
+
+NODES = [GraphCutMontage, CompositeAttentionInject]
