@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .session import KEY, Session
+from .branches import Branch  # noqa: F401
+from .session import KEY, Session  # noqa: F401
 from .sites import sites_of
 
 
