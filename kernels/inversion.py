@@ -1,34 +1,45 @@
-"""DDIM inversion (Song et al. 2021) as the attention-control papers do it, in variance-exploding variables.
+"""Inversion of Euler's method (Song et al. 2021, DDIM), in variables in which a sampling step is
 
-With y = x / sqrt(abar) and sigma = sqrt((1 - abar) / abar) the step from t_k to t_{k+1} is Euler's:
+    y_k = y_{k+1} + (sigma_k - sigma_{k+1}) eps(y_{k+1}, sigma_{k+1})
 
-    y_{k+1} = y_k + (sigma_{k+1} - sigma_k) eps(x_k, t_{k+1})
+For eps, v and EDM predictions those are y = x / sqrt(abar) and sigma = sqrt((1 - abar) / abar), for rectified flows x and
+sigma themselves, with eps the velocity. The step back from y_k needs eps at y_{k+1}, which is not known yet:
 
-The model sees the *old* latent with the *new* timestep. A k-diffusion model divides its input by sqrt(data^2 + sigma^2)
-of the sigma it is called with, which would be the new one: `model_input` makes up for the difference. data: the
-standard deviation of what the network was trained on, 1 for eps and v predictions, 0.5 for EDM.
+    y_{k+1} = y_k + (sigma_{k+1} - sigma_k) eps(y*, sigma_{k+1})
+
+DDIM inversion takes for y* the latent of y_k: the network sees the *old* latent with the *new* timestep. Further
+iterations take the y_{k+1} found so far, a fixed-point iteration towards the exact inverse.
 """
 
+from collections.abc import Callable, Iterator
 
-def model_input(y, sigma, next_sigma, data=1.0):
-    """What to call a k-diffusion model with at next_sigma, so that its network sees the latent of sigma."""
-    return y * ((data**2 + next_sigma**2) / (data**2 + sigma**2)) ** 0.5
+import torch
+
+Tensor = torch.Tensor
 
 
-def step(y, eps, sigma, next_sigma):
-    """y at next_sigma, from y at sigma and the noise that the model predicts."""
+def step(y: Tensor, eps: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """y at next_sigma, from y at sigma and the noise (velocity) that the model predicts."""
     return y + (next_sigma - sigma) * eps
 
 
-def invert(latent, predict_noise, sigmas, data=1.0):
-    """All latents of an inversion, the image's first.
+def invert(
+    y: Tensor,
+    predict_noise: Callable[[Tensor, Tensor], Tensor],
+    sigmas: Tensor,
+    variance: Callable[[Tensor], Tensor | float],
+    iterations: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All latents of an inversion, the image's first: (sigma, y [B, C, h, w]) for each of `sigmas`.
 
-    latent: the image's, [B, C, h, w]. predict_noise: (y, sigma) -> eps of a k-diffusion model. sigmas: ascending; the
-    image is taken to lie at the first (the model's smallest, not 0), where y = x sqrt(1 + sigma^2 / data^2).
-    Yields (sigma, y) for each of `sigmas`.
+    y: the image, at the first sigma (the model's smallest, not 0). predict_noise: (y, sigma) -> eps. sigmas: ascending.
+    variance: of y at a sigma; a network is called with y / sqrt(variance), so that the latent of one sigma is met again
+    at another with y scaled by the root of their ratio. iterations: evaluations of each step, 1 or more.
     """
-    y = latent * (1 + (sigmas[0] / data) ** 2) ** 0.5
     yield sigmas[0], y
     for sigma, next_sigma in zip(sigmas, sigmas[1:]):
-        y = step(y, predict_noise(model_input(y, sigma, next_sigma, data), next_sigma), sigma, next_sigma)
+        guess = y * (variance(next_sigma) / variance(sigma)) ** 0.5
+        for _ in range(iterations):
+            guess = step(y, predict_noise(guess, next_sigma), sigma, next_sigma)
+        y = guess
         yield next_sigma, y

@@ -1,57 +1,22 @@
 """Collage Diffusion (arXiv 2303.00262): layers on a canvas, each with its words, harmonised into one image."""
 
 import re
-from typing import NamedTuple
 
 import comfy.utils
 import torch
 from comfy_api.latest import io
 
 from ..kernels import collage as kernel
+from ..methods.collage import Collage, CollageBias, Layer, owned_tokens, placed
 from ..patching import bias, run_masks
+from ..patching.install import install
+from ..patching.models import parse_sites
 from ..patching.schedule import Window
-from ..patching.sites import parse_sites
-from ..patching.tokens import token_runs
 from . import previews
 from .inputs import image_of, mask_of, numbers
 
 CATEGORY = "montage/collage"
 LAYERS, COLLAGE = io.Custom("MONTAGE_LAYERS"), io.Custom("MONTAGE_COLLAGE")
-
-
-class Layer(NamedTuple):
-    """One layer, before it lies on a canvas."""
-
-    node: str  # unique id of the node that made it
-    picture: torch.Tensor  # [4, h, w], premultiplied RGBA
-    text: str
-    x: float  # centre, in fractions of the canvas
-    y: float
-    scale: float  # 1: as large as the canvas contains it
-    rotation: float  # degrees, clockwise
-    depth: int
-    w_pos: float
-    w_neg: float
-    noise: float
-    control: float
-
-
-class Collage(NamedTuple):
-    """Layers on a canvas, back to front."""
-
-    layers: tuple
-    masks: torch.Tensor  # visible masks [N, H, W]
-    noise: torch.Tensor  # noise map [H, W]
-    prompt: str
-    background: torch.Tensor  # [3, H, W]
-
-    def place(self, number):
-        """A layer where it lies on the canvas, [4, H, W], premultiplied."""
-        return placed(self.layers[number], self.masks.shape[1:])
-
-
-def placed(layer, size):
-    return kernel.place(layer.picture, size, layer.x, layer.y, layer.scale, layer.rotation)
 
 
 class CollageLayer(io.ComfyNode):
@@ -379,42 +344,6 @@ class CollageCanvas(io.ComfyNode):
         return picture[0]
 
 
-class CollageBias(bias.Bias):
-    """S_pj += strength g(sigma) M_j (w_pos A_pos - w_neg A_neg)_pj on the layers' own tokens (paper, section 3.2)."""
-
-    node = "Collage Cross Attention"
-
-    def __init__(self, window, collage, owned, strength, growth):
-        """owned: {token position: (layer, ...)}. growth: of kernels.collage.GROWTH."""
-        super().__init__(window, collage.masks.shape[1:])
-        self.collage, self.owned, self.strength, self.growth = collage, owned, strength, kernel.GROWTH[growth]
-
-    def prepare(self, grid, tokens, copies, like):
-        w_pos, w_neg = zip(*((layer.w_pos, layer.w_neg) for layer in self.collage.layers))
-        weights = kernel.spatial_weights(self.collage.masks, w_pos, w_neg, self.owned.values(), grid)
-        columns = torch.tensor(list(self.owned)) + tokens * torch.arange(copies)[:, None]
-        return columns.to(like.device), weights.to(like)
-
-    def bias(self, prepared, q, k, heads, sigma):
-        return kernel.attention_bias(q, k, heads, *prepared, self.strength * self.growth(sigma))
-
-
-def owned_tokens(node, clip, collage):
-    """Which layers own which token of the prompt, {position: (layer, ...)}. node: display name for the error that names
-    a layer whose words are not there.
-    """
-    runs = {}
-    for number, layer in enumerate(collage.layers):
-        if layer.text:
-            try:
-                runs[number] = token_runs(clip, collage.prompt, layer.text)
-            except ValueError as error:
-                raise ValueError(
-                    f"{node}: layer {number} (counted from the back; node {layer.node}): {error}"
-                ) from None
-    return kernel.owners(runs)
-
-
 class CollageCrossAttn(io.ComfyNode):
     NAME = CollageBias.node
 
@@ -502,10 +431,7 @@ class CollageCrossAttn(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, collage, strength, growth, start, end, sites, conditioning=None):
         numbers(cls.NAME, strength=strength, start=start, end=end)
-        try:
-            window = Window(start, end, parse_sites(model, sites))
-        except ValueError as error:
-            raise ValueError(f"{cls.NAME}: sites: {error}") from None
+        window = Window(start, end, parse_sites(cls.NAME, model, sites))
         owned = owned_tokens(cls.NAME, clip, collage)
         if conditioning is None:
             conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(collage.prompt))
@@ -516,10 +442,11 @@ class CollageCrossAttn(io.ComfyNode):
             for position, layers in owned.items()
             if any(collage.layers[layer].w_pos or collage.layers[layer].w_neg for layer in layers)
         }
-        if not steered or strength == 0 or window.empty:
+        if not steered or strength == 0 or window.is_empty:
             return io.NodeOutput(model, conditioning)
         return io.NodeOutput(
-            bias.install(model), bias.attach(conditioning, CollageBias(window, collage, steered, strength, growth))
+            install(model, heed_bias=True),
+            bias.attach(conditioning, CollageBias(window, collage, steered, strength, growth)),
         )
 
     @classmethod

@@ -5,19 +5,19 @@ samples it again from there, with the subject's look fed from a photo and the su
 Swap).
 """
 
-from typing import NamedTuple
-
 import torch
 from comfy_api.latest import io
 
 from ..kernels import adaptive_mask as kernel
+from ..methods.layout_retouch import FromBoth, FromLayout, FromReference, LiveMask
 from ..patching.attention_maps import TokenMap, marked
-from ..patching.recipes import Branch, Recipe, begin_on, install
-from ..patching.schedule import Window, position, step_of
-from ..patching.sites import parse_sites
+from ..patching.install import install
+from ..patching.models import parse_sites
+from ..patching.schedule import Window, step_of
 from ..patching.step_blend import Stage, StepBlend
-from ..patching.streams import LATENT_KEY, Recording, Stream, Weights, check_together, streams_of, with_prompt
+from ..patching.streams import LATENT_KEY, Recording, Stream, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
+from ..patching.weights import Weights
 from .inputs import mask_of, numbers
 
 CATEGORY = "montage/retouch"
@@ -98,7 +98,7 @@ class StepBlendSampler(io.ComfyNode):
         models = [guider.model_patcher for guider in (stages[0].guider, then)]
         if len({type(model.model.latent_format) for model in models}) > 1:
             raise ValueError(
-                f"{cls.NAME}: the first MODEL is {Weights(models[0]).name} and the other {Weights(models[1]).name},"
+                f"{cls.NAME}: the first MODEL is {Weights(models[0]).family} and the other {Weights(models[1]).family},"
                 " whose latents differ. Use models that share an autoencoder."
             )
         if switch < stages[-1].start:
@@ -176,10 +176,7 @@ class TokenAttentionMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, clip, prompt, words, sites):
-        try:
-            found = parse_sites(model, sites)
-        except ValueError as error:
-            raise ValueError(f"{cls.NAME}: sites: {error}") from None
+        found = parse_sites(cls.NAME, model, sites)
         token_map = TokenMap(words, prompt, tokens_of(cls.NAME, clip, prompt, words), found)
         recording = Recording()
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
@@ -197,17 +194,6 @@ def tokens_of(node, clip, prompt, words):
     except ValueError as error:
         raise ValueError(f"{node}: words: {error}") from None
     return tuple(sorted({token for run in runs for token in run}))
-
-
-class RunningMask(NamedTuple):
-    """An adaptive mask whose cross-attention map is that of the run which reads it. The fields are
-    kernel.adaptive's.
-    """
-
-    segment: torch.Tensor | None
-    threshold: float
-    min_area: float
-    mode: str
 
 
 class AdaptiveMaskBlend(io.ComfyNode):
@@ -319,117 +305,11 @@ class AdaptiveMaskBlend(io.ComfyNode):
         result = kernel.adaptive(found, segment, size, threshold, min_area, mode)
         steps = torch.stack([kernel.at_size(found, size), *result], 1).flatten(0, 1)
         return io.NodeOutput(
-            result.mask, RunningMask(segment, threshold, min_area, mode), steps[..., None].expand(-1, -1, -1, 3)
+            result.mask, LiveMask(segment, threshold, min_area, mode), steps[..., None].expand(-1, -1, -1, 3)
         )
 
 
 # ---------------------------------------------------------------- the swap
-
-
-class FromLayout(Recipe):
-    """Where the target begins: on the layout's trajectory, after the steps in which it takes all of Q, K and V from the
-    layout. With one starting latent such a target is the layout, whatever its prompt, so that these steps need no
-    computing.
-
-    layouts: streams, one for all images or one for each. end: of those steps, 0 to 1. last: where the node's other
-    recipes end; with both 0 it does nothing.
-    """
-
-    node = "Multi Source Swap"
-
-    def __init__(self, layouts, end, last):
-        super().__init__(Window(0.0, max(end, last), ()))
-        self.layouts, self.end = layouts, end
-
-    def check(self, session):
-        for run in dict.fromkeys(stream.run for stream in self.layouts):
-            session.check_run(self, run)
-            first = position(next(iter(run.evaluations))[0], run.sigmas)
-            begun = [position(sigma, run.sigmas) for sigma in session.sigmas[:-1]]
-            if any(self.end <= step < first for step in begun):
-                raise ValueError(
-                    f"{self.node}: another model made the layout up to {first:g} of its schedule, and what is to be"
-                    f" followed begins there. Set layout_end to {first:g} or more."
-                )
-
-    def start(self, session, noise, latent_image, sigmas):
-        run, images = self.layouts[0].run, len(noise)
-        if len(self.layouts) not in (1, images):
-            raise ValueError(
-                f"{self.node}: {len(self.layouts)} layouts for a batch of {images}. Sample the LATENT that the node"
-                " gives."
-            )
-        streams = self.layouts * (images // len(self.layouts))
-        sigmas = sigmas[sum(position(sigma, run.sigmas) < self.end for sigma in sigmas[:-1].tolist()) :]
-        session.acted.add(self)
-        if len(sigmas) == 1:
-            return noise, torch.stack([run.final[row] for run, row in streams]).to(latent_image), sigmas
-        sigma = float(sigmas[0])
-        session.visits.seen[sigma] = run.visit_that_continues(sigma)
-        begun = [
-            begin_on(stream, self, session, noise[i : i + 1], latent_image[i : i + 1], sigma)
-            for i, stream in enumerate(streams)
-        ]
-        return *map(torch.cat, zip(*begun)), sigmas
-
-
-class FromReference(Recipe):
-    """Keys and values of the reference for the target's queries (equation 3). references: streams, one for all images
-    or one for each.
-    """
-
-    node = "Multi Source Swap"
-
-    def __init__(self, window, references):
-        super().__init__(window)
-        self.streams = references
-
-    def attn1(self, session, n, k, v, sources, grid):
-        reference = torch.cat(sources)
-        return [Branch(n, reference, reference)]
-
-
-class FromBoth(Recipe):
-    """The same, blended with the layout's own attention: phi* = M phi_t + (1 - M) phi_o (equation 4). Rows of no weight
-    are not computed.
-
-    mask: M, [1 or B, H, W] in [0, 1], or a RunningMask.
-    """
-
-    node = "Multi Source Swap"
-    branches = True
-
-    def __init__(self, window, references, layouts, mask):
-        super().__init__(window)
-        self.streams, self.count, self.mask = (*references, *layouts), len(references), mask
-        self.made = None  # (map, M) of a running mask
-
-    def check(self, session):
-        if isinstance(self.mask, RunningMask) and not session.maps:
-            raise ValueError(
-                f"{self.node}: a running mask needs Token Attention Map on the MODEL, with the words to look for. Put"
-                " it there, or connect the MASK of Adaptive Mask Blend."
-            )
-
-    def current(self, session):
-        """M, [1 or B, H, W]; a running one is made once for each map."""
-        if not isinstance(self.mask, RunningMask):
-            return self.mask
-        found = session.maps[-1].before
-        if self.made is None or self.made[0] is not found:
-            known = torch.zeros(1, *session.size) if found is None else found.cpu()
-            self.made = found, kernel.adaptive(known, self.mask.segment, session.size, *self.mask[1:]).mask
-        return self.made[1]
-
-    def attn1(self, session, n, k, v, sources, grid):
-        reference, layout = torch.cat(sources[: self.count]), torch.cat(sources[self.count :])
-        weight = kernel.at_size(self.current(session), grid).flatten(1)[..., None].to(n)
-        branches = []
-        for queries, keys, share in ((n, reference, weight), (layout, layout, 1 - weight)):
-            rows = share.amax(0).flatten().nonzero()[:, 0]
-            if len(rows):
-                branches.append(Branch(queries[:, rows], keys, keys, rows, share[:, rows]))
-        return branches
 
 
 class MultiSourceSwap(io.ComfyNode):
@@ -566,10 +446,7 @@ class MultiSourceSwap(io.ComfyNode):
         )
         mask = None if mask is None else mask_of(cls.NAME, "mask", mask).clamp(0, 1)
         cls.check(model, layouts, references, mask, running_mask)
-        try:
-            found = parse_sites(model, sites)
-        except ValueError as error:
-            raise ValueError(f"{cls.NAME}: sites: {error}") from None
+        found = parse_sites(cls.NAME, model, sites)
         latent = {"samples": torch.cat([run.latent_image[row : row + 1] for run, row in layouts])}
         if layouts[0].run.denoise_mask is not None:
             latent["noise_mask"] = torch.cat([run.denoise_mask[row : row + 1, :1] for run, row in layouts])
@@ -592,9 +469,9 @@ class MultiSourceSwap(io.ComfyNode):
         check_together(
             cls.NAME, [*layouts, *references], names=["the layout"] * len(layouts) + ["the reference"] * len(references)
         )
-        family, images = Weights(model).name, len(layouts)
+        family, images = Weights(model).family, len(layouts)
         for run, _ in (*layouts, *references):
-            if run.weights.name != family:
+            if run.weights.family != family:
                 raise ValueError(
                     f"{cls.NAME}: the MODEL is {family} and a history was made with {run.weights}. Use models of one"
                     " family."

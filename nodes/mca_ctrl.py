@@ -2,220 +2,29 @@
 tokens.
 """
 
-from typing import NamedTuple
-
 import torch
 from comfy_api.latest import io
 
 from ..kernels import grid_masks
-from ..patching.recipes import KEY, Branch, Patch, Recipe, begin_on, install
+from ..methods.mca_ctrl import (
+    CUSTOM,
+    FORWARD,
+    LATE,
+    PRESETS,
+    REVERSE,
+    SAGI,
+    SALQ,
+    BackgroundLock,
+    MaskArea,
+    MaskedAttention,
+    Preset,
+    WordsArea,
+)
+from ..patching.install import install, installed_in
+from ..patching.models import parse_sites
 from ..patching.schedule import Window
-from ..patching.sites import parse_sites
 from ..patching.streams import check_together, streams_of, with_prompt
 from .inputs import mask_of, numbers
-
-LATE = "u2-"  # the paper's layers 9 to 15: the decoder from its last block at a quarter of the latent on
-
-
-class Preset(NamedTuple):
-    """Parts of the schedule (start, end) in which SAGI and SALQ act, and the blocks of SALQ; SAGI acts in all."""
-
-    sagi: tuple
-    salq: tuple
-    salq_sites: str
-
-
-PRESETS = {
-    "notebook edit": Preset((0.0, 0.1), (0.1, 1.0), LATE),
-    "notebook generation": Preset((0.02, 0.1), (0.1, 1.0), "all"),
-    "paper swap": Preset((0.0, 0.4), (0.4, 0.96), LATE),
-    "paper generation": Preset((0.0, 0.7), (0.7, 0.96), "d1-,m,u"),
-}
-CUSTOM = "custom"
-FORWARD, REVERSE = "SAGI first", "SALQ first"
-
-
-# ---------------------------------------------------------------- where the subject goes
-
-
-class Parts(NamedTuple):
-    """The tokens of a level that the subject feeds (front) and that the condition feeds (back), int64; how much of
-    their results counts, [B, tokens, 1], and which of the back tokens each image may attend to, bool [B, tokens]. None:
-    all.
-    """
-
-    front: torch.Tensor
-    back: torch.Tensor
-    front_weight: torch.Tensor | None = None
-    back_weight: torch.Tensor | None = None
-    allowed: torch.Tensor | None = None
-
-
-class MaskArea:
-    """The edited area M_C, given as a mask."""
-
-    def __init__(self, mask):
-        """mask: [H, W] bool, True where the subject goes."""
-        self.mask, self.found = mask, {}
-
-    def parts(self, session, grid, device):
-        key = grid, device
-        if key not in self.found:
-            inside = grid_masks.cells(self.mask, grid).flatten()
-            self.found[key] = Parts(*(part.nonzero()[:, 0].to(device) for part in (inside, ~inside)))
-        return self.found[key]
-
-
-class WordsArea:
-    """The edited area M_C, from where the target looks for words while it samples (section 3.3): the running map of the
-    last Token Attention Map on the MODEL, in each image for itself."""
-
-    def __init__(self, share, soft):
-        """share: of the tokens, that belong to the subject. soft: whether the others do in part."""
-        self.share, self.soft = share, soft
-        self.maps, self.found = None, {}
-
-    def parts(self, session, grid, device):
-        """None in the first step, before there is a map."""
-        maps = session.maps[-1].before
-        if maps is not self.maps:
-            self.maps, self.found = maps, {}
-        if maps is not None and grid not in self.found:
-            self.found[grid] = self.parts_of(
-                grid_masks.strongest(maps, grid, self.share, self.soft).flatten(1).to(device)
-            )
-        return self.found.get(grid)
-
-    @staticmethod
-    def parts_of(share):
-        """share: of the subject, [B, tokens] in [0, 1]."""
-        front, back = (part.any(0).nonzero()[:, 0] for part in (share > 0, share < 1))
-        allowed = share[:, back] < 1
-        allowed |= ~allowed.any(
-            1, keepdim=True
-        )  # an image that is all subject: its weight is 0, but there must be a key
-        return Parts(front, back, share[:, front, None], 1 - share[:, back, None], None if allowed.all() else allowed)
-
-
-# ---------------------------------------------------------------- the recipes
-
-
-class MaskedAttention(Recipe):
-    """Self-attention of the target: in the edited area over the subject's tokens, elsewhere over the condition's.
-
-    Equations 6, 7, 10 and 11, as the released code reads them (7 and 11 are misprinted): M_C F_subject + (1 - M_C)
-    F_condition, where F_subject attends to the tokens in M_S and F_condition to those outside M_C. Both by gathered
-    queries and keys.
-    """
-
-    node = "Collaborative Attention"
-    branches = True
-
-    def __init__(self, window, subject, condition, subject_mask, area, fresh=None):
-        """subject, condition: Streams, the condition None where the target is its own. subject_mask: M_S, [H, W] bool.
-        area: MaskArea or WordsArea. fresh: where the target begins with noise of its own, [H, W] bool (None: nowhere).
-        """
-        super().__init__(window)
-        self.condition, self.subject_mask, self.area, self.fresh = condition, subject_mask, area, fresh
-        self.streams = (subject, condition) if condition else (subject,)
-        self.subject_rows = {}
-
-    def start(self, session, noise, latent_image, sigmas):
-        """Begin where the condition began: z_T of the target is the condition's."""
-        if not self.condition:
-            return noise, latent_image, sigmas
-        own, latent_image = begin_on(self.condition, self, session, noise, latent_image)
-        if self.fresh is not None:
-            own = torch.where(grid_masks.cells(self.fresh, session.size).to(own.device), noise, own)
-        return own, latent_image, sigmas
-
-    def rows_of_subject(self, grid, device):
-        key = grid, device
-        if key not in self.subject_rows:
-            self.subject_rows[key] = grid_masks.cells(self.subject_mask, grid).flatten().nonzero()[:, 0].to(device)
-        return self.subject_rows[key]
-
-    def attn1(self, session, n, k, v, sources, grid):
-        parts = self.area.parts(session, grid, n.device)
-        if parts is None:
-            return [Branch(n, k, v)]
-        subject, condition = sources if self.condition else (*sources, n)
-        branches = []
-        if len(parts.front):
-            keys = subject[:, self.rows_of_subject(grid, n.device)]
-            branches.append(
-                Branch(self.queries(n, subject)[:, parts.front], keys, keys, parts.front, parts.front_weight)
-            )
-        if len(parts.back):
-            keys = condition[:, parts.back]
-            branches.append(
-                Branch(
-                    self.queries(n, condition)[:, parts.back], keys, keys, parts.back, parts.back_weight, parts.allowed
-                )
-            )
-        return branches
-
-    def queries(self, target, source):
-        raise NotImplementedError
-
-
-class SAGI(MaskedAttention):
-    """Self-attention global injection: the attention outputs of subject and condition themselves (section 3.3,
-    equations 5 to 7).
-    """
-
-    def queries(self, target, source):
-        return source
-
-
-class SALQ(MaskedAttention):
-    """Self-attention local query: the target asks, subject and condition answer (section 3.3, equations 8 to 11)."""
-
-    def queries(self, target, source):
-        return target
-
-
-class BackgroundLock(Recipe):
-    """Holds the latent outside the edited area on the condition's trajectory, and leaves the condition's own latent
-    there in the end (the released code's LocalBlend, which is one step too noisy)."""
-
-    node = MaskedAttention.node
-
-    def __init__(self, condition, mask):
-        """mask: M_C, [H, W] bool."""
-        super().__init__(Window(0.0, 1.0, ()))
-        self.condition, self.mask = condition, mask
-        self.streams = (condition,)
-
-    def locked(self, x, kept):
-        """x [B, C, h, w] with the kept latent [1, C, h, w] outside the edited area."""
-        return torch.where(grid_masks.cells(self.mask, x.shape[-2:]).to(x.device), x, kept.to(x))
-
-    def at(self, session, key):
-        run, row = self.condition
-        return session.evaluation_of(self, run, key).x[row : row + 1]
-
-    def final(self, session):
-        """The condition's latent where the run at hand ends: its result, or on the way there."""
-        run, row = self.condition
-        sigma = session.sigmas[-1]
-        if sigma == 0 and run.sigmas[-1] == 0:
-            return run.final[row : row + 1]
-        return session.model.model.process_latent_out(self.at(session, (sigma, run.visit_that_continues(sigma), 0)))
-
-    def check(self, session):
-        self.final(session)
-
-    def latent(self, session, x):
-        return self.locked(x, self.at(session, (*session.sigma_visit, 0)))
-
-    def denoised(self, session, denoised):
-        run, row = self.condition
-        return self.locked(denoised, session.model.model.process_latent_in(run.final[row : row + 1]))
-
-    def output(self, session, output):
-        return self.locked(output, self.final(session))
-
 
 # ---------------------------------------------------------------- the node
 
@@ -426,7 +235,7 @@ class CollaborativeAttention(io.ComfyNode):
             )
         if edit_mask is not None:
             area = MaskArea(grid_masks.dilate(cls.mask("edit_mask", edit_mask, size), dilation))
-        elif model.attachments.get(KEY, Patch()).maps:
+        elif installed_in(model).maps:
             area = WordsArea(map_share, map_form == "soft")
         else:
             raise ValueError(
@@ -443,7 +252,7 @@ class CollaborativeAttention(io.ComfyNode):
         recipes = [
             recipe(window, *feeding, subject_mask, area, fresh)
             for recipe, window in ((SAGI, sagi), (SALQ, salq))
-            if not window.empty
+            if not window.is_empty
         ]
         if recipes and background_lock and painted:
             recipes.append(BackgroundLock(condition, area.mask))
@@ -501,10 +310,7 @@ class CollaborativeAttention(io.ComfyNode):
         sagi, salq = (chosen.sagi, chosen.salq) if order == FORWARD else (chosen.salq, chosen.sagi)
         sites = []
         for part, text in (("sagi", preset.get("sagi_sites", "all")), ("salq", chosen.salq_sites)):
-            try:
-                sites.append(parse_sites(model, text))
-            except ValueError as error:
-                raise ValueError(f"{cls.NAME}: {part}_sites: {error}") from None
+            sites.append(parse_sites(cls.NAME, model, text, f"{part}_sites"))
         if max(sagi[0], salq[0]) < min(sagi[1], salq[1]) and set(sites[0]) & set(sites[1]):
             raise ValueError(
                 f"{cls.NAME}: SAGI ({sagi[0]:g} to {sagi[1]:g}) and SALQ ({salq[0]:g} to {salq[1]:g}) overlap in the"

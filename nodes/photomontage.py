@@ -7,9 +7,10 @@ import torch
 from comfy_api.latest import io
 
 from ..kernels import graphcut, labels
-from ..patching.recipes import Branch, Recipe, begin_on, install
+from ..methods.photomontage import CompositeAttention
+from ..patching.install import install
+from ..patching.models import parse_sites
 from ..patching.schedule import Window
-from ..patching.sites import parse_sites
 from ..patching.streams import check_together, streams_of
 from . import previews
 from .inputs import image_of, mask_of, numbers
@@ -271,69 +272,6 @@ def check_base(node, base, count):
         raise ValueError(f"{node}: base is image {base}, and there are {count} images (0 to {count - 1}).")
 
 
-class CompositeAttention(Recipe):
-    """Self-attention of the composite (paper, section 3.3): Q, K and V of a token come from the image that owns it.
-
-    Composed as rows of n = norm1(x), which Q, K and V are linear in. Base tokens take K and V from the recorded base
-    run, and Q from the running model (Q^model) or the recorded run as well.
-    """
-
-    node = "Composite Attention Inject"
-
-    def __init__(self, window, stack, owner, base, base_q, kv):
-        """stack: every image's Stream. owner: [H, W] int64 label map. base_q: "model" or "stored".
-        kv: "composite", or for the paper's ablations "concat" (of all images) or "model" (the running one's)."""
-        super().__init__(window)
-        self.owner, self.base, self.base_q, self.kv = owner, base, base_q, kv
-        self.base_stream = stack[base]
-        self.read = [image for image in range(len(stack)) if self.reads(image)]
-        self.streams = tuple(stack[image] for image in self.read)
-        self.rows_of = {}
-
-    def reads(self, image):
-        if self.kv == "concat":
-            return True
-        needed = image != self.base or self.base_q == "stored" or self.kv == "composite"
-        return needed and bool((self.owner == image).any())
-
-    def rows(self, image, grid, device):
-        """The tokens that an image owns at a level."""
-        key = image, grid, device
-        if key not in self.rows_of:
-            self.rows_of[key] = (labels.at_grid(self.owner, grid).flatten() == image).nonzero()[:, 0].to(device)
-        return self.rows_of[key]
-
-    def keep(self, number, n, grid):
-        return n.clone() if self.kv == "concat" else n[:, self.rows(self.read[number], grid, n.device)]
-
-    def attn1(self, session, n, k, v, sources, grid):
-        q, stored_base = n.clone(), None
-        for image, source in zip(self.read, sources):
-            rows = self.rows(image, grid, n.device)
-            own = source[:, rows] if self.kv == "concat" else source
-            if image == self.base and self.base_q == "model":
-                stored_base = rows, own
-            else:
-                q[:, rows] = own
-        if self.kv == "model":
-            return [Branch(q, k, v)]
-        if self.kv == "concat":
-            context = torch.cat(sources, 1).expand(n.shape[0], -1, -1)
-        elif stored_base:
-            context = q.clone()
-            context[:, stored_base[0]] = stored_base[1]
-        else:
-            context = q
-        return [Branch(q, context, context)]
-
-    def check(self, session):
-        session.check_size(self, self.base_stream.run)  # the start is its, also where its features are not read
-
-    def start(self, session, noise, latent_image, sigmas):
-        """Begin where the base image was: a composite of base tokens alone is the base image."""
-        return *begin_on(self.base_stream, self, session, noise, latent_image), sigmas
-
-
 class CompositeAttentionInject(io.ComfyNode):
     NAME = CompositeAttention.node
 
@@ -445,10 +383,7 @@ class CompositeAttentionInject(io.ComfyNode):
             raise ValueError(
                 f"{cls.NAME}: {len(masks)} masks for {len(stack)} images. Give one mask for each image, in their order."
             )
-        try:
-            window = Window(start, end, parse_sites(model, sites))
-        except ValueError as error:
-            raise ValueError(f"{cls.NAME}: sites: {error}") from None
+        window = Window(start, end, parse_sites(cls.NAME, model, sites))
         recipe = CompositeAttention(window, stack, labels.from_masks(masks, base), base, base_q, kv)
         run, row = stack[base]
         latent = {"samples": run.latent_image[row : row + 1]}

@@ -1,18 +1,12 @@
 """Histories: recording what a sampler does, and finding the one that an existing image could have had."""
 
-import math
-
-import comfy.sample
-import comfy.samplers
 import comfy.utils
 import latent_preview
-import torch
 from comfy_api.latest import io
 
-from ..kernels import inversion
-from ..patching.recipes import install
-from ..patching.session import recorded_options, taking_keys
-from ..patching.streams import INVERSION, LATENT_KEY, Evaluation, Recording, Run, Weights, recorded_conds
+from ..methods import inversion
+from ..patching.install import install
+from ..patching.streams import LATENT_KEY, Recording
 from .inputs import finite
 
 MEBIBYTE = 2**20
@@ -97,6 +91,19 @@ class InvertImage(io.ComfyNode):
                     "conditioning",
                     tooltip="An empty prompt (the papers' choice), or the picture's own description. Used at CFG 1.",
                 ),
+                io.Int.Input(
+                    "iterations",
+                    default=0,
+                    min=0,
+                    max=20,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Evaluations of the model for each step: more come nearer to the exact inverse (fixed-point"
+                        " iterations). 0: one for SD models (DDIM inversion), three for rectified flows, where one"
+                        " loses the picture."
+                    ),
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -114,61 +121,23 @@ class InvertImage(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latent, sigmas, conditioning):
+    def execute(cls, model, latent, sigmas, conditioning, iterations=0):
         samples = finite(cls.NAME, "latent", latent["samples"])
         if len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas[:-1] <= sigmas[1:]).any():
             raise ValueError(
                 f"{cls.NAME}: sigmas are {[round(s, 3) for s in sigmas.tolist()][:6]}: a descending schedule that ends"
                 " in 0 was expected. Use Basic Scheduler."
             )
-        smallest = float(model.get_model_object("model_sampling").sigma_min)
-        ladder = torch.cat([torch.tensor([min(smallest, float(sigmas[-2]))]), sigmas[:-1].flip(0).cpu()])
-        run = Run(Weights(model), INVERSION, sigmas, torch.zeros_like(samples), torch.zeros_like(samples), None)
-        guider = comfy.samplers.CFGGuider(model)
-        guider.set_conds(conditioning, conditioning)
-        guider.set_cfg(1.0)
-        noise = guider.sample(
-            torch.zeros_like(samples),
+        recording, noise = inversion.invert(
+            model,
             samples,
-            comfy.samplers.KSAMPLER(inversion_sampler, extra_options={"run": run}),
-            ladder,
-            callback=latent_preview.prepare_callback(model, len(ladder) - 1),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            conditioning,
+            sigmas,
+            iterations,
+            latent_preview.prepare_callback(model, len(sigmas) - 1),
+            comfy.utils.PROGRESS_BAR_ENABLED,
         )
-        run.noise, run.final = as_noise(model, run.evaluations[run.sigmas[0], 0, 0].x, run.sigmas[0]), samples.cpu()
-        recording = Recording()
-        recording.add(run)
         return io.NodeOutput({**latent, LATENT_KEY: recording}, {"samples": noise.to(samples)})
-
-
-def inversion_sampler(model, x, sigmas, extra_args, callback, disable, run):
-    """A k-diffusion sampler over ascending sigmas, which fills `run` with the history that it finds."""
-    run.conds = recorded_conds(model.inner_model.conds)
-    run.options = {0: recorded_options(extra_args["model_options"])}
-    keyed = {**extra_args, "model_options": taking_keys(run, model.inner_model, extra_args["model_options"])}
-    ones, history = x.new_ones(x.shape[0]), {}
-
-    def predict_noise(y, sigma):
-        denoised = model(
-            y, sigma * ones, **(extra_args if run.keys else keyed)
-        )  # keys of the first, which sees the picture itself
-        callback({"i": len(history) - 1, "denoised": denoised, "x": y, "sigma": sigma})
-        return (y - denoised) / sigma
-
-    for sigma, y in inversion.invert(x, predict_noise, sigmas, model.inner_model.inner_model.model_sampling.sigma_data):
-        history[float(sigma), 0, 0] = Evaluation(
-            y
-        )  # where the ladder starts with a sigma of the schedule, they are equal
-    run.evaluations = {key: history[key] for key in reversed(history) if key[0] in run.sigmas}
-    return y
-
-
-def as_noise(model, x, sigma):
-    """The noise that ComfyUI's samplers scale to x at sigma."""
-    sampling = model.get_model_object("model_sampling")
-    highest = float(sampling.sigma_max)
-    is_start = math.isclose(highest, sigma, rel_tol=1e-5) or sigma > highest
-    return x / sampling.noise_scaling(torch.tensor(sigma), torch.ones(1), torch.zeros(1), is_start)
 
 
 NODES = [FeatureRecorder, InvertImage]

@@ -14,10 +14,11 @@ from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 
 from ..kernels import collage as kernel
+from ..methods.collage import owned_tokens
 from ..patching import textual_inversion
-from ..patching.sites import unet_of
+from ..patching.models import family_of
 from ..patching.tokens import token_runs
-from .collage import CATEGORY, COLLAGE, owned_tokens
+from .collage import CATEGORY, COLLAGE
 from .inputs import numbers
 
 TEMPLATES = (
@@ -170,7 +171,7 @@ class LearnLayerToken(io.ComfyNode):
         resume,
     ):
         numbers(cls.NAME, learning_rate=learning_rate)
-        unet_of(model)  # refuses what is none
+        family_of(model)  # refuses what is none
         path = cls.path(clip, name)
         learned = cls.with_token(clip, collage, layer, name)
         texts = cls.texts(templates, learned.layers[layer].text)

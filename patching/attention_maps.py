@@ -1,36 +1,35 @@
-"""Where a model looks for words: the cross-attention maps of a sampling run, while it samples and after it.
+"""Where a model looks for words: the attention maps of a sampling run, while it samples and after it.
 
-A TokenMap says what to measure; a RunningMap measures it, for one run. It takes part as an attn2_patch that changes
-nothing and stands before every other, and computes the probabilities of the wanted tokens from the module's own
-projections: whatever another pack puts in the attn2 slot stays in effect. Only the conditionings that carry the map's
-prompt are measured (`marked`), each image of a batch by itself.
+A TokenMap says what to measure; a LiveAttentionMap measures it, for one run, and changes nothing. Only the
+conditionings that carry the map's prompt are measured (`marked`), each image of a batch by itself.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .sites import Site, transformer_block
+from .models import Site, TextAttention
 
 MARK = "montage_prompt"  # where a CONDITIONING says which text it was made of
 
 
 class TokenMap(NamedTuple):
-    """What to measure. words: str, the map's name. prompt: str, whose conditionings are measured. tokens: positions of
-    the words on the token axis of that conditioning, tuple of int. sites: the cross-attentions to look at."""
+    """What to measure. words: the map's name. prompt: whose conditionings are measured. tokens: positions of the words
+    on the token axis of that conditioning. sites: the attentions to look at.
+    """
 
     words: str
     prompt: str
-    tokens: tuple
-    sites: tuple
+    tokens: tuple[int, ...]
+    sites: tuple[Site, ...]
 
 
-def marked(conditioning, prompt):
+def marked(conditioning: list, prompt: str) -> list:
     """The CONDITIONING that a prompt was encoded to, saying so."""
     return [[embedding, {**settings, MARK: prompt}] for embedding, settings in conditioning]
 
 
-class RunningMap:
+class LiveAttentionMap:
     """A TokenMap in one run: the mean over heads, over the sites and over the steps so far (MCA-Ctrl and MasaCtrl take
     1/4 of the latent, Layout-and-Retouch says "decoder"), min-max normalised for each image.
 
@@ -38,49 +37,43 @@ class RunningMap:
     first). What this one has found so far depends on which CFG half ComfyUI evaluates first, or whether both at once.
     """
 
-    def __init__(self, wanted, model, conds):
+    def __init__(self, wanted: TokenMap, conds: dict[str, list[dict]]) -> None:
         """conds: a guider's, {role: [conditioning]}."""
         self.wanted = wanted
-        self.attentions = {site: transformer_block(model, site).attn2 for site in wanted.sites}
-        self.lengths = {
+        self.lengths: dict[Any, int] = {
             cond["uuid"]: cond["cross_attn"].shape[1]
             for group in conds.values()
             for cond in group
             if cond.get(MARK) == wanted.prompt
         }
-        self.sums, self.count = {}, 0  # grid -> sum of maps [B, h, w]
-        self.before = None
+        self.sums: dict[tuple[int, int], torch.Tensor] = {}  # grid -> sum of maps [B, h, w]
+        self.count = 0
+        self.before: torch.Tensor | None = None
         if not self.lengths:
             raise ValueError(
                 f'Token Attention Map: this sampler has no conditioning of the prompt "{wanted.prompt}". Connect the'
-                " CONDITIONING of "
-                f"Token Attention Map to the sampler's positive, through a ControlNet if there is one."
+                " CONDITIONING of Token Attention Map to the sampler's positive, through a ControlNet if there is one."
             )
 
-    def begin(self):
-        """A new evaluation."""
+    def begin_evaluation(self) -> None:
         self.before = self.read()
 
-    def patch(self, n, context, value, extra):
-        """The attn2_patch. n: [conds x B, tokens, channels], context: [conds x B, text tokens, features]."""
-        site = Site(*extra["block"], extra["block_index"])
-        if site in self.attentions:
-            grid = tuple(extra["activations_shape"][-2:])
-            uuids = extra["uuids"]
-            for uuid, queries, keys in zip(uuids, n.chunk(len(uuids)), context.chunk(len(uuids))):
-                if uuid in self.lengths:
-                    self.add(
-                        probability(self.attentions[site], queries, keys, self.wanted.tokens, self.lengths[uuid]), grid
-                    )
-        return n, context, value
+    def look(self, attention: TextAttention) -> None:
+        """Count one attention in, if it is of the map's sites."""
+        if attention.site not in self.wanted.sites:
+            return
+        count = len(attention.uuids)
+        for uuid, q, k in zip(attention.uuids, attention.q.chunk(count), attention.k.chunk(count)):
+            if uuid in self.lengths:
+                self.add(probability(q, k, attention.heads, self.wanted.tokens, self.lengths[uuid]), attention.grid)
 
-    def add(self, found, grid):
+    def add(self, found: torch.Tensor, grid: tuple[int, int]) -> None:
         """Count one site in. found: [B, tokens]."""
         found = found.unflatten(1, grid)
         self.sums[grid] = self.sums[grid] + found if grid in self.sums else found
         self.count += 1
 
-    def read(self):
+    def read(self) -> torch.Tensor | None:
         """The map so far, [B, h, w] in [0, 1] at the finest grid that was measured; None before the first site. A flat
         map is 0.
         """
@@ -92,26 +85,20 @@ class RunningMap:
         return (total - low) / torch.where(high > low, high - low, 1)
 
 
-def probability(attention, n, context, tokens, length):
-    """Softmax probability that cross-attention gives to some tokens together, mean over heads: [B, queries].
+def probability(q: torch.Tensor, k: torch.Tensor, heads: int, tokens: tuple[int, ...], length: int) -> torch.Tensor:
+    """Softmax probability that an attention gives to some text tokens together, mean over heads: [B, queries].
 
-    attention: ComfyUI's CrossAttention. n: [B, queries, channels], context: [B, text tokens, features]. tokens:
-    positions on a text axis of `length`, which ComfyUI may have repeated to batch prompts of different lengths: the
-    copies count together.
+    q: [B, queries, heads x d], k: [B, text tokens, heads x d]. tokens: positions on a text axis of `length`, which
+    ComfyUI may have repeated to batch prompts of different lengths: the copies count together.
     """
-    q, k = (
-        part.unflatten(2, (attention.heads, -1)).transpose(1, 2).float()
-        for part in (attention.to_q(n), attention.to_k(context))
-    )
-    copies = [token + start for start in range(0, context.shape[1], length) for token in tokens]
-    logits = q @ k.transpose(2, 3) * attention.dim_head**-0.5
+    q, k = (part.unflatten(2, (heads, -1)).transpose(1, 2).float() for part in (q, k))
+    copies = [token + start for start in range(0, k.shape[2], length) for token in tokens]
+    logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
     return (logits[..., copies].logsumexp(3) - logits.logsumexp(3)).exp().mean(1)
 
 
-def resized(maps, grid):
+def resized(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Maps [B, h, w] at another grid, bilinear."""
-    return (
-        maps
-        if tuple(maps.shape[1:]) == tuple(grid)
-        else torch.nn.functional.interpolate(maps[:, None], size=tuple(grid), mode="bilinear")[:, 0]
-    )
+    if tuple(maps.shape[1:]) == tuple(grid):
+        return maps
+    return torch.nn.functional.interpolate(maps[:, None], size=tuple(grid), mode="bilinear")[:, 0]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from comfy.patcher_extension import WrappersMP
 
 from ..kernels import collage as kernel
+from .refusals import check_shape
 
 KEY = "montage_collage"
 
@@ -89,13 +90,3 @@ def with_wrapper(model, kind, wrapper):
     patched = model.clone()
     patched.add_wrapper_with_key(kind, KEY, wrapper)
     return patched
-
-
-def check_shape(node, canvas, latent):
-    """Refuse a latent of other proportions than the canvas; it may be of another size."""
-    (height, width), (h, w) = canvas, latent
-    if abs(h * width - w * height) > width + height:  # more than a row or column of latent pixels
-        raise ValueError(
-            f"{node}: the canvas is {width}x{height} and the latent {w}x{h}, another shape. Sample the encoded image of"
-            " Collage Canvas, or a latent of its proportions."
-        )

@@ -14,7 +14,7 @@ class Window(NamedTuple):
     sites: tuple
 
     @property
-    def empty(self):
+    def is_empty(self):
         return self.start >= self.end
 
     def has(self, position):

@@ -16,8 +16,8 @@ import torch
 from comfy.model_patcher import create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from .internals import KEY
 from .schedule import step_of
-from .session import KEY
 
 
 class Stage(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from random_models import control_net
 
-from montage.patching.sites import sites_of
+from montage.patching.models import sites_of
 
 
 def noise(seed, *shape):

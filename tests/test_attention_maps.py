@@ -10,9 +10,9 @@ from random_models import random_model, text_encoder
 from sampling import NEGATIVE, empty, recorder, sample, sample_custom, words
 
 from montage.nodes.layout_retouch import TokenAttentionMap, tokens_of
-from montage.patching.attention_maps import RunningMap, TokenMap, marked, probability
-from montage.patching.recipes import install
-from montage.patching.sites import Site, parse_sites, scales_of, transformer_block
+from montage.patching.attention_maps import LiveAttentionMap, TokenMap, marked, probability
+from montage.patching.install import install
+from montage.patching.models import Site, family_of, parse_sites
 from montage.patching.streams import streams_of
 from nodes import ConditioningCombine, ConditioningSetArea
 
@@ -75,19 +75,19 @@ def test_scales_are_those_of_the_run(name):
 
     model.set_model_attn2_patch(look)
     sample(model, empty(size=(11, 13)), steps=1, positive=words(1, name=name), negative=words(9, name=name))
-    scales = scales_of(model)
+    scales = family_of(model).scales()
     assert seen and all(grid == (-(-11 // scales[block]), -(-13 // scales[block])) for block, grid in seen.items())
 
 
 def test_sites_by_scale():
     model = random_model("sd15-small")
-    assert parse_sites(model, "u@1-2") == tuple(Site("output", number, 0) for number in range(6, 12))  # "layers 10-15"
-    assert parse_sites(model, "d@2-4,u@2-4") == tuple(Site("input", n, 0) for n in (4, 5, 7, 8)) + tuple(
+    assert parse_sites("test", model, "u@1-2") == tuple(Site("output", number, 0) for number in range(6, 12))  # "layers 10-15"
+    assert parse_sites("test", model, "d@2-4,u@2-4") == tuple(Site("input", n, 0) for n in (4, 5, 7, 8)) + tuple(
         Site("output", n, 0) for n in range(3, 9)
     )
-    assert {site.number for site in parse_sites(random_model("sdxl-small"), "u@1-2")} == {3, 4, 5}
+    assert {site.number for site in parse_sites("test", random_model("sdxl-small"), "u@1-2")} == {3, 4, 5}
     with pytest.raises(ValueError, match=r'"u@16": this model has no attention at that scale, only at \[1, 2, 4, 8\]'):
-        parse_sites(model, "u@16")
+        parse_sites("test", model, "u@16")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,7 +100,7 @@ def test_the_map_is_the_plain_formula(name, size):
     negative = negative.encode_from_tokens_scheduled(negative.tokenize(""))
     found = finished(sample(model, latent, positive=positive, negative=negative))
     expected = explicit(
-        random_model(name), latent, positive, tokens, parse_sites(model, "d@2-4,u@2-4"), negative=negative
+        random_model(name), latent, positive, tokens, parse_sites("test", model, "d@2-4,u@2-4"), negative=negative
     )
     assert found.shape == expected.shape == (1, -(-size[0] // 2), -(-size[1] // 2))
     assert (found - expected).abs().max() < 1e-4
@@ -168,7 +168,7 @@ def explicit_of_first(model, beside):
         seen.append(weights.unflatten(1, tuple(extra["activations_shape"][-2:])))
         return optimized_attention(q, k, v, extra["n_heads"], transformer_options=extra)
 
-    for site in parse_sites(model, "d@2-4,u@2-4"):
+    for site in parse_sites("test", model, "d@2-4,u@2-4"):
         spied.set_model_attn2_replace(spy, *site)
     sample(spied, empty(), positive=beside)
     total = sum(torch.nn.functional.interpolate(found[:, None], size=(4, 4), mode="bilinear")[:, 0] for found in seen)
@@ -214,7 +214,7 @@ def test_the_map_is_read_during_the_run():
     halves.
     """
     model = random_model("sd15-small")
-    sites = parse_sites(model, "d@2-4,u@2-4")
+    sites = parse_sites("test", model, "d@2-4,u@2-4")
     counts, seen, before = {}, [], []
     wanted = TokenMap("cat", PROMPT, (3,), sites)
     positive = measuring()[2]
@@ -242,18 +242,22 @@ def test_the_map_is_read_during_the_run():
 
 def test_a_flat_map_is_zero():
     conds = {"positive": [{"uuid": 1, "cross_attn": torch.zeros(1, 77, 16), "montage_prompt": PROMPT}]}
-    running = RunningMap(TokenMap("cat", PROMPT, (3,), ()), random_model("sd15-small"), conds)
+    running = LiveAttentionMap(TokenMap("cat", PROMPT, (3,), ()), conds)
     running.add(torch.full((2, 16), 0.25), (4, 4))
     assert torch.equal(running.read(), torch.zeros(2, 4, 4))
 
 
 def test_probability_of_repeated_contexts():
-    attention = transformer_block(random_model("sd15-small"), Site("input", 4, 0)).attn2
+    attention = family_of(random_model("sd15-small")).transformer_block(Site("input", 4, 0)).attn2
     generator = torch.Generator().manual_seed(0)
     n, context = torch.randn(2, 5, 32, generator=generator), torch.randn(2, 7, 16, generator=generator)
-    once = probability(attention, n, context, (2, 3), 7)
-    assert (probability(attention, n, context.repeat(1, 3, 1), (2, 3), 7) - once).abs().max() < 1e-6
-    assert (probability(attention, n, context, tuple(range(7)), 7) - 1).abs().max() < 1e-6
+
+    def of(context, tokens):
+        return probability(attention.to_q(n), attention.to_k(context), attention.heads, tokens, 7)
+
+    once = of(context, (2, 3))
+    assert (of(context.repeat(1, 3, 1), (2, 3)) - once).abs().max() < 1e-6
+    assert (of(context, tuple(range(7))) - 1).abs().max() < 1e-6
 
 
 def test_a_recorder_beside_it_has_the_map_too():

@@ -9,10 +9,11 @@ from sampling import SIZE, STEPS, empty, inject, sample
 from test_composite import MIXED, close, two
 from test_recording import low_memory, same
 
-from montage.patching.branches import Branch, join
-from montage.patching.recipes import Recipe, install
+from montage.patching.terms import AttentionTerm, pack
+from montage.patching.recipe import Recipe
+from montage.patching.install import install
 from montage.patching.schedule import Window
-from montage.patching.sites import sites_of
+from montage.patching.models import sites_of
 
 
 def plain_attention(q, k, v, bias=0):
@@ -25,33 +26,33 @@ def random(*shape, seed=0):
 
 
 def attended(branches, tokens, batch=1):
-    q, k, v, split = join([branches], batch, tokens)
+    q, k, v, split = pack([branches], batch, tokens)
     return split.attend(q, k, v, plain_attention)
 
 
 def test_branches_over_parts_of_the_rows_are_the_whole():
     n = random(2, 6, 8)
     rows = torch.tensor([4, 0, 1]), torch.tensor([2, 3, 5])
-    close(attended([Branch(n[:, r], n, n, r) for r in rows], 6, 2), plain_attention(n, n, n), 1e-6)
+    close(attended([AttentionTerm(n[:, r], n, n, r) for r in rows], 6, 2), plain_attention(n, n, n), 1e-6)
 
 
 def test_keys_of_each_image_are_gathered_as_a_masked_softmax_would():
     q, k, v = random(2, 5, 8), random(1, 7, 8, seed=1), random(1, 7, 8, seed=2)
     allowed = torch.tensor([[1, 1, 0, 0, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0]], dtype=bool)
     bias = torch.where(allowed, 0, -torch.inf)[:, None]
-    assert (attended([Branch(q, k, v, allowed=allowed)], 5, 2) - plain_attention(q, k, v, bias)).abs().max() <= 1e-6
+    assert (attended([AttentionTerm(q, k, v, allowed=allowed)], 5, 2) - plain_attention(q, k, v, bias)).abs().max() <= 1e-6
 
 
 def test_weights_are_of_each_image_and_results_are_summed():
     n, source = random(2, 6, 8), random(1, 4, 8, seed=1)
     weight = torch.rand(2, 6, 1, generator=torch.Generator().manual_seed(3))
-    mixed = attended([Branch(n, n, n, weight=1 - weight), Branch(n, source, source, weight=weight)], 6, 2)
+    mixed = attended([AttentionTerm(n, n, n, weight=1 - weight), AttentionTerm(n, source, source, weight=weight)], 6, 2)
     close(mixed, (1 - weight) * plain_attention(n, n, n) + weight * plain_attention(n, source, source), 1e-6)
 
 
 def test_one_plain_branch_needs_no_slot():
     n = random(2, 6, 8)
-    q, k, v, split = join([[Branch(n, n, n)], [Branch(n, n, n)]], 2, 6)
+    q, k, v, split = pack([[AttentionTerm(n, n, n)], [AttentionTerm(n, n, n)]], 2, 6)
     assert split is None and q.shape == (4, 6, 8) and v is k
 
 
@@ -59,21 +60,22 @@ class Halved(Recipe):
     """The plain self-attention in two branches: of the upper and of the lower rows."""
 
     node = "Halved"
-    branches = True
+    several_terms = True
 
-    def attn1(self, session, n, k, v, sources, grid):
+    def attend(self, context, target, sources, grid):
+        n, k, v = target
         middle = n.shape[1] // 2
         rows = torch.arange(middle, device=n.device), torch.arange(middle, n.shape[1], device=n.device)
-        return [Branch(n[:, r], k, v, r) for r in rows if len(r)]
+        return [AttentionTerm(n[:, r], k, v, r) for r in rows if len(r)]
 
 
 class Doubled(Halved):
     node = "Doubled"
 
-    def attn1(self, session, n, k, v, sources, grid):
+    def attend(self, context, target, sources, grid):
         return [
             branch._replace(weight=torch.full((1, branch.q.shape[1], 1), 2.0))
-            for branch in super().attn1(session, n, k, v, sources, grid)
+            for branch in super().attend(context, target, sources, grid)
         ]
 
 
@@ -149,8 +151,8 @@ def test_what_cuts_the_tokens_or_gives_another_shape_is_named():
 class Uneven(Halved):
     node = "Doubled"
 
-    def attn1(self, session, n, k, v, sources, grid):
-        return [branch._replace(k=k[:, :1], v=v[:, :1]) for branch in super().attn1(session, n, k, v, sources, grid)]
+    def attend(self, context, target, sources, grid):
+        return [branch._replace(k=branch.k[:, :1], v=branch.v[:, :1]) for branch in super().attend(context, target, sources, grid)]
 
 
 def test_an_attention_is_split_by_one_recipe_only():
@@ -177,7 +179,7 @@ def test_recipes_of_one_node_count_as_one():
     """A node whose second part alone is sampled is no mistake; one that never acts is."""
     late = install(random_model("sd15-small"), Halved(window(end=0.25)), Halved(window(start=0.25)))
     sample(late, empty())
-    with pytest.raises(RuntimeError, match=r"Halved: it never acted.*\(0.8 to 0.85 and 0.9 to 0.95\)"):
+    with pytest.raises(ValueError, match=r"Halved: it would never act.*\(0.8 to 0.85 and 0.9 to 0.95\)"):
         sample(
             install(
                 random_model("sd15-small"), Halved(window(start=0.8, end=0.85)), Halved(window(start=0.9, end=0.95))
@@ -199,7 +201,7 @@ class Pinned(Recipe):
         x[:, :, : SIZE[0] // 2] = 0.5
         return x
 
-    def latent(self, session, x):
+    def latent(self, context, x):
         return self.pin(x)
 
     denoised = output = latent
@@ -223,8 +225,8 @@ def test_a_recipe_may_hold_a_part_of_the_latent():
 class Later(Recipe):
     """Leaves the first step out."""
 
-    def start(self, session, noise, latent_image, sigmas):
-        return noise, latent_image, sigmas[1:]
+    def start(self, context, start):
+        return start._replace(sigmas=start.sigmas[1:])
 
 
 def test_a_recipe_may_shorten_the_schedule():

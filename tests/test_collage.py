@@ -15,7 +15,7 @@ from test_recording import low_memory, same
 
 from montage.kernels import collage as kernel
 from montage.nodes.collage import CollageCrossAttn, owned_tokens
-from montage.patching.sites import sites_of
+from montage.patching.models import sites_of
 from nodes import ConditioningSetArea, ConditioningSetMask
 
 PROMPT = "a photo of a red cat beside a blue dog, on grass"

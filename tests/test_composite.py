@@ -24,9 +24,9 @@ from sampling import (
 from test_recording import SAMPLERS, low_memory, run_of, same
 
 from montage.kernels import labels
-from montage.patching.recipes import KEY
-from montage.patching.sites import sites_of
-from montage.patching.streams import Half
+from montage.patching.internals import KEY
+from montage.patching.models import sites_of
+from montage.patching.streams import CondRole
 
 MIXED = masks_of(halves())
 ALL_BASE, ALL_ONE = masks_of(torch.zeros(SIZE), 2), masks_of(torch.ones(SIZE), 2)
@@ -154,7 +154,7 @@ def test_swapped_halves_do_not_give_image_k():
     a, b = two(cache_mb=64)
     other = {"positive": "negative", "negative": "positive"}
     for evaluation in run_of(b).evaluations.values():
-        evaluation.features = {(Half(other[half.role], 0), site): n for (half, site), n in evaluation.features.items()}
+        evaluation.features = {(CondRole(other[half.role], 0), site): n for (half, site), n in evaluation.features.items()}
     composed = compose([a, b], ALL_ONE, base=1, seed=2, positive=words(2), base_q="stored")
     assert (composed - b["samples"]).abs().max() > 0.05
 
@@ -186,8 +186,8 @@ def test_a_window_reads_its_streams_in_its_own_steps_only():
     read = []
     model, latent = inject([a, b], MIXED, start=0.25, end=0.75)
     ((recipe,),) = model.attachments[KEY].groups
-    keep = recipe.keep
-    recipe.keep = lambda number, n, grid: (read.append(number), keep(number, n, grid))[1]
+    select = recipe.select
+    recipe.select = lambda number, n, grid: (read.append(number), select(number, n, grid))[1]
     calls = []
     hook = model.model.diffusion_model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(float(kwargs["transformer_options"]["sigmas"][0])), with_kwargs=True
@@ -225,7 +225,7 @@ def test_images_that_own_nothing_cost_nothing():
 
 def test_a_recipe_that_never_acts_is_an_error():
     model, latent = inject(two(), MIXED, start=0.75)
-    with pytest.raises(RuntimeError, match=r"Composite Attention Inject: it never acted: .* window \(0.75 to 1\)"):
+    with pytest.raises(ValueError, match=r"Composite Attention Inject: it would never act: .* window \(0.75 to 1\)"):
         sample_advanced(model, latent, end=2)
 
 

@@ -53,21 +53,22 @@ def test_the_recursion_is_the_official_one():
     timestep_of = {float(s): t for s, t in zip(sigmas, timesteps)}
 
     def difference(predict):
-        found = [y / (1 + s**2) ** 0.5 for s, y in inversion.invert(image, predict, sigmas)]
+        steps = inversion.invert(image * (1 + sigmas[0] ** 2) ** 0.5, predict, sigmas, variance)
+        found = [y / (1 + s**2) ** 0.5 for s, y in steps]
         return max((a - b).abs().max().item() for a, b in zip(found, official))
+
+    def variance(sigma):
+        return 1 + sigma**2
 
     def k_diffusion(y, sigma):  # scales its input by the sigma it is called with
         return network(y / (1 + sigma**2) ** 0.5, timestep_of[float(sigma)])
 
     assert difference(k_diffusion) < 1e-12
-    y, s, following, data = image, 2.0, 3.0, 0.5  # and where the scale is another: the network sees the latent of s
-    called = inversion.model_input(y, s, following, data) / (data**2 + following**2) ** 0.5
-    assert (called - y / (data**2 + s**2) ** 0.5).abs().max() < 1e-12
-    plain, inversion.model_input = inversion.model_input, lambda y, *rest: y
-    try:
-        assert difference(k_diffusion) > 1e-2  # the compensation forgotten
-    finally:
-        inversion.model_input = plain
+    y, s, following, data, called = image, 2.0, 3.0, 0.5, []  # where the scale is another, the network sees the latent of s
+    list(inversion.invert(y, lambda y, sigma: called.append(y) or y, [s, following], lambda sigma: data**2 + sigma**2))
+    assert (called[0] / (data**2 + following**2) ** 0.5 - y / (data**2 + s**2) ** 0.5).abs().max() < 1e-12
+    variance = lambda sigma: 1.0  # noqa: E731  the compensation forgotten
+    assert difference(k_diffusion) > 1e-2
 
 
 def invert(latent, model=None, steps=STEPS, conditioning=None, scheduler="normal", denoise=1.0):

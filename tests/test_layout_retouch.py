@@ -24,14 +24,14 @@ from montage.nodes.layout_retouch import (
     AdaptiveMaskBlend,
     FromBoth,
     MultiSourceSwap,
-    RunningMask,
+    LiveMask,
     StepBlendSampler,
     TokenAttentionMap,
 )
 from montage.nodes.record import InvertImage
-from montage.patching.branches import join
+from montage.patching.terms import TargetRows, pack
 from montage.patching.schedule import Window
-from montage.patching.sites import sites_of
+from montage.patching.models import sites_of
 from montage.patching.step_blend import Stage, shares
 from montage.patching.streams import streams_of
 from nodes import ControlNetApplyAdvanced
@@ -520,13 +520,13 @@ def test_a_mask_blends_each_place_by_its_weight():
     n, r, o = (torch.randn(1, 64, 32, generator=generator) for _ in range(3))
     mask = torch.rand(2, *SIZE, generator=generator) * OBJECT
     recipe = FromBoth(Window(0, 1, ()), [None], [None], mask)
-    q, k, v, split = join([recipe.attn1(None, n.expand(2, -1, -1), n, n, [r, o], SIZE)], 2, 64)
+    q, k, v, split = pack([recipe.attend(None, TargetRows(*[n.expand(2, -1, -1)] * 3), [r, o], SIZE)], 2, 64)
     found = split.attend(q, k, v, lambda q, k, v: optimized_attention(q, k, v, 4))
     weight = mask.flatten(1)[..., None]
     target, source = optimized_attention(n, r, r, 4), optimized_attention(o, o, o, 4)
     close(found, weight * target + (1 - weight) * source, 1e-5)
     assert q.shape[1] == 16 + 64 and torch.equal(
-        recipe.attn1(None, n, n, n, [r, o], SIZE)[0].rows, OBJECT.flatten().nonzero()[:, 0]
+        recipe.attend(None, TargetRows(n, n, n), [r, o], SIZE)[0].rows, OBJECT.flatten().nonzero()[:, 0]
     )
 
 
@@ -694,7 +694,7 @@ def test_a_running_mask(monkeypatch):
             {"model": random_model("sdxl-small")},
             "the MODEL is SDXL and a history was made with SD15. Use models of one family",
         ),
-        ({"running_mask": RunningMask(torch.zeros(3, *SIZE), 0.1, 0.01, "or")}, "3 masks for 1 layouts"),
+        ({"running_mask": LiveMask(torch.zeros(3, *SIZE), 0.1, 0.01, "or")}, "3 masks for 1 layouts"),
     ],
 )
 def test_what_does_not_fit(change, message):

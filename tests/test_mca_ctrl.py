@@ -11,14 +11,14 @@ from test_inversion import evaluations_of, image_latent, invert
 from test_recording import SAMPLERS, low_memory, run_of, same
 
 from montage.kernels import grid_masks
-from montage.nodes import mca_ctrl as collaboration
+from montage.methods import mca_ctrl as collaboration
 from montage.nodes.layout_retouch import TokenAttentionMap
 from montage.nodes.mca_ctrl import CollaborativeAttention
-from montage.patching.branches import join
-from montage.patching.recipes import KEY
+from montage.patching.terms import TargetRows, pack
+from montage.patching.internals import KEY
 from montage.patching.schedule import Window
-from montage.patching.sites import parse_sites, sites_of, transformer_block
-from montage.patching.streams import LATENT_KEY, Half, Recording, streams_of
+from montage.patching.models import family_of, parse_sites, sites_of
+from montage.patching.streams import LATENT_KEY, CondRole, Recording, streams_of
 from nodes import LatentFromBatch
 
 MODEL = "sd15-small"
@@ -134,7 +134,7 @@ def test_one_layer_is_the_masked_attention_of_its_sources(operation):
     """Against explicit masked softmaxes, in both CFG halves; tokens outside the masks play no part."""
     subject, condition = pair(cache_mb=64)
     model = random_model(MODEL)
-    (site,) = parse_sites(model, "d2")
+    (site,) = parse_sites("test", model, "d2")
     change = 1.0 if operation == "SAGI" else 0.0
     windows = {"sagi_sites": "d2", "salq_sites": "d2", "sagi_end": change, "salq_start": change}
     masks = {"subject_mask": LEFT, "edit_mask": grid_masks.dilate(RIGHT, 9).float()}
@@ -157,13 +157,13 @@ def test_one_layer_is_the_masked_attention_of_its_sources(operation):
         grid_masks.cells(masks["edit_mask"] > 0, grid),
     )
     assert inside.float().mean() == 0.75 and inside_subject.float().mean() == 0.5
-    attention = transformer_block(model, site).attn1
+    attention = family_of(model).transformer_block(site).attn1
     for role, out in outputs.items():
         n_s, n_c = (
-            run_of(latent).evaluations[run_of(latent).sigmas[0], 0, 0].features[Half(role, 0), site]
+            run_of(latent).evaluations[run_of(latent).sigmas[0], 0, 0].features[CondRole(role, 0), site]
             for latent in (subject, condition)
         )
-        n_t = features[Half(role, 0), site]
+        n_t = features[CondRole(role, 0), site]
         foreground = masked_softmax(attention, n_s if operation == "SAGI" else n_t, n_s, inside_subject)
         background = masked_softmax(attention, n_c if operation == "SAGI" else n_t, n_c, ~inside)
         expected = torch.where(inside.flatten()[:, None], foreground, background)
@@ -251,10 +251,10 @@ def test_the_area_of_words_stays_two_dimensional():
 
 
 class Measured:
-    """A session whose running map stands still."""
+    """The context of a run whose attention map stands still."""
 
     def __init__(self, before):
-        self.maps, self.before = [self], before
+        self.attention_map = before
 
 
 def attention(q, k, v):
@@ -278,8 +278,8 @@ def test_the_area_of_words_weighs_each_image_by_its_own_map(form, operation, dty
     recipe = getattr(collaboration, operation)(
         Window(0.0, 1.0, ()), streams_of("test", [record(steps=1)])[0], None, thin, area
     )
-    branches = recipe.attn1(Measured(maps), n, n, n, (source,), grid)
-    q, k, v, split = join([branches], 3, 16)
+    branches = recipe.attend(Measured(maps), TargetRows(n, n, n), (source,), grid)
+    q, k, v, split = pack([branches], 3, 16)
     out = split.attend(q, k, v, attention)
     share, keys = (
         grid_masks.strongest(maps, grid, 0.3, form == "soft").flatten(1),
@@ -338,11 +338,11 @@ def log(monkeypatch):
     calls = []
     for recipe in (collaboration.SAGI, collaboration.SALQ):
 
-        def attn1(self, session, n, k, v, sources, grid, recipe=recipe):
-            calls.append((recipe.__name__, self.condition.run.sigmas.index(session.sigma_visit[0]), grid))
-            return collaboration.MaskedAttention.attn1(self, session, n, k, v, sources, grid)
+        def attend(self, context, target, sources, grid, recipe=recipe):
+            calls.append((recipe.__name__, self.condition.run.sigmas.index(context.sigma_visit[0]), grid))
+            return collaboration.MaskedAttention.attend(self, context, target, sources, grid)
 
-        monkeypatch.setattr(recipe, "attn1", attn1)
+        monkeypatch.setattr(recipe, "attend", attend)
     return calls
 
 
@@ -380,9 +380,9 @@ def test_presets_act_where_their_source_says(preset, steps, layers):
 def test_late_layers_are_chosen_by_resolution(name):
     """The decoder at full and half resolution, and its last block at a quarter."""
     model = random_model(name)
-    quarter = parse_sites(model, "u@4")
+    quarter = parse_sites("test", model, "u@4")
     last = [site for site in quarter if site.number == quarter[-1].number]
-    assert parse_sites(model, collaboration.LATE) == (*last, *parse_sites(model, "u@1-2"))
+    assert parse_sites("test", model, collaboration.LATE) == (*last, *parse_sites("test", model, "u@1-2"))
 
 
 def test_operations_act_in_their_steps_and_blocks(monkeypatch):

@@ -30,12 +30,14 @@ from sampling import (
     words,
 )
 
-from montage.patching import recipes, session
-from montage.patching.streams import LATENT_KEY, RUNS_KEPT, Half, streams_of
+from montage.patching import install, session, streams
+from montage.patching.internals import KEY
+from montage.patching.models import Site
+from montage.patching.streams import LATENT_KEY, CondRole, streams_of
 from nodes import LatentFromBatch
 
 SAMPLERS = ["euler", "ddim", "uni_pc", "dpmpp_2m", "heun", "dpm_2", "euler_ancestral", "dpmpp_2s_ancestral", "lcm"]
-UNCOND, COND = Half("negative", 0), Half("positive", 0)
+UNCOND, COND = CondRole("negative", 0), CondRole("positive", 0)
 
 
 def run_of(latent):
@@ -101,16 +103,28 @@ def test_a_new_seed_pairs_with_its_own_run_and_the_old_one_is_still_found():
     for result, seed in ((old, 1), (new, 2)):
         (stream,) = streams_of("test", [result])
         assert same(stream.run.final, sample(random_model("sd15-small"), empty(), seed=seed)["samples"])
-    assert not any(e.features for e in run_of(old).evaluations.values())  # only the newest keeps its features
+    assert all(e.features for e in run_of(old).evaluations.values())  # both are within the budget
     assert all(e.features for e in run_of(new).evaluations.values())
 
 
-def test_only_the_newest_runs_are_held():
+def test_every_run_of_a_recorder_is_held_and_the_budget_is_of_all_together():
+    model, latent = recorder(cache_mb=64)
+    size = run_of(sample(model, latent)).feature_bytes
+    latent[LATENT_KEY].budget = int(2.5 * size)
+    results = [sample(model, latent, seed=seed) for seed in range(2, 12)]
+    assert len({id(run_of(result)) for result in results}) == 10
+    kept = [bool(run_of(result).feature_bytes) for result in results]
+    assert kept == [False] * 8 + [True] * 2  # the oldest lose their features first
+
+
+def test_trajectories_are_bounded(monkeypatch):
     model, latent = recorder()
-    results = [sample(model, latent, seed=seed, steps=1) for seed in range(RUNS_KEPT + 1)]
-    assert len(latent[LATENT_KEY].runs) == RUNS_KEPT
-    with pytest.raises(ValueError, match=f"its recorder holds {RUNS_KEPT} runs and none ends in it"):
-        streams_of("Node", results[:1])
+    first = sample(model, latent, seed=1001)
+    monkeypatch.setattr(streams, "TRAJECTORIES", 2 * run_of(first).trajectory_bytes)
+    later = [sample(model, latent, seed=seed) for seed in (1002, 1003)]
+    assert [run_of(result).images for result in later] == [1, 1]
+    with pytest.raises(ValueError, match="its recorder holds 2 runs and none ends in it"):
+        streams_of("Node", [first])
 
 
 @pytest.mark.parametrize(
@@ -186,7 +200,7 @@ def test_a_patch_that_writes_into_its_input_does_not_reach_the_recording():
     model = random_model("sd15-small").clone()
     model.set_model_attn1_patch(lambda n, k, v, extra: (n.mul_(1.3), k, v))
     first = run_of(record(model=model, cache_mb=64)), run_of(record(cache_mb=64))
-    site = (COND, session.Site("input", 1, 0))  # the first block: what comes before it is the same
+    site = (COND, Site("input", 1, 0))  # the first block: what comes before it is the same
     a, b = (run.evaluations[run.sigmas[0], 0, 0].features[site] for run in first)
     assert same(a, b)
 
@@ -270,13 +284,13 @@ class Stopped(Exception):
 @pytest.mark.parametrize("error", [Stopped, comfy.model_management.InterruptProcessingException])
 def test_an_interrupt_leaves_nothing_behind(error, monkeypatch):
     sessions, evaluations = [], []
-    original = recipes.Session.__init__
+    original = install.Session.__init__
     monkeypatch.setattr(
-        recipes.Session, "__init__", lambda self, *args: (sessions.append(weakref.ref(self)), original(self, *args))[1]
+        install.Session, "__init__", lambda self, *args: (sessions.append(weakref.ref(self)), original(self, *args))[1]
     )
-    keep = session.Evaluation.__init__
+    keep = streams.Evaluation.__init__
     monkeypatch.setattr(
-        session.Evaluation, "__init__", lambda self, x: (evaluations.append(weakref.ref(self)), keep(self, x))[1]
+        streams.Evaluation, "__init__", lambda self, x: (evaluations.append(weakref.ref(self)), keep(self, x))[1]
     )
 
     def interrupt(executor, *args, **kwargs):
@@ -297,7 +311,7 @@ def test_an_interrupt_leaves_nothing_behind(error, monkeypatch):
     gc.collect()
     assert len(sessions) == 4 and not any(ref() for ref in sessions)
     assert len(evaluations) > finished and not any(ref() for ref in evaluations[finished:])
-    assert recipes.KEY not in model.model_options["transformer_options"]
+    assert KEY not in model.model_options["transformer_options"]
     plain = random_model("sd15-small")
     assert same(sample(plain, empty())["samples"], a["samples"])
 

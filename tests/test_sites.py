@@ -5,7 +5,7 @@ import torch
 from random_models import STRUCTURES, random_model
 
 from montage.patching.schedule import Visits, Window, position
-from montage.patching.sites import Site, parse_sites, sites_of
+from montage.patching.models import Site, parse_sites, sites_of
 
 
 def on_meta(name):
@@ -47,11 +47,11 @@ def test_sdxl_has_seventy_sites_and_none_at_full_resolution():
 )
 def test_texts_name_sites(text, expected):
     model = random_model("sd15-small")
-    assert parse_sites(model, text) == tuple(sites_of(model)[i] for i in expected)
+    assert parse_sites("test", model, text) == tuple(sites_of(model)[i] for i in expected)
 
 
 def test_ranges_of_transformer_blocks():
-    sites = parse_sites(on_meta("sdxl"), "d2.2-9,u0.0")
+    sites = parse_sites("test", on_meta("sdxl"), "d2.2-9,u0.0")
     assert sites == tuple(Site("input", 7, i) for i in range(2, 10)) + (Site("output", 0, 0),)
 
 
@@ -69,7 +69,7 @@ def test_ranges_of_transformer_blocks():
 )
 def test_a_wrong_text_lists_what_the_model_has(text, part):
     with pytest.raises(ValueError) as error:
-        parse_sites(random_model("sd15-small"), text)
+        parse_sites("test", random_model("sd15-small"), text)
     assert part in str(error.value) and "d0-5" in str(error.value) and "u0-8" in str(error.value)
 
 

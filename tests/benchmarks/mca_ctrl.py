@@ -16,7 +16,7 @@ from comfy_extras.nodes_custom_sampler import BasicScheduler
 from montage.kernels import grid_masks
 from montage.nodes.mca_ctrl import CollaborativeAttention
 from montage.nodes.record import InvertImage
-from montage.patching.branches import Branch, join
+from montage.patching.terms import AttentionTerm, pack
 
 NEVER, ALWAYS = (1.0, 1.0), (0.0, 1.0)
 HEADS, WIDTH = 8, 320  # of the largest layer of SD1.5
@@ -116,10 +116,10 @@ def gathered(n, inside, subject):
     """
     front, back = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
     branches = [
-        Branch(n[:1, front], n[1:2, subject], n[1:2, subject], front),
-        Branch(n[:1, back], n[2:, back], n[2:, back], back),
+        AttentionTerm(n[:1, front], n[1:2, subject], n[1:2, subject], front),
+        AttentionTerm(n[:1, back], n[2:, back], n[2:, back], back),
     ]
-    q, k, v, split = join([branches, branches], 1, n.shape[1])
+    q, k, v, split = pack([branches, branches], 1, n.shape[1])
     return split.attend(q, k, v, lambda *part: optimized_attention(*part, HEADS))
 
 

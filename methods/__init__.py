@@ -1,0 +1,1 @@
+"""The papers' rules in this pack's terms: one file for each paper."""

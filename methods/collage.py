@@ -1,0 +1,92 @@
+"""Collage Diffusion (arXiv 2303.00262): layers on a canvas, and the bias that binds each layer's words to where it is
+seen.
+"""
+
+from typing import NamedTuple
+
+import torch
+from comfy.sd import CLIP
+
+from ..kernels import collage as kernel
+from ..patching.bias import Bias
+from ..patching.models import TextAttention
+from ..patching.schedule import Window
+from ..patching.tokens import token_runs
+
+Tensor = torch.Tensor
+
+
+class Layer(NamedTuple):
+    """One layer, before it lies on a canvas."""
+
+    node: str  # unique id of the node that made it
+    picture: torch.Tensor  # [4, h, w], premultiplied RGBA
+    text: str
+    x: float  # centre, in fractions of the canvas
+    y: float
+    scale: float  # 1: as large as the canvas contains it
+    rotation: float  # degrees, clockwise
+    depth: int
+    w_pos: float
+    w_neg: float
+    noise: float
+    control: float
+
+
+class Collage(NamedTuple):
+    """Layers on a canvas, back to front."""
+
+    layers: tuple[Layer, ...]
+    masks: torch.Tensor  # visible masks [N, H, W]
+    noise: torch.Tensor  # noise map [H, W]
+    prompt: str
+    background: torch.Tensor  # [3, H, W]
+
+    def place(self, number: int) -> Tensor:
+        """A layer where it lies on the canvas, [4, H, W], premultiplied."""
+        return placed(self.layers[number], self.masks.shape[1:])
+
+
+def placed(layer: Layer, size: tuple[int, int]) -> Tensor:
+    """The layer on a canvas, [4, H, W], premultiplied."""
+    return kernel.place(layer.picture, size, layer.x, layer.y, layer.scale, layer.rotation)
+
+
+Owned = dict[int, tuple[int, ...]]  # token position -> the layers whose word it is
+
+
+class CollageBias(Bias):
+    """S_pj += strength g(sigma) M_j (w_pos A_pos - w_neg A_neg)_pj on the layers' own tokens (paper, section 3.2)."""
+
+    node = "Collage Cross Attention"
+
+    def __init__(self, window: Window, collage: Collage, owned: Owned, strength: float, growth: str) -> None:
+        """growth: of kernels.collage.GROWTH."""
+        super().__init__(window, tuple(collage.masks.shape[1:]))
+        self.collage, self.owned, self.strength, self.growth = collage, owned, strength, kernel.GROWTH[growth]
+
+    def prepare(self, grid: tuple[int, int], tokens: int, copies: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        w_pos, w_neg = zip(*((layer.w_pos, layer.w_neg) for layer in self.collage.layers))
+        weights = kernel.spatial_weights(self.collage.masks, w_pos, w_neg, self.owned.values(), grid)
+        columns = torch.tensor(list(self.owned)) + tokens * torch.arange(copies)[:, None]
+        return columns.to(like.device), weights.to(like)
+
+    def bias(self, prepared: tuple[Tensor, Tensor], attention: TextAttention, sigma: float) -> Tensor:
+        strength = self.strength * self.growth(sigma)
+        return kernel.attention_bias(attention.q, attention.k, attention.heads, *prepared, strength)
+
+
+def owned_tokens(node: str, clip: CLIP, collage: Collage) -> Owned:
+    """Which layers' words the tokens of the prompt are. node: display name for the error that names a layer whose words
+    are not there.
+    """
+    runs = {}
+    for number, layer in enumerate(collage.layers):
+        if layer.text:
+            try:
+                runs[number] = token_runs(clip, collage.prompt, layer.text)
+            except ValueError as error:
+                raise ValueError(
+                    f"{node}: layer {number} (counted from the back; node {layer.node}): {error}"
+                ) from None
+    return kernel.owners(runs)

@@ -1,0 +1,106 @@
+"""Inversion: the noise and the latents of every step that an existing picture could have come from.
+
+For eps, v and EDM predictions it is DDIM inversion, for rectified flows the same Euler steps in the flow's own
+variables; more than one iteration solves each step's implicit equation (kernels/inversion.py).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.model_sampling import CONST
+
+from ..kernels import inversion as kernel
+from ..patching import internals
+from ..patching.recorder import recording_cut_features
+from ..patching.streams import INVERSION, Evaluation, Recording, Run, recorded_conds
+from ..patching.weights import Weights
+
+Tensor = torch.Tensor
+MOST_AUTOMATIC = 3  # iterations for a rectified flow, where a single one loses the picture
+
+
+def invert(
+    model: ModelPatcher,
+    latent: Tensor,
+    conditioning: list,
+    sigmas: Tensor,
+    iterations: int,
+    callback: Callable,
+    show_bar: bool,
+) -> tuple[Recording, Tensor]:
+    """(a Recording of the pictures' trajectories, the noise they came from [B, C, h, w]).
+
+    latent: [B, C, h, w], encoded pictures. sigmas: descending, ending in 0. iterations: evaluations of each step; 0 is
+    one, or for rectified flows as many as keep the picture. Sampled at CFG 1.
+    """
+    sampling = model.get_model_object("model_sampling")
+    is_flow = isinstance(sampling, CONST)
+    iterations = iterations or (MOST_AUTOMATIC if is_flow else 1)
+    lowest = min(float(sampling.sigma_min), float(sigmas[-2]))
+    ladder = torch.cat([torch.tensor([lowest]), sigmas[:-1].flip(0).cpu()])
+    zeros = torch.zeros_like(latent)
+    run = Run(Weights(model), INVERSION, sigmas, zeros, zeros, None)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning, conditioning)
+    guider.set_cfg(1.0)
+    settings = {"run": run, "iterations": iterations, "is_flow": is_flow}
+    sampler = comfy.samplers.KSAMPLER(_inverting_sampler, extra_options=settings)
+    guider.sample(zeros, latent, sampler, ladder, callback=callback, disable_pbar=not show_bar)
+    first = run.evaluations[run.sigmas[0], 0, 0].x
+    run.noise, run.final = as_noise(model, first, run.sigmas[0]), latent.cpu()
+    recording = Recording()
+    recording.add(run)
+    return recording, model.model.process_latent_out(first)
+
+
+def _inverting_sampler(
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict,
+    callback: Callable,
+    disable: bool,
+    run: Run,
+    iterations: int,
+    is_flow: bool,
+) -> Tensor:
+    """A k-diffusion sampler over ascending sigmas, which fills `run` with the trajectory that it finds. What it returns
+    is of no use where sigma is 1, since ComfyUI divides a flow's result by 1 - sigma.
+    """
+    run.conds = recorded_conds(model.inner_model.conds)
+    run.options = {0: internals.recorded_options(extra_args["model_options"])}
+    recording = {**extra_args, "model_options": recording_cut_features(run, model.inner_model, run.options[0])}
+    sampling = model.inner_model.inner_model.model_sampling
+    ones, found = x.new_ones(x.shape[0]), {}
+
+    def predict_noise(y: Tensor, sigma: Tensor) -> Tensor:
+        # the graph cut's features are of the first evaluation, which sees the picture itself
+        denoised = model(y, sigma * ones, **(extra_args if run.keys else recording))
+        callback({"i": len(found) - 1, "denoised": denoised, "x": y, "sigma": sigma})
+        return (y - denoised) / sigma
+
+    if is_flow:  # what a flow's sampler is handed is (1 - sigma) latent; the network's input is not scaled
+        y = x / sampling.noise_scaling(sigmas[:1], x.new_zeros(1), x.new_ones(1))
+        steps = kernel.invert(y, predict_noise, sigmas, lambda sigma: 1.0, iterations)
+    else:
+        data = sampling.sigma_data
+        y = x * (1 + (sigmas[0] / data) ** 2) ** 0.5
+        steps = kernel.invert(y, predict_noise, sigmas, lambda sigma: data**2 + sigma**2, iterations)
+    for sigma, y in steps:
+        found[float(sigma), 0, 0] = Evaluation(
+            y
+        )  # where the ladder starts with a sigma of the schedule, they are equal
+    run.evaluations = {key: found[key] for key in reversed(found) if key[0] in run.sigmas}
+    return x if is_flow else y
+
+
+def as_noise(model: ModelPatcher, x: Tensor, sigma: float) -> Tensor:
+    """The noise that ComfyUI's samplers scale to x at sigma."""
+    sampling = model.get_model_object("model_sampling")
+    highest = float(sampling.sigma_max)
+    is_start = math.isclose(highest, sigma, rel_tol=1e-5) or sigma > highest
+    return x / sampling.noise_scaling(torch.tensor([sigma]), torch.ones(1), torch.zeros(1), is_start)

@@ -1,0 +1,141 @@
+"""Layout-and-Retouch (arXiv 2407.09779), stage two: a layout sampled again, with the subject's look fed from a photo and
+the surroundings from the layout.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..kernels import adaptive_mask as kernel
+from ..patching.recipe import Recipe, RunContext, Start, begin_on, first_step
+from ..patching.schedule import Window, position
+from ..patching.streams import Stream
+from ..patching.terms import AttentionTerm, TargetRows
+
+Tensor = torch.Tensor
+
+
+class LiveMask(NamedTuple):
+    """An adaptive mask whose attention map is that of the run which reads it. The fields are kernel.adaptive's."""
+
+    segment: torch.Tensor | None
+    threshold: float
+    min_area: float
+    mode: str
+
+
+class FromLayout(Recipe):
+    """Where the target begins: on the layout's trajectory, after the steps in which it takes all of Q, K and V from the
+    layout. With one starting latent such a target is the layout, whatever its prompt, so that these steps need no
+    computing.
+
+    layouts: streams, one for all images or one for each. end: of those steps, 0 to 1. last: where the node's other
+    recipes end; with both 0 it does nothing.
+    """
+
+    node = "Multi Source Swap"
+    same_weights = False  # the layout and the photo may be of the plain model
+
+    def __init__(self, layouts: list[Stream], end: float, last: float) -> None:
+        super().__init__(Window(0.0, max(end, last), ()))
+        self.layouts, self.end = layouts, end
+
+    @property
+    def followed(self) -> Sequence[Stream]:
+        return self.layouts
+
+    def check(self, context: RunContext) -> None:
+        for run in dict.fromkeys(stream.run for stream in self.layouts):
+            first = first_step(run) / (len(run.sigmas) - 1)
+            begun = [position(sigma, run.sigmas) for sigma in context.sigmas[:-1]]
+            if any(self.end <= step < first for step in begun):
+                raise ValueError(
+                    f"{self.node}: another model made the layout up to {first:g} of its schedule, and what is to be"
+                    f" followed begins there. Set layout_end to {first:g} or more."
+                )
+
+    def start(self, context: RunContext, start: Start) -> Start:
+        noise, latent_image, sigmas = start
+        run, images = self.layouts[0].run, len(noise)
+        if len(self.layouts) not in (1, images):
+            raise ValueError(
+                f"{self.node}: {len(self.layouts)} layouts for a batch of {images}. Sample the LATENT that the node"
+                " gives."
+            )
+        streams = self.layouts * (images // len(self.layouts))
+        sigmas = sigmas[sum(position(sigma, run.sigmas) < self.end for sigma in sigmas[:-1].tolist()) :]
+        if len(sigmas) == 1:
+            return Start(noise, torch.stack([run.final[row] for run, row in streams]).to(latent_image), sigmas)
+        begun = [
+            begin_on(stream, self, context, Start(noise[i : i + 1], latent_image[i : i + 1], sigmas), float(sigmas[0]))
+            for i, stream in enumerate(streams)
+        ]
+        return Start(*map(torch.cat, zip(*begun)), sigmas)
+
+
+class FromReference(Recipe):
+    """Keys and values of the reference for the target's queries (equation 3). references: streams, one for all images
+    or one for each.
+    """
+
+    node = "Multi Source Swap"
+    same_weights = False  # the layout and the photo may be of the plain model
+
+    def __init__(self, window: Window, references: Sequence[Stream]) -> None:
+        super().__init__(window)
+        self.streams = references
+
+    def attend(
+        self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
+    ) -> list[AttentionTerm]:
+        reference = torch.cat(sources)
+        return [AttentionTerm(target.q, reference, reference)]
+
+
+class FromBoth(Recipe):
+    """The same, blended with the layout's own attention: phi* = M phi_t + (1 - M) phi_o (equation 4). Rows of no weight
+    are not computed.
+
+    mask: M, [1 or B, H, W] in [0, 1], or a LiveMask.
+    """
+
+    node = "Multi Source Swap"
+    same_weights = False  # the layout and the photo may be of the plain model
+    several_terms = True
+
+    def __init__(
+        self, window: Window, references: Sequence[Stream], layouts: Sequence[Stream], mask: Tensor | LiveMask
+    ) -> None:
+        super().__init__(window)
+        self.streams, self.count, self.mask = (*references, *layouts), len(references), mask
+        self.made: tuple[Tensor | None, Tensor] | None = None  # (map, M) of a live mask
+
+    def check(self, context: RunContext) -> None:
+        if isinstance(self.mask, LiveMask) and not context.measures_words:
+            raise ValueError(
+                f"{self.node}: a running mask needs Token Attention Map on the MODEL, with the words to look for. Put"
+                " it there, or connect the MASK of Adaptive Mask Blend."
+            )
+
+    def current(self, context: RunContext) -> Tensor:
+        """M, [1 or B, H, W]; a live one is made once for each map."""
+        if not isinstance(self.mask, LiveMask):
+            return self.mask
+        found = context.attention_map
+        if self.made is None or self.made[0] is not found:
+            known = torch.zeros(1, *context.size) if found is None else found.cpu()
+            self.made = found, kernel.adaptive(known, self.mask.segment, context.size, *self.mask[1:]).mask
+        return self.made[1]
+
+    def attend(
+        self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
+    ) -> list[AttentionTerm]:
+        reference, layout = torch.cat(sources[: self.count]), torch.cat(sources[self.count :])
+        weight = kernel.at_size(self.current(context), grid).flatten(1)[..., None].to(reference)
+        terms = []
+        for queries, keys, share in ((target.q, reference, weight), (layout, layout, 1 - weight)):
+            rows = share.amax(0).flatten().nonzero()[:, 0]
+            if len(rows):
+                terms.append(AttentionTerm(queries[:, rows], keys, keys, rows, share[:, rows]))
+        return terms

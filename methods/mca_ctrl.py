@@ -1,0 +1,227 @@
+"""MCA-Ctrl (arXiv 2505.01428): a subject of one picture in a region of another, by self-attention over their masked
+tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ..kernels import grid_masks
+from ..patching.recipe import Recipe, RunContext, Start, begin_on
+from ..patching.schedule import Window
+from ..patching.streams import Stream
+from ..patching.terms import AttentionTerm, TargetRows
+
+Tensor = torch.Tensor
+
+LATE = "u2-"  # the paper's layers 9 to 15: the decoder from its last block at a quarter of the latent on
+
+
+class Preset(NamedTuple):
+    """Parts of the schedule (start, end) in which SAGI and SALQ act, and the blocks of SALQ; SAGI acts in all."""
+
+    sagi: tuple[float, float]
+    salq: tuple[float, float]
+    salq_sites: str
+
+
+PRESETS = {
+    "notebook edit": Preset((0.0, 0.1), (0.1, 1.0), LATE),
+    "notebook generation": Preset((0.02, 0.1), (0.1, 1.0), "all"),
+    "paper swap": Preset((0.0, 0.4), (0.4, 0.96), LATE),
+    "paper generation": Preset((0.0, 0.7), (0.7, 0.96), "d1-,m,u"),
+}
+CUSTOM = "custom"
+FORWARD, REVERSE = "SAGI first", "SALQ first"
+
+
+# ---------------------------------------------------------------- where the subject goes
+
+
+class Parts(NamedTuple):
+    """The tokens of a level that the subject feeds (front) and that the condition feeds (back), int64; how much of
+    their results counts, [B, tokens, 1], and which of the back tokens each image may attend to, bool [B, tokens]. None:
+    all.
+    """
+
+    front: torch.Tensor
+    back: torch.Tensor
+    front_weight: torch.Tensor | None = None
+    back_weight: torch.Tensor | None = None
+    allowed: torch.Tensor | None = None
+
+
+class MaskArea:
+    """The edited area M_C, given as a mask."""
+
+    def __init__(self, mask: Tensor) -> None:
+        """mask: [H, W] bool, True where the subject goes."""
+        self.mask = mask
+        self.found: dict[tuple, Parts] = {}
+
+    def parts(self, context: RunContext, grid: tuple[int, int], device: torch.device) -> Parts:
+        key = grid, device
+        if key not in self.found:
+            inside = grid_masks.cells(self.mask, grid).flatten()
+            self.found[key] = Parts(*(part.nonzero()[:, 0].to(device) for part in (inside, ~inside)))
+        return self.found[key]
+
+
+class WordsArea:
+    """The edited area M_C, from where the target looks for words while it samples (section 3.3): the map so far of
+    the last Token Attention Map on the MODEL, in each image for itself.
+    """
+
+    def __init__(self, share: float, soft: bool) -> None:
+        """share: of the tokens, that belong to the subject. soft: whether the others do in part."""
+        self.share, self.soft = share, soft
+        self.maps: Tensor | None = None
+        self.found: dict[tuple[int, int], Parts] = {}
+
+    def parts(self, context: RunContext, grid: tuple[int, int], device: torch.device) -> Parts | None:
+        """None in the first step, before there is a map."""
+        maps = context.attention_map
+        if maps is not self.maps:
+            self.maps, self.found = maps, {}
+        if maps is not None and grid not in self.found:
+            self.found[grid] = self.parts_of(
+                grid_masks.strongest(maps, grid, self.share, self.soft).flatten(1).to(device)
+            )
+        return self.found.get(grid)
+
+    @staticmethod
+    def parts_of(share: Tensor) -> Parts:
+        """share: of the subject, [B, tokens] in [0, 1]."""
+        front, back = (part.any(0).nonzero()[:, 0] for part in (share > 0, share < 1))
+        allowed = share[:, back] < 1
+        # of an image that is all subject: its weight is 0, but there must be a key
+        allowed |= ~allowed.any(1, keepdim=True)
+        return Parts(front, back, share[:, front, None], 1 - share[:, back, None], None if allowed.all() else allowed)
+
+
+# ---------------------------------------------------------------- the recipes
+
+
+class MaskedAttention(Recipe):
+    """Self-attention of the target: in the edited area over the subject's tokens, elsewhere over the condition's.
+
+    Equations 6, 7, 10 and 11, as the released code reads them (7 and 11 are misprinted): M_C F_subject + (1 - M_C)
+    F_condition, where F_subject attends to the tokens in M_S and F_condition to those outside M_C. Both by gathered
+    queries and keys.
+    """
+
+    node = "Collaborative Attention"
+    several_terms = True
+
+    def __init__(
+        self,
+        window: Window,
+        subject: Stream,
+        condition: Stream | None,
+        subject_mask: Tensor,
+        area: MaskArea | WordsArea,
+        fresh: Tensor | None = None,
+    ) -> None:
+        """subject, condition: Streams, the condition None where the target is its own. subject_mask: M_S, [H, W] bool.
+        area: MaskArea or WordsArea. fresh: where the target begins with noise of its own, [H, W] bool (None: nowhere).
+        """
+        super().__init__(window)
+        self.condition, self.subject_mask, self.area, self.fresh = condition, subject_mask, area, fresh
+        self.streams = (subject, condition) if condition else (subject,)
+        self.subject_rows: dict[tuple, Tensor] = {}
+
+    def start(self, context: RunContext, start: Start) -> Start:
+        """Begin where the condition began: z_T of the target is the condition's."""
+        if not self.condition:
+            return start
+        own, latent_image = begin_on(self.condition, self, context, start)
+        if self.fresh is not None:
+            own = torch.where(grid_masks.cells(self.fresh, context.size).to(own.device), start.noise, own)
+        return Start(own, latent_image, start.sigmas)
+
+    def rows_of_subject(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        key = grid, device
+        if key not in self.subject_rows:
+            self.subject_rows[key] = grid_masks.cells(self.subject_mask, grid).flatten().nonzero()[:, 0].to(device)
+        return self.subject_rows[key]
+
+    def attend(
+        self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
+    ) -> list[AttentionTerm]:
+        n = target.q
+        parts = self.area.parts(context, grid, n.device)
+        if parts is None:
+            return [AttentionTerm(*target)]
+        subject, condition = sources if self.condition else (*sources, n)
+        terms = []
+        if len(parts.front):
+            keys = subject[:, self.rows_of_subject(grid, n.device)]
+            terms.append(
+                AttentionTerm(self.queries(n, subject)[:, parts.front], keys, keys, parts.front, parts.front_weight)
+            )
+        if len(parts.back):
+            keys = condition[:, parts.back]
+            terms.append(
+                AttentionTerm(
+                    self.queries(n, condition)[:, parts.back], keys, keys, parts.back, parts.back_weight, parts.allowed
+                )
+            )
+        return terms
+
+    def queries(self, target: Tensor, source: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class SAGI(MaskedAttention):
+    """Self-attention global injection: the attention outputs of subject and condition themselves (section 3.3,
+    equations 5 to 7).
+    """
+
+    def queries(self, target: Tensor, source: Tensor) -> Tensor:
+        return source
+
+
+class SALQ(MaskedAttention):
+    """Self-attention local query: the target asks, subject and condition answer (section 3.3, equations 8 to 11)."""
+
+    def queries(self, target: Tensor, source: Tensor) -> Tensor:
+        return target
+
+
+class BackgroundLock(Recipe):
+    """Holds the latent outside the edited area on the condition's trajectory, and leaves the condition's own latent
+    there in the end (the released code's LocalBlend, which is one step too noisy).
+    """
+
+    node = MaskedAttention.node
+
+    def __init__(self, condition: Stream, mask: Tensor) -> None:
+        """mask: M_C, [H, W] bool."""
+        super().__init__(Window(0.0, 1.0, ()))
+        self.condition, self.mask = condition, mask
+        self.streams = (condition,)
+
+    def locked(self, x: Tensor, kept: Tensor) -> Tensor:
+        """x [B, C, h, w] with the kept latent [1, C, h, w] outside the edited area."""
+        return torch.where(grid_masks.cells(self.mask, x.shape[-2:]).to(x.device), x, kept.to(x))
+
+    def final(self, context: RunContext) -> Tensor:
+        """The condition's latent where the run at hand ends: its result, or on the way there."""
+        run, row = self.condition
+        sigma = context.sigmas[-1]
+        if sigma == 0 and run.sigmas[-1] == 0:
+            return run.final[row : row + 1]
+        return context.to_latent_scale(context.latent_that_continues(self, self.condition, sigma))
+
+    def check(self, context: RunContext) -> None:
+        self.final(context)
+
+    def latent(self, context: RunContext, x: Tensor) -> Tensor:
+        return self.locked(x, context.latent_of(self, self.condition, (*context.sigma_visit, 0)))
+
+    def denoised(self, context: RunContext, denoised: Tensor) -> Tensor:
+        run, row = self.condition
+        return self.locked(denoised, context.to_model_scale(run.final[row : row + 1]))
+
+    def output(self, context: RunContext, output: Tensor) -> Tensor:
+        return self.locked(output, self.final(context))

@@ -1,0 +1,185 @@
+"""The seam to ComfyUI: the one file of this pack that reaches behind ComfyUI's public API for patching models."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import comfy.conds
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.patcher_extension import WrappersMP
+
+KEY = "montage"  # of our wrappers and attachments in a MODEL, and of the Session in a run's transformer options
+
+# ---------------------------------------------------------------- a MODEL
+
+
+def attached(model: ModelPatcher, default: Any) -> Any:
+    """What this pack has attached to a MODEL."""
+    found = model.get_attachment(KEY)
+    return default if found is None else found
+
+
+def loader_of(model: ModelPatcher) -> tuple[str, str] | None:
+    """(identity, file name) of what loaded the MODEL's weights; None where ComfyUI does not know."""
+    loader = model.cached_patcher_init
+    if not loader:
+        return None
+    return repr((loader[0].__qualname__, loader[1])), str(loader[1][0]).replace("\\", "/").rpartition("/")[2]
+
+
+def patches_id(model: ModelPatcher) -> Any:
+    """Changes whenever weights are patched (LoRAs)."""
+    return model.patches_uuid
+
+
+def injected_adapters(model: ModelPatcher) -> dict[str, Any]:
+    """What acts by injection instead of by patched weights, {name: adapters}: of Load LoRA Bypass each adapter and its
+    strength, of an injection of another kind nothing but the name.
+    """
+    found: dict[str, Any] = {}
+    for key, injections in model.injections.items():
+        for number, injection in enumerate(injections):
+            cells = getattr(injection.inject, "__closure__", None) or ()
+            managers = [cell.cell_contents for cell in cells if hasattr(cell.cell_contents, "adapters")]
+            found[f"{key} {number}"] = [manager.adapters for manager in managers]
+    return found
+
+
+def has_context_windows(model: ModelPatcher) -> bool:
+    return model.model_options.get("context_handler") is not None
+
+
+def is_split_over_devices(model: ModelPatcher) -> bool:
+    return bool(model.get_additional_models_with_key("multigpu"))
+
+
+def network_of(model: ModelPatcher) -> torch.nn.Module:
+    """The diffusion model of a MODEL, also where torch.compile has wrapped it."""
+    network = model.get_model_object("diffusion_model")
+    return getattr(network, "_orig_mod", network)
+
+
+# ---------------------------------------------------------------- the options of a model evaluation
+
+
+def recorded_options(options: dict) -> dict:
+    """A copy of a run's model options, for its replays. Without what holds the MODELs that it was sampled with: its
+    Session, and what is for loading alone.
+    """
+    options = create_model_options_clone(options)
+    options.pop("to_load_options", None)
+    transformer = options["transformer_options"]
+    transformer.pop(KEY, None)
+    transformer.get("wrappers", {}).pop(WrappersMP.PREPARE_SAMPLING, None)
+    return options
+
+
+def without_compile(options: dict) -> tuple[dict, bool]:
+    """(a copy of model options without torch.compile, whether it was there). A compiled model would run the graph that
+    was traced without our patches.
+    """
+    options = create_model_options_clone(options)
+    wrappers = options["transformer_options"].get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    return options, bool(wrappers.pop("torch.compile", None))
+
+
+def add_first(options: dict, kind: str, patch: Callable) -> None:
+    """Put a patch before all others of its kind into (a copy of) model options."""
+    patches = options["transformer_options"].setdefault("patches", {})
+    patches[kind] = [patch, *patches.get(kind, ())]
+
+
+def wrap_network(options: dict, wrapper: Callable) -> None:
+    """Add an APPLY_MODEL wrapper to (a copy of) model options."""
+    comfy.patcher_extension.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper, options, is_model_options=True)
+
+
+def wrapper_keys(options: dict) -> Iterator[str]:
+    """The keys of all wrappers in model options: the names by which other nodes can be told."""
+    for wrappers in options.get("transformer_options", {}).get("wrappers", {}).values():
+        yield from (str(key) for key in wrappers if key is not None)
+
+
+def is_patched_by_others(options: dict) -> bool:
+    """Whether anything but this pack changes what the model computes, and might do so row by row."""
+    transformer = options.get("transformer_options", {})
+    others = {key for key in wrapper_keys(options) if key != KEY}
+    patched = any(transformer.get("patches", {}).values()) or any(transformer.get("patches_replace", {}).values())
+    hooked = any(name in options for name in ("model_function_wrapper", "sampler_calc_cond_batch_function"))
+    return bool(others or patched or hooked or "optimized_attention_override" in transformer)
+
+
+# ---------------------------------------------------------------- evaluations
+
+
+def evaluate(model: Any, conds: list, x: torch.Tensor, timestep: torch.Tensor, options: dict) -> list[torch.Tensor]:
+    """Evaluate the model on conditionings, through the wrappers of `options` and no others."""
+    return comfy.samplers._calc_cond_batch_outer(model, conds, x, timestep, options)
+
+
+def move_patches(options: dict, device: torch.device) -> None:
+    """Move what the patches of recorded options hold, as ComfyUI does it for those of the run at hand."""
+    comfy.samplers.cast_transformer_options(options["transformer_options"], device=device)
+
+
+def prepare_controls(model: Any, conds: list[dict]) -> None:
+    comfy.samplers.pre_run_control(model, conds)
+
+
+def release(conds: dict[str, list[dict]]) -> None:
+    """Let ComfyUI clean up after the ControlNets of conditionings."""
+    comfy.sampler_helpers.cleanup_models(conds, [])
+
+
+# ---------------------------------------------------------------- conditionings
+
+
+def copied_control(control: Any) -> Any:
+    """A ControlNet, and those before it, with a state of their own: what they prepare for one batch must not be met by
+    another. Their models are shared.
+    """
+    if control is None:
+        return None
+    copied = control.copy()
+    return copied.set_previous_controlnet(copied_control(control.previous_controlnet))
+
+
+def with_tensors(cond: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> dict:
+    """A copy of a processed conditioning in which every tensor of a value per image is changed."""
+
+    def changed(value: comfy.conds.CONDRegular) -> comfy.conds.CONDRegular:
+        return value._copy_with(change(value.cond)) if isinstance(value.cond, torch.Tensor) else value
+
+    found = {**cond, "model_conds": {name: changed(value) for name, value in cond["model_conds"].items()}}
+    if isinstance(cond.get("mask"), torch.Tensor):
+        found["mask"] = change(cond["mask"])
+    return found
+
+
+def same_conditioning(a: Any, b: Any) -> bool:
+    """Whether two values of processed conditionings are the same, but for the uuids that tell them apart."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_conditioning(a[key], b[key]) for key in a.keys() - {"uuid"})
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_conditioning, a, b))
+    if isinstance(a, comfy.conds.CONDRegular):
+        return type(a) is type(b) and same_conditioning(a.cond, b.cond)
+    return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
+
+
+def processed(model: ModelPatcher, conditionings: dict, noise: torch.Tensor, latent_image: torch.Tensor, mask: Any):
+    """{role: CONDITIONING} as a guider processes them for a run."""
+    prompts = {role: comfy.sampler_helpers.convert_cond(value) for role, value in conditionings.items()}
+    device = noise.device
+    return comfy.samplers.process_conds(model.model, noise, prompts, device, latent_image, denoise_mask=mask)
+
+
+def control_models(conds: Iterable[dict]) -> list:
+    """The models of the ControlNets of processed conditionings, each once."""
+    controls = dict.fromkeys(cond["control"] for cond in conds if "control" in cond)
+    return list(dict.fromkeys(model for control in controls for model in control.get_models()))

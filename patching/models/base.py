@@ -1,0 +1,119 @@
+"""The interface between the engine and a model family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from ..terms import PackedAttention
+
+
+class Site(NamedTuple):
+    """One attention of the diffusion model: where a recipe may act."""
+
+    block: str  # the kind of block: "input", "middle" or "output" of a UNet, "double" or "single" of a transformer
+    number: int  # of the block among its kind, as ComfyUI counts them
+    index: int  # of the attention inside it
+
+
+class SelfAttention(NamedTuple):
+    """The attention among the image tokens of a site, before it is computed, for the conditionings of a model call.
+
+    rows: [conditionings x B, tokens, C]: what Q, K and V are made of, row by row. A UNet's are the input n = norm1(x) of
+    all three; a transformer's are Q, K and V themselves, after RoPE, packed one after the other. grid: (h, w) of the
+    tokens. latent_size: (h, w) of the latent that the model is run on.
+    """
+
+    site: Site
+    uuids: Sequence[Any]
+    rows: torch.Tensor
+    grid: tuple[int, int]
+    latent_size: tuple[int, int]
+
+
+class SelfAttentionRows(NamedTuple):
+    """What the engine wants computed instead: rows for Q, K and V, [conditionings x B, any, C]; packed: how to attend
+    where that takes more than one attention (None: plainly).
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    packed: PackedAttention | None = None
+
+
+class TextAttention(NamedTuple):
+    """The attention of a site's image tokens to the text, after the projections.
+
+    q: [conditionings x B, tokens, heads x d], k: [conditionings x B, text tokens, heads x d]. images: rows that the
+    model was given, of all conditionings.
+    """
+
+    site: Site
+    uuids: Sequence[Any]
+    q: torch.Tensor
+    k: torch.Tensor
+    heads: int
+    images: int
+    grid: tuple[int, int]
+    latent_size: tuple[int, int]
+
+
+class SiteHandler(Protocol):
+    """What the engine does at the attentions of one model evaluation. A family calls it at the sites that it lists."""
+
+    acts_on_self_attention: bool  # whether self_attention is to be called, at all sites
+    packed_sites: frozenset[Site]  # where self_attention may return packed rows
+    measured_sites: frozenset[Site]  # where text_attention is to be called
+    biased_sites: frozenset[Site]  # where bias is to be called
+
+    def self_attention(self, attention: SelfAttention) -> SelfAttentionRows | None:
+        """Rows to compute with instead, or None to leave the attention as it is."""
+
+    def text_attention(self, attention: TextAttention) -> None:
+        """Look at an attention."""
+
+    def bias(self, attention: TextAttention) -> list[torch.Tensor | None]:
+        """For each conditioning what is added to its logits, [B, 1, tokens, text tokens], or None."""
+
+    def wrong_result(self, site: Site, got: tuple[int, ...], queries: tuple[int, ...]) -> ValueError:
+        """The error for another node's attention that returns another shape than that of its queries."""
+
+    def wrong_rows(self, site: Site, got: tuple[int, ...], wanted: tuple[int, ...]) -> ValueError:
+        """The error for another node that changes the number of tokens after they were composed."""
+
+
+class ModelFamily(ABC):
+    """A kind of diffusion model. Made anew for each question: it holds the MODEL's network and nothing else."""
+
+    def __init__(self, model: ModelPatcher, network: torch.nn.Module) -> None:
+        self.model, self.network = model, network
+
+    @classmethod
+    @abstractmethod
+    def owns(cls, network: torch.nn.Module) -> bool:
+        """Whether a diffusion model is of this family."""
+
+    @abstractmethod
+    def sites(self) -> tuple[Site, ...]:
+        """Every attention site, in the order of execution."""
+
+    @abstractmethod
+    def parse_sites(self, text: str) -> tuple[Site, ...]:
+        """The sites that a text names, in the order of execution. Raises ValueError that lists what the model has."""
+
+    @abstractmethod
+    def hooked(self, options: dict, handler: SiteHandler) -> dict:
+        """Model options (of which this may change the copy it was given) whose attentions go through the handler."""
+
+    @abstractmethod
+    def cut_site(self) -> Site:
+        """The site whose features serve the graph cut."""
+
+    @abstractmethod
+    def cut_features(self, rows: torch.Tensor) -> torch.Tensor:
+        """The graph cut's features of rows at that site, [B, tokens, channels]."""

@@ -1,0 +1,86 @@
+"""What a recorded run takes down: its latents, conditioning and options, and attention features within a budget."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+from . import internals
+from .attention_maps import LiveAttentionMap
+from .models import SelfAttention, Site, family_of
+from .streams import CallKey, CondRole, Evaluation, Recording, Run, recorded_conds, roles_of
+
+Record = Callable[[Site, CondRole, torch.Tensor, tuple[int, int]], None]
+
+
+class Recorder:
+    """Fills a Run, and hands it to its Recordings when it is finished."""
+
+    def __init__(self, run: Run, model: ModelPatcher, recordings: Sequence[Recording], last_sigma: float) -> None:
+        """last_sigma: of the last step, where the graph cut's features are taken."""
+        self.run, self.model, self.recordings, self.last_sigma = run, model, recordings, last_sigma
+        self.recording = max(recordings, key=lambda recording: recording.budget)  # whose budget counts
+        self.keeps_features = self.recording.budget > 0
+        self.cut_site = family_of(model).cut_site()
+
+    def begin_call(self, key: CallKey, conds: dict[str, list[dict]], x: torch.Tensor, options: dict) -> Record | None:
+        """Take down what goes into an evaluation of the model; return the callback that records the target's attention
+        inputs, or None where nothing is to be recorded of them.
+        """
+        if not self.run.conds:
+            self.run.conds = recorded_conds(conds)
+        if key[2] not in self.run.options:
+            self.run.options[key[2]] = internals.recorded_options(options)
+        evaluation = self.run.evaluations[key] = Evaluation(x)
+        self.keeps_features &= self.recording.make_room(self.run.evaluation_bytes, self.run)
+        is_last = key[0] <= self.last_sigma and key[2] == 0
+        if not self.keeps_features and not is_last:
+            return None
+
+        def record(site: Site, role: CondRole, rows: torch.Tensor, grid: tuple[int, int]) -> None:
+            if self.keeps_features:
+                self.keep(evaluation, site, role, rows)
+            if is_last and site == self.cut_site:
+                self.run.keep_cut_features(self.model, role, rows, grid)
+
+        return record
+
+    def keep(self, evaluation: Evaluation, site: Site, role: CondRole, rows: torch.Tensor) -> None:
+        """Keep the features of one site while the budget lasts: at no moment is it exceeded."""
+        if not self.recording.make_room(rows.nbytes, self.run):
+            self.keeps_features, evaluation.features = False, {}  # part of an evaluation is of no use
+            return
+        evaluation.features[role, site] = rows.to("cpu", copy=True)  # other patches may write into them
+
+    def finish(self, output: torch.Tensor, maps: Sequence[LiveAttentionMap]) -> None:
+        """The run has ended in `output`, [B, C, h, w]."""
+        self.run.final = output.detach().cpu()
+        measured = ((live.wanted.words, live.read()) for live in maps)
+        self.run.maps = {words: found.cpu() for words, found in measured if found is not None}
+        for recording in self.recordings:
+            recording.add(self.run)
+
+
+def recording_cut_features(run: Run, guider: Any, options: dict) -> dict:
+    """A copy of the model options, with which an evaluation stores the graph cut's features in `run`: for runs without
+    a session (inversions).
+    """
+    options, _ = internals.without_compile(options)
+    return family_of(guider.model_patcher).hooked(options, CutFeatures(run, guider))
+
+
+class CutFeatures:
+    """What happens at the attentions of such an evaluation (a models.SiteHandler): nothing else is done."""
+
+    acts_on_self_attention = True
+    packed_sites = measured_sites = biased_sites = frozenset()
+
+    def __init__(self, run: Run, guider: Any) -> None:
+        self.run, self.model, self.roles = run, guider.model_patcher, roles_of(guider.conds)
+        self.site = family_of(self.model).cut_site()
+
+    def self_attention(self, attention: SelfAttention) -> None:
+        if attention.site == self.site:
+            for uuid, rows in zip(attention.uuids, attention.rows.chunk(len(attention.uuids))):
+                self.run.keep_cut_features(self.model, self.roles[uuid], rows, attention.grid)

@@ -1,0 +1,268 @@
+"""What can be refused: before sampling wherever it is known by then, in one sentence that names the node to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import internals
+from .models import Site, TextAttention
+from .recipe import Recipe, never_acts
+from .schedule import in_words
+from .streams import CondRole, Run
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from .session import Session
+
+# guidance that perturbs the middle block's self-attention and therefore needs it in one piece
+WHOLE_MIDDLE_BLOCK = {"nodes_pag": "Perturbed-Attention Guidance", "nodes_sag": "Self-Attention Guidance"}
+# nodes that skip evaluations or blocks and give an earlier result again, by the keys of their wrappers
+CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache", "teacache": "TeaCache", "fbcache": "First Block Cache"}
+
+# ---------------------------------------------------------------- before sampling
+
+
+def before_sampling(session: Session) -> None:
+    """Refuse a run that cannot give what the nodes on its MODEL promise. Changes nothing."""
+    model = session.context.model
+    if session.names:
+        _check_context_windows(session.names, session.biased_nodes, model)
+        _check_caches(session.names, session.guider.model_options)
+    for recipe in session.recipes:
+        for run in dict.fromkeys(stream.run for stream in recipe.followed):
+            check_run(session, recipe, run)
+        recipe.check(session.context)
+    _check_several_terms(session)
+    _check_guidance(session)
+    for recipes in session.groups:
+        if never_acts(recipes, session.context):
+            windows = " and ".join(f"{r.window.start:g} to {r.window.end:g}" for r in recipes if r.window.sites)
+            raise ValueError(
+                f"{recipes[0].node}: it would never act: the {len(session.context.sigmas) - 1} steps that are sampled lie"
+                f" outside its window ({windows}). Widen the window, sample more steps, or disconnect the node."
+            )
+    _check_biases(session)
+
+
+def _check_context_windows(names: str, biased: str, model: Any) -> None:
+    if internals.has_context_windows(model):
+        what = "the canvas" if names == biased else "what was recorded"
+        raise ValueError(
+            f"{names}: context windows cut the latent into pieces that do not match {what}. "
+            "Disconnect the context window node from this MODEL."
+        )
+    if internals.is_split_over_devices(model) and names != biased:
+        raise ValueError(
+            f"{names}: the work on this MODEL is split over several devices, which run on copies of it that"
+            " cannot be recorded or composed together. Set MultiGPU CFG Split to one device, or disconnect it."
+        )
+
+
+def _check_caches(names: str, options: dict) -> None:
+    for key in internals.wrapper_keys(options):
+        name = next((title for word, title in CACHES.items() if word in key.lower().replace("_", "")), None)
+        if name:
+            raise ValueError(
+                f"{names}: {name} on this MODEL skips evaluations of the model, which can then neither be recorded nor"
+                f" composed. Disconnect {name}, for the recorded images and for this run."
+            )
+
+
+def check_run(session: Session, recipe: Recipe, run: Run) -> None:
+    """Refuse a recorded run that a recipe cannot follow here."""
+    context = session.context
+    if run.composed:
+        raise ValueError(
+            f"{recipe.node}: one of its images was itself composed, by {run.composed}. Compose from the images that"
+            " it was made of."
+        )
+    check_size(recipe, run, context.size)
+    if not set(context.sigmas[:-1]) <= set(run.sigmas):
+        raise ValueError(
+            f"{recipe.node}: its images were recorded over {in_words(run.sigmas)} and this run takes"
+            f" {in_words(context.sigmas)}. Set the sampler's steps, scheduler and denoise to those of the recording; a"
+            " detailer or second pass wants the MODEL before this node."
+        )
+    if any("hooks" in cond for group in run.conds.values() for cond in group):
+        raise ValueError(
+            f"{recipe.node}: its images were recorded with hooks on their conditioning, which cannot be replayed. "
+            "Apply the LoRA to the MODEL instead of the conditioning."
+        )
+    _check_weights(recipe, run.weights, session.weights)
+
+
+def _check_weights(recipe: Recipe, recorded: Weights, here: Weights) -> None:
+    """What a MODEL is sampled with is known only now: other nodes may have changed it behind ours."""
+    same = recorded.same_as(here) if recipe.same_weights else recorded.same_sampling(here)
+    if not same:
+        was, now = recorded.told_apart(here)
+        raise ValueError(
+            f"{recipe.node}: its images were recorded with {was}, but the MODEL that is sampled is {now}. Put what"
+            " changes the MODEL (a LoRA, model sampling) before the Feature Recorder and before this node, the same for"
+            " all."
+        )
+
+
+def check_size(recipe: Recipe, run: Run, size: tuple[int, int]) -> None:
+    if run.size != size:
+        raise ValueError(
+            f"{recipe.node}: its images were recorded at {run.size[0]}x{run.size[1]} latent pixels and this run "
+            f"has {size[0]}x{size[1]}. Sample the LATENT that the node gives, or one of its size."
+        )
+
+
+def _check_several_terms(session: Session) -> None:
+    """Refuse two recipes that would both feed one attention from several images."""
+    for sigma in session.context.sigmas[:-1]:
+        owner: dict[Site, Recipe] = {}
+        for recipe in session.acting(sigma):
+            for site in recipe.window.sites if recipe.several_terms else ():
+                if site in owner:
+                    raise ValueError(
+                        f"{recipe.node}: at sigma {sigma:.4g} {owner[site].node} already feeds the attention of"
+                        f" block {tuple(site)} from several images, and that can be done once. Give the two nodes"
+                        " windows or sites that do not overlap."
+                    )
+                owner[site] = recipe
+
+
+def _check_guidance(session: Session) -> None:
+    """Refuse guidance that would take one term of the middle block's attention for all of it."""
+    functions = session.guider.model_options.get("sampler_post_cfg_function", ())
+    modules = (function.__module__.replace("\\", "/").replace(".", "/").rpartition("/")[2] for function in functions)
+    found = next((WHOLE_MIDDLE_BLOCK[module] for module in modules if module in WHOLE_MIDDLE_BLOCK), None)
+    for recipe in session.recipes:
+        if found and recipe.several_terms and any(site.block == "middle" for site in recipe.window.sites):
+            raise ValueError(
+                f"{recipe.node}: {found} needs the middle block's attention in one"
+                " piece, and here it is put together from several images. Disconnect it from this MODEL,"
+                " or leave the middle block out of the sites."
+            )
+
+
+def _check_biases(session: Session) -> None:
+    if not session.heeds_bias:
+        return
+    if not session.biases:
+        raise ValueError(
+            "Collage Cross Attention: its MODEL is sampled without its CONDITIONING. Connect both to the sampler: the"
+            " conditioning as positive."
+        )
+    for bias, _ in session.biases.values():
+        check_shape(bias.node, bias.size, session.context.size)
+
+
+def check_shape(node: str, canvas: tuple[int, int], latent: tuple[int, int]) -> None:
+    """Refuse a latent of other proportions than the canvas; it may be of another size."""
+    (height, width), (h, w) = canvas, latent
+    if abs(h * width - w * height) > width + height:  # more than a row or column of latent pixels
+        raise ValueError(
+            f"{node}: the canvas is {width}x{height} and the latent {w}x{h}, another shape. Sample the encoded image of"
+            " Collage Canvas, or a latent of its proportions."
+        )
+
+
+# ---------------------------------------------------------------- while sampling
+
+
+def check_tokens(
+    names: str, size: tuple[int, int], latent_size: tuple[int, int], tokens: int, grid: tuple[int, int]
+) -> None:
+    """Refuse an attention over anything but the whole latent."""
+    if latent_size != size or tokens != grid[0] * grid[1]:
+        raise ValueError(
+            f"{names}: the model is run on {latent_size} of {size[0]}x{size[1]} latent"
+            f" pixels ({tokens} tokens for a grid of {grid[0]}x{grid[1]}). Areas and tiles do not"
+            " match what was recorded: use masks instead of areas, and disconnect what cuts the latent into"
+            " tiles."
+        )
+
+
+def check_measured(names: str, size: tuple[int, int], latent_size: tuple[int, int]) -> None:
+    if latent_size != size:
+        raise ValueError(
+            f"{names}: the model is run on {latent_size} of {size[0]}x{size[1]}"
+            " latent pixels, and a map of the whole picture is wanted. Use masks instead of areas, and disconnect"
+            " what cuts the latent into tiles."
+        )
+
+
+def check_biased(node: str, size: tuple[int, int], attention: TextAttention) -> None:
+    """Refuse a biased attention over anything but the whole latent, or over a batch that another node changed."""
+    tokens, grid = attention.q.shape[1], attention.grid
+    if attention.latent_size != size or tokens != grid[0] * grid[1]:
+        raise ValueError(
+            f"{node}: the model is run on {attention.latent_size} of {size[0]}x{size[1]} latent"
+            f" pixels ({tokens} tokens for a grid of {grid[0]}x{grid[1]}). Areas and tiles do not match the canvas:"
+            " use masks instead of areas, and disconnect what cuts the latent into tiles."
+        )
+    if attention.q.shape[0] != attention.images:
+        raise ValueError(
+            f"{node}: another node (an attention couple, for instance) multiplies the batch inside cross-attention."
+            " Disconnect it from this MODEL."
+        )
+
+
+def check_text(node: str, tokens: int, length: int) -> None:
+    """Refuse a text that another node has changed on its way to the model (NegPip and its kin)."""
+    if length % tokens:
+        raise ValueError(
+            f"{node}: the model reads {length} text tokens and the conditioning has {tokens}: another node changes the"
+            " text inside cross-attention. Disconnect it from this MODEL."
+        )
+
+
+def never_reached(node: str, missing: Sequence[Site], wanted: int, what: str = "attention") -> RuntimeError:
+    return RuntimeError(
+        f"{node}: the {what} of {len(missing)} of its {wanted} blocks was never "
+        f"reached, the first of them {tuple(missing[0])}. Another node runs these blocks in its own way: "
+        "disconnect it from this MODEL, or leave the blocks out."
+    )
+
+
+def wrong_result(names: str, site: Site, got: tuple[int, ...], queries: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"{names}: another node replaces the self-attention of block {tuple(site)} and gave"
+        f" {got} for queries of {queries}: it does not go with attention that is fed from several images. Disconnect it"
+        " (Perturbed-Attention Guidance does this), or leave the block out."
+    )
+
+
+def wrong_rows(names: str, site: Site, got: tuple[int, ...], wanted: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"{names}: another node cuts the tokens of block {tuple(site)} after they were composed ({got}"
+        f" of {wanted} in q, k and v). Disconnect HyperTile, ToMe and the like from this MODEL."
+    )
+
+
+def missing_conditioning(recipe: Recipe, number: int, role: str, sigma: float) -> RuntimeError:
+    return RuntimeError(
+        f"{recipe.node}: image {number} has no {role} conditioning at sigma {sigma:.4g}, and this run has. Give both"
+        " the same start and end percent; a node that skips evaluations (EasyCache and the like) does this too."
+    )
+
+
+def role_of_stream(recipe: Recipe, run: Run, role: CondRole) -> CondRole:
+    """The conditioning of a stream that serves one of the target: same role, same number where there are several; the
+    first of its roles that have the same conditioning. Raises ValueError if there is none.
+    """
+    group = run.conds.get(role.role)
+    if not group:
+        raise ValueError(
+            f"{recipe.node}: this run has a {role.role} conditioning and the recorded one has only"
+            f" {', '.join(name for name in run.conds if run.conds[name])}. Sample both with the same kind of guider."
+        )
+    return CondRole(run.served[role.role], role.number if role.number < len(group) else 0)
+
+
+def some_are_foreign(names: str) -> ValueError:
+    return ValueError(
+        f"{names}: another node evaluates conditionings of its own together with the sampler's, which cannot be composed"
+        " apart. Disconnect it from this MODEL."
+    )
+
+
+def in_order(names: Iterable[str]) -> str:
+    """Names of nodes for a message, each once."""
+    return " and ".join(dict.fromkeys(names))
