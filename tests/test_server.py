@@ -97,9 +97,12 @@ def test_loading_costs_little_and_imports_nothing_optional():
         from comfy.cli_args import args; args.cpu = True
         import nodes, comfy_extras.nodes_custom_sampler, comfy_api.latest, folder_paths
         before, began = set(sys.modules), time.process_time()
-        spec = importlib.util.spec_from_file_location("montage", sys.argv[2] + "/__init__.py",
-        submodule_search_locations=[sys.argv[2]]) module = sys.modules["montage"] =
-        importlib.util.module_from_spec(spec); spec.loader.exec_module(module) async def load():
+        folder = sys.argv[2]
+        spec = importlib.util.spec_from_file_location(
+            "montage", folder + "/__init__.py", submodule_search_locations=[folder]
+        )
+        module = sys.modules["montage"] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+        async def load():
             extension = await module.comfy_entrypoint()
             for node in await extension.get_node_list(): node.GET_SCHEMA()
         asyncio.run(load())

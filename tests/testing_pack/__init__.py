@@ -11,7 +11,7 @@ from execution import PromptExecutor
 from server import PromptServer
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-from models import STRUCTURES, random_model, text_encoder  # noqa: E402
+from random_models import STRUCTURES, random_model, text_encoder  # noqa: E402
 
 
 class Structure:
