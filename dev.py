@@ -6,6 +6,7 @@
     python dev.py lint [--fix]         ruff, pyright, eslint and prettier over everything that is ours
     python dev.py comfy [ComfyUI args] a ComfyUI with this pack, to try by hand
     python dev.py evidence [--quick]   measures every paper's claims on the demo model and writes docs/evidence.md
+    python dev.py benchmark NAME       what a method costs, as ratios to plain sampling
 
 A ComfyUI named by COMFYUI_PATH, or the one whose custom_nodes this pack lies in, is used as it is and nothing
 is installed into it. Otherwise a virtual environment and a pinned ComfyUI are made once, in the user's cache.
@@ -304,10 +305,11 @@ def server_command(env: Environment, base: Path, port: int, arguments: list[str]
 
 
 class Server:
-    """A running ComfyUI and the few calls of its API that the demo needs."""
+    """A running ComfyUI whose folders lie in `base`, and the few calls of its API that the demo needs."""
 
-    def __init__(self, port: int, process: subprocess.Popen, log: Path):
-        self.url, self.process, self.log = f"http://127.0.0.1:{port}", process, log
+    def __init__(self, base: Path, port: int, process: subprocess.Popen):
+        self.base, self.log = base, base / "server.log"
+        self.url, self.process = f"http://127.0.0.1:{port}", process
 
     def call(self, path: str, payload: Any = None, parse: bool = True) -> Any:
         data = None if payload is None else json.dumps(payload).encode()
@@ -363,9 +365,9 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(env: Environment, base: Path, *arguments: str) -> Iterator[Server]:
-    port, log = free_port(), base / "server.log"
+    port = free_port()
     (base / "user").mkdir(exist_ok=True)  # ComfyUI's database goes there, and it does not make the folder
-    with open(log, "w", encoding="utf-8") as sink:
+    with open(base / "server.log", "w", encoding="utf-8") as sink:
         process = subprocess.Popen(
             server_command(env, base, port, ["--listen", "127.0.0.1", *arguments]),
             stdout=sink,
@@ -373,7 +375,7 @@ def running_server(env: Environment, base: Path, *arguments: str) -> Iterator[Se
             env=child_variables(env),
         )
         try:
-            server = Server(port, process, log)
+            server = Server(base, port, process)
             server.wait_until_ready()
             yield server
         finally:
@@ -475,15 +477,24 @@ def lint(arguments: list[str]) -> None:
     step("All linters are content.")
 
 
-def evidence(arguments: list[str]) -> None:
+def run_module(name: str, arguments: list[str]) -> None:
+    """Run a module of the pack by its name, with ComfyUI and the pack in place, and end with its exit status."""
     env = environment()
     with_test_requirements(env)
-    sys.exit(
-        subprocess.call(
-            [env.python, ROOT / "evidence" / "report.py", *arguments],
-            env={"OMP_NUM_THREADS": "1", **child_variables(env)},
-        )
-    )
+    bootstrap = ROOT / "workshop" / "bootstrap.py"
+    variables = {"OMP_NUM_THREADS": "1", **child_variables(env)}
+    sys.exit(subprocess.call([env.python, bootstrap, name, *arguments], env=variables))
+
+
+def evidence(arguments: list[str]) -> None:
+    run_module("montage.evidence.report", arguments)
+
+
+def benchmark(arguments: list[str]) -> None:
+    names = sorted(path.stem for path in (ROOT / "evidence" / "benchmarks").glob("[!_]*.py") if path.stem != "bench")
+    if not arguments or arguments[0] not in names:
+        raise Failure(f"Name a benchmark: python dev.py benchmark {{{','.join(names)}}} [arguments]")
+    run_module(f"montage.evidence.benchmarks.{arguments[0]}", arguments[1:])
 
 
 def comfy(arguments: list[str]) -> None:
@@ -499,12 +510,13 @@ def comfy(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    commands = {"demo": demo, "test": test, "lint": lint, "comfy": comfy, "evidence": evidence}
+    commands = {"demo": demo, "test": test, "lint": lint, "comfy": comfy, "evidence": evidence, "benchmark": benchmark}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands)
-    arguments, rest = parser.parse_known_args()
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    chosen = parser.parse_args()
     try:
-        commands[arguments.command](rest)
+        commands[chosen.command](chosen.arguments)
     except Failure as failure:
         step(str(failure))
         sys.exit(1)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_custom_sampler import CFGGuider
-from random_models import random_model, text_encoder
-from sampling import NEGATIVE, empty, recorder, sample, sample_custom, words
 
 from montage.nodes.layout_retouch import TokenAttentionMap, tokens_of
 from montage.patching.attention_maps import RunningMap, TokenMap, marked, probability
 from montage.patching.recipes import install
 from montage.patching.sites import Site, parse_sites, scales_of, transformer_block
 from montage.patching.streams import streams_of
+from montage.workshop.random_models import random_model, text_encoder
+from montage.workshop.sampling import NEGATIVE, empty, recorder, sample, sample_custom, words
 from nodes import ConditioningCombine, ConditioningSetArea
 
 NAMES = ["sd15-small", "sd2-small", "sdxl-small"]

@@ -3,16 +3,14 @@
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from neighbours import replaced_attention, scaled_queries
-from random_models import random_model
-from sampling import SIZE, STEPS, empty, inject, sample
-from test_composite import MIXED, close, two
-from test_recording import low_memory, same
 
 from montage.patching.branches import Branch, join
 from montage.patching.recipes import Recipe, install
 from montage.patching.schedule import Window
 from montage.patching.sites import sites_of
+from montage.workshop.neighbours import replaced_attention, scaled_queries
+from montage.workshop.random_models import random_model
+from montage.workshop.sampling import MIXED, SIZE, STEPS, close, empty, inject, low_memory, same, sample, two
 
 
 def plain_attention(q, k, v, bias=0):

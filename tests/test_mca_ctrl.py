@@ -4,11 +4,6 @@ import copy
 
 import pytest
 import torch
-from random_models import build, half, random_model, text_encoder
-from sampling import NEGATIVE, SIZE, STEPS, empty, halves, record, recorder, sample, sample_advanced, words
-from test_composite import close
-from test_inversion import evaluations_of, image_latent, invert
-from test_recording import SAMPLERS, low_memory, run_of, same
 
 from montage.kernels import grid_masks
 from montage.nodes import mca_ctrl as collaboration
@@ -19,6 +14,27 @@ from montage.patching.recipes import KEY
 from montage.patching.schedule import Window
 from montage.patching.sites import parse_sites, sites_of, transformer_block
 from montage.patching.streams import LATENT_KEY, Half, Recording, streams_of
+from montage.workshop.random_models import build, half, random_model, text_encoder
+from montage.workshop.sampling import (
+    NEGATIVE,
+    SAMPLERS,
+    SIZE,
+    STEPS,
+    close,
+    empty,
+    evaluations_of,
+    halves,
+    image_latent,
+    invert,
+    low_memory,
+    record,
+    recorder,
+    run_of,
+    same,
+    sample,
+    sample_advanced,
+    words,
+)
 from nodes import LatentFromBatch
 
 MODEL = "sd15-small"

@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from package_contents import ROOT, archive, git, schemas, shipped_modules
+
+from montage.workshop.package_contents import ROOT, archive, git, schemas, shipped_modules
 
 try:
     import tomllib

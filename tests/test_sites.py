@@ -2,10 +2,10 @@ import comfy.model_base
 import comfy.supported_models
 import pytest
 import torch
-from random_models import STRUCTURES, random_model
 
 from montage.patching.schedule import Visits, Window, position
 from montage.patching.sites import Site, parse_sites, sites_of
+from montage.workshop.random_models import STRUCTURES, random_model
 
 
 def on_meta(name):
