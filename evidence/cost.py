@@ -3,25 +3,14 @@ grows.
 """
 
 import statistics
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "benchmarks"))
-import bench  # noqa: E402  first: it puts ComfyUI and the pack in place
-import collage  # noqa: E402
-import layout_retouch  # noqa: E402
-import mca_ctrl  # noqa: E402
-import numpy as np  # noqa: E402
-import photomontage  # noqa: E402
+import numpy as np
 
-from montage.evidence import measurements  # noqa: E402
+from . import measurements
+from .benchmarks import bench, collage, layout_retouch, mca_ctrl, photomontage
+from .methods import METHODS
 
-METHODS = {
-    "Generative Photomontage": photomontage,
-    "Collage Diffusion": collage,
-    "MCA-Ctrl": mca_ctrl,
-    "Layout-and-Retouch": layout_retouch,
-}
+BENCHMARKS = {method.title: method.benchmark for method in METHODS.values()}
 SIDE = 16  # of the demo model's latent
 MODELS = {
     "demo": (SIDE, 6, 3),
@@ -45,7 +34,7 @@ def beside_plain(key):
     name, method = key.split(", ")
     side, steps, rounds = MODELS[name]
     on = bench.Bench(name, side, steps)
-    costs = on.measure(METHODS[method].cases(on), rounds)
+    costs = on.measure(BENCHMARKS[method].cases(on), rounds)
     plain = costs["plain"]
     return {
         case: {
@@ -105,7 +94,10 @@ def grown(variable):
             }
         else:
             cases = {
-                case: run for method in METHODS.values() for case, run in method.cases(on).items() if case in FOLLOWED
+                case: run
+                for method in BENCHMARKS.values()
+                for case, run in method.cases(on).items()
+                if case in FOLLOWED
             }
         for case, cost in on.measure(cases, 2).items():
             found.setdefault(case, {})[str(value)] = statistics.median(cost.seconds)
@@ -185,22 +177,26 @@ def plots(found):
 
 def sections(options):
     models = ["demo"] if options.quick else MODELS
+    sizes = "; ".join(
+        f"{model}: latent {side}x{side}, {steps} steps, median of {rounds}"
+        for model, (side, steps, rounds) in MODELS.items()
+    )
     device = "GPU, fp16" if bench.CUDA else "CPU, fp32, processor time"
     found = measurements.Study("cost", options.folder).run(
-        [f"{model}, {method}" for model in models for method in METHODS], beside_plain
+        [f"{model}, {method}" for model in models for method in BENCHMARKS], beside_plain
     )
     yield measurements.Section(
         "Cost: beside plain sampling",
         "\n\n".join(
             [
                 (
-                    f"Time and peak memory as ratios to plain sampling of one image in the same run ({device}): the demo"
-                    " model, and SD1.5 and SDXL in full size with random weights"
-                    f" ({'; '.join(f'{model}: latent {side}x{side}, {steps} steps, median of {rounds}' for model, (side, steps, rounds) in MODELS.items())})."
-                    " *UNet rows a step*: 2 for one image with CFG. On latents this small what a call costs apart from its"
-                    " arithmetic weighs most; tests/benchmarks take others (`--size 64`: 512 pixels)."
+                    f"Time and peak memory as ratios to plain sampling of one image in the same run ({device}): the"
+                    " demo model, and SD1.5 and SDXL in full size with random weights"
+                    f" ({sizes})."
+                    " *UNet rows a step*: 2 for one image with CFG. On latents this small what a call costs apart"
+                    " from its arithmetic weighs most; the benchmarks take others (`--size 64`: 512 pixels)."
                 ),
-                *(comparison(found, method) for method in METHODS),
+                *(comparison(found, method) for method in BENCHMARKS),
             ]
         ),
     )
@@ -214,8 +210,8 @@ def sections(options):
         "\n\n".join(
             [
                 (
-                    "Rows that the UNet evaluates for one finished image (a step with CFG: 2), counted; the released codes'"
-                    " from their sources."
+                    "Rows that the UNet evaluates for one finished image (a step with CFG: 2), counted; the released"
+                    " codes' from their sources."
                 ),
                 measurements.markdown(
                     ["", "here", "released code"],
@@ -248,7 +244,3 @@ def sections(options):
             ]
         ),
     )
-
-
-if __name__ == "__main__":
-    measurements.main(sections)

@@ -1,21 +1,16 @@
 """Layout-and-Retouch (arXiv 2407.09779): whose layout is it, whose look, and what does the prompt keep?"""
 
-import sys
-from pathlib import Path
+import numpy as np
+import torch
+from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider  # noqa: E402
-from random_models import demo_model  # noqa: E402
-from sampling import sample, sample_custom  # noqa: E402
-
-from montage.demo import detector, metrics, scenes  # noqa: E402
-from montage.evidence import measurements  # noqa: E402
-from montage.nodes.demo_model import MontageDemoSubject  # noqa: E402
-from montage.nodes.layout_retouch import AdaptiveMaskBlend, MultiSourceSwap, StepBlendSampler, TokenAttentionMap  # noqa: E402
-from montage.nodes.record import InvertImage  # noqa: E402
+from ..demo import detector, metrics, scenes
+from ..nodes.demo_model import MontageDemoSubject
+from ..nodes.layout_retouch import AdaptiveMaskBlend, MultiSourceSwap, StepBlendSampler, TokenAttentionMap
+from ..nodes.record import InvertImage
+from ..workshop.random_models import demo_model
+from ..workshop.sampling import sample, sample_custom
+from . import measurements
 
 SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 10, 3.0, 25, 930_000
 SWITCHES = (
@@ -228,14 +223,14 @@ def sections(options):
         [
             (
                 f"{count} prompts of the subject, another object and a place; {STEPS} steps, the paper's parts of the"
-                " schedule. Targets are sampled with the whole prompt: with the subject's alone, the paper's choice, this"
-                " small model leaves the scene. *Layout* is the correlation of the pixels with the plain model's picture"
-                " of the same seed. *Colour distance* (CIE Lab, smaller is liker) and *texture similarity* compare a disc"
-                " about the subject with its photo; they stand for I-DINO and I-CLIP. *Prompt* is the share of place,"
-                " colour, shape and texture of the other object, and subject that a reader finds; it stands for T-CLIP."
-                " *PSNR around the subject* is against the picture of stage one, outside the mask, which is of the words"
-                " alone: there is no segmentation here. *Spread* is the mean distance of the subject's place from its mean"
-                " place. Human preference and ImageReward are not checkable here."
+                " schedule. Targets are sampled with the whole prompt: with the subject's alone, the paper's choice,"
+                " this small model leaves the scene. *Layout* is the correlation of the pixels with the plain model's"
+                " picture of the same seed. *Colour distance* (CIE Lab, smaller is liker) and *texture similarity*"
+                " compare a disc about the subject with its photo; they stand for I-DINO and I-CLIP. *Prompt* is the"
+                " share of place, colour, shape and texture of the other object, and subject that a reader finds; it"
+                " stands for T-CLIP. *PSNR around the subject* is against the picture of stage one, outside the mask,"
+                " which is of the words alone: there is no segmentation here. *Spread* is the mean distance of the"
+                " subject's place from its mean place. Human preference and ImageReward are not checkable here."
             ),
             "By lambda 1, the part of the schedule that is the plain model's:",
             table(found, [named(switch) for switch in SWITCHES]),
@@ -246,7 +241,3 @@ def sections(options):
         ]
     )
     yield measurements.Section("Layout-and-Retouch", text)
-
-
-if __name__ == "__main__":
-    measurements.main(sections)

@@ -1,21 +1,16 @@
 """MCA-Ctrl (arXiv 2505.01428): does the subject arrive where it should, and does the rest stay?"""
 
-import sys
-from pathlib import Path
+import torch
+from comfy_extras.nodes_custom_sampler import BasicScheduler
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-import torch  # noqa: E402
-from comfy_extras.nodes_custom_sampler import BasicScheduler  # noqa: E402
-from random_models import demo_model  # noqa: E402
-from sampling import sample  # noqa: E402
-
-from montage.demo import detector, metrics, scenes  # noqa: E402
-from montage.evidence import measurements  # noqa: E402
-from montage.kernels import grid_masks  # noqa: E402
-from montage.nodes.layout_retouch import MultiSourceSwap, TokenAttentionMap  # noqa: E402
-from montage.nodes.mca_ctrl import PRESETS, CollaborativeAttention  # noqa: E402
-from montage.nodes.record import InvertImage  # noqa: E402
+from ..demo import detector, metrics, scenes
+from ..kernels import grid_masks
+from ..nodes.layout_retouch import MultiSourceSwap, TokenAttentionMap
+from ..nodes.mca_ctrl import PRESETS, CollaborativeAttention
+from ..nodes.record import InvertImage
+from ..workshop.random_models import demo_model
+from ..workshop.sampling import sample
+from . import measurements
 
 SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 920_000
 SWAPS, LOCKS, ADDITIONS, GENERATIONS = 100, 10, 40, 40  # samples
@@ -281,15 +276,16 @@ def sections(options):
         "\n\n".join(
             [
                 (
-                    f"{len(found.samples)} pairs of rendered scenes of one object each, of one shape and two colours, both"
-                    f" inverted over {STEPS} steps; the subject of the one replaces the object of the other, by the paper's"
-                    " uniform settings (SAGI to 0.4 of the steps, SALQ to 0.96) with true masks; one row by the released"
-                    " notebook's (SAGI to 0.1). *right object*: share in which an object of the subject's colour and shape"
-                    " stands inside the edit mask. *colour distance* (CIE Lab, less is nearer) and *texture likeness*"
-                    " compare the edited area with the subject, *style error* what words do not say (shade, light,"
-                    " outline, the texture's direction and size; 0 equal, 1/3 unrelated). *background* is the PSNR (dB)"
-                    " outside the dilated edit mask against the picture itself, without the background lock, as printed in"
-                    " the paper. DINO, CLIP and ImageReward are not checkable without pretrained networks."
+                    f"{len(found.samples)} pairs of rendered scenes of one object each, of one shape and two colours,"
+                    f" both inverted over {STEPS} steps; the subject of the one replaces the object of the other, by"
+                    " the paper's uniform settings (SAGI to 0.4 of the steps, SALQ to 0.96) with true masks; one row"
+                    " by the released notebook's (SAGI to 0.1). *right object*: share in which an object of the"
+                    " subject's colour and shape stands inside the edit mask. *colour distance* (CIE Lab, less is"
+                    " nearer) and *texture likeness* compare the edited area with the subject, *style error* what"
+                    " words do not say (shade, light, outline, the texture's direction and size; 0 equal, 1/3"
+                    " unrelated). *background* is the PSNR (dB) outside the dilated edit mask against the picture"
+                    " itself, without the background lock, as printed in the paper. DINO, CLIP and ImageReward are"
+                    " not checkable without pretrained networks."
                 ),
                 found.table(**FIGURES, psnr="background"),
                 measurements.markdown(
@@ -300,9 +296,9 @@ def sections(options):
                     ],
                 ),
                 (
-                    "Where the paper's order of the backgrounds is not found: it measures their likeness by DINO, and an"
-                    " edit that does less keeps more of it; PSNR here counts the drift of every pixel, which SALQ holds"
-                    " back, since it feeds the background from the condition in the later steps."
+                    "Where the paper's order of the backgrounds is not found: it measures their likeness by DINO, and"
+                    " an edit that does less keeps more of it; PSNR here counts the drift of every pixel, which SALQ"
+                    " holds back, since it feeds the background from the condition in the later steps."
                 ),
                 measurements.grid(
                     "collaborate-swap",
@@ -319,9 +315,9 @@ def sections(options):
         "\n\n".join(
             [
                 (
-                    f"PSNR (dB) outside the dilated edit mask, {len(found.samples)} pairs: against the picture itself, and"
-                    " against the autoencoder's round trip of it (-: all are equal to it there). *equal*: share of"
-                    " pictures that are the round trip bit for bit, everywhere."
+                    f"PSNR (dB) outside the dilated edit mask, {len(found.samples)} pairs: against the picture itself,"
+                    " and against the autoencoder's round trip of it (-: all are equal to it there). *equal*: share"
+                    " of pictures that are the round trip bit for bit, everywhere."
                 ),
                 found.table(psnr="the picture", near="its round trip", equal="equal"),
             ]
@@ -334,9 +330,10 @@ def sections(options):
         "\n\n".join(
             [
                 (
-                    f"{len(found.samples)} subjects put into an empty place of the other picture, the place that they have"
-                    " in their own. Inverted noise of an empty place leads back to the empty place; *fresh noise*, which"
-                    " the paper has not, begins the edited area with the sampler's own. Figures as above."
+                    f"{len(found.samples)} subjects put into an empty place of the other picture, the place that they"
+                    " have in their own. Inverted noise of an empty place leads back to the empty place; *fresh"
+                    " noise*, which the paper has not, begins the edited area with the sampler's own. Figures as"
+                    " above."
                 ),
                 found.table(**FIGURES),
                 measurements.markdown(
@@ -360,13 +357,13 @@ def sections(options):
         "\n\n".join(
             [
                 (
-                    f"{len(found.samples)} new pictures of the subject on another background, from its words; the edited"
-                    " area comes from the running cross-attention map of those words (the strongest 30 %; *soft*:"
-                    " elsewhere as much as the map says). *right object* and *style error* as above, wherever it stands."
-                    " *its place given*: the subject's own mask instead of the map. What falls short is the outline: a"
-                    " subject fills its area, and the strongest 30 % of a map are larger and rounder than most objects"
-                    " here (third row below). Its own place is often not where the words draw: there the method changes"
-                    " less."
+                    f"{len(found.samples)} new pictures of the subject on another background, from its words; the"
+                    " edited area comes from the running cross-attention map of those words (the strongest 30 %;"
+                    " *soft*: elsewhere as much as the map says). *right object* and *style error* as above, wherever"
+                    " it stands. *its place given*: the subject's own mask instead of the map. What falls short is"
+                    " the outline: a subject fills its area, and the strongest 30 % of a map are larger and rounder"
+                    " than most objects here (third row below). Its own place is often not where the words draw:"
+                    " there the method changes less."
                 ),
                 found.table(present=FIGURES["present"], style=FIGURES["style"]),
                 measurements.markdown(
@@ -408,7 +405,3 @@ def sections(options):
             ]
         ),
     )
-
-
-if __name__ == "__main__":
-    measurements.main(sections)

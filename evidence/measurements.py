@@ -1,14 +1,8 @@
 """Studies: the numbers of many samples, kept as they come, and the tables, verdicts and picture grids made of them.
 
-A module of this folder holds one method's studies. It starts with
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    import conftest  # puts ComfyUI and the pack (as `montage`) in place
-
-and has `sections(options)`, which yields Sections for docs/evidence.md.
+A module of this folder holds one method's studies: `sections(options)`, which yields Sections for docs/evidence.md.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -144,20 +138,3 @@ def grid(name, rows, titles, side=128):
     PICTURES.mkdir(parents=True, exist_ok=True)
     canvas.save(PICTURES / f"{name}.jpg", quality=85)
     return f"![{name}](evidence/{name}.jpg)"
-
-
-def options(argv=None):
-    """What every study takes from the command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="a sample of a tenth")
-    parser.add_argument(
-        "--folder", type=Path, default=ROOT / "output" / "evidence", help="where the measured samples are kept"
-    )
-    return parser.parse_args(argv)
-
-
-def main(sections):
-    """Run a module's studies by themselves."""
-    with torch.inference_mode():
-        for section in sections(options()):
-            print(f"\n## {section.title}\n{section.text}\n")

@@ -1,21 +1,17 @@
 """Generative Photomontage (arXiv 2408.07116): is each region kept, and can its seams be seen?"""
 
-import sys
-from pathlib import Path
+import cv2
+import numpy as np
+import torch
+from scipy.ndimage import binary_erosion, distance_transform_edt
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from random_models import demo_control_net, demo_model  # noqa: E402
-from sampling import cut, inject, recorder, sample  # noqa: E402
-from scipy.ndimage import binary_erosion, distance_transform_edt  # noqa: E402
+from nodes import ControlNetApplyAdvanced
 
-from montage.demo import metrics, scenes  # noqa: E402
-from montage.evidence import measurements  # noqa: E402
-from montage.kernels import graphcut, labels  # noqa: E402
-from nodes import ControlNetApplyAdvanced  # noqa: E402
+from ..demo import metrics, scenes
+from ..kernels import graphcut, labels
+from ..workshop.random_models import demo_control_net, demo_model
+from ..workshop.sampling import cut, inject, recorder, sample
+from . import measurements
 
 SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 910_000
 SAMPLES = {"own": 40, "one": 12}  # stacks, by their prompts
@@ -215,11 +211,12 @@ def sections(options):
         text = "\n\n".join(
             [
                 (
-                    f"{count} scenes of two objects, three images each from one ControlNet outline ({title}); strokes keep"
-                    " one object from each of two images and the background from the base. PSNR (dB) and SSIM are against"
-                    f" the image that owns the pixel, {MARGIN} pixels and more from its region's edge; *seam* is the mean"
-                    " Sobel magnitude on the seams, *in range* the share of samples in which it lies between the sources'"
-                    " own. LPIPS and the user study of the paper are not checkable without pretrained networks and people."
+                    f"{count} scenes of two objects, three images each from one ControlNet outline ({title}); strokes"
+                    " keep one object from each of two images and the background from the base. PSNR (dB) and SSIM"
+                    f" are against the image that owns the pixel, {MARGIN} pixels and more from its region's edge;"
+                    " *seam* is the mean Sobel magnitude on the seams, *in range* the share of samples in which it"
+                    " lies between the sources' own. LPIPS and the user study of the paper are not checkable without"
+                    " pretrained networks and people."
                 ),
                 found.table(psnr="PSNR", ssim="SSIM", seam="seam", **{"in range": "in range"}),
                 measurements.markdown(measurements.CLAIMS, claims),
@@ -231,7 +228,3 @@ def sections(options):
             ]
         )
         yield measurements.Section(f"Generative Photomontage, {title}", text)
-
-
-if __name__ == "__main__":
-    measurements.main(sections)

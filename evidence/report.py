@@ -1,18 +1,21 @@
-"""Runs every study and writes docs/evidence.md: `python dev.py evidence [--quick]`."""
+"""Runs every study and writes docs/evidence.md.
 
+python dev.py evidence [--quick]
+python dev.py evidence collage cost     only prints what these studies find
+"""
+
+import argparse
 import platform
 import subprocess
-import sys
 from datetime import date
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-import torch  # noqa: E402
+import torch
 
-from montage.evidence import collage, cost, layout_retouch, mca_ctrl, measurements, photomontage  # noqa: E402
+from . import cost, measurements
+from .methods import METHODS
 
-METHODS = (photomontage, collage, mca_ctrl, layout_retouch, cost)
+STUDIES = {**{name: method.studies for name, method in METHODS.items()}, "cost": cost}
 
 HEAD = """# The evidence
 
@@ -30,14 +33,14 @@ out.
 """
 
 
-def commit():
+def commit() -> str:
     found = subprocess.run(
         ["git", "-C", measurements.ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
     )
     return found.stdout.strip() or "unknown"
 
 
-def machine():
+def machine() -> str:
     device = (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -46,14 +49,35 @@ def machine():
     return f"{device}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def main():
-    options = measurements.options()
-    parts = [HEAD.format(quick=" --quick" * options.quick, commit=commit(), day=date.today(), machine=machine())]
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """What the studies take from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", metavar="study", help=f"of {', '.join(STUDIES)}; all, if none is named")
+    parser.add_argument("--quick", action="store_true", help="a sample of a tenth")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=measurements.ROOT / "output" / "evidence",
+        help="where the measured samples are kept",
+    )
+    chosen = parser.parse_args(arguments)
+    if unknown := set(chosen.studies) - set(STUDIES):
+        parser.error(f"no study is named {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")
+    return chosen
+
+
+def main() -> None:
+    chosen = options()
+    parts = []
     with torch.inference_mode():
-        for module in METHODS:
-            for section in module.sections(options):
+        for name in chosen.studies or STUDIES:
+            for section in STUDIES[name].sections(chosen):
                 parts.append(f"## {section.title}\n\n{section.text}\n")
-    (measurements.ROOT / "docs" / "evidence.md").write_text("\n".join(parts), encoding="utf-8")
+    if chosen.studies:
+        print("\n".join(parts))
+        return
+    head = HEAD.format(quick=" --quick" * chosen.quick, commit=commit(), day=date.today(), machine=machine())
+    (measurements.ROOT / "docs" / "evidence.md").write_text("\n".join([head, *parts]), encoding="utf-8")
     print("docs/evidence.md is written.")
 
 

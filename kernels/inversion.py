@@ -2,8 +2,8 @@
 
     y_k = y_{k+1} + (sigma_k - sigma_{k+1}) eps(y_{k+1}, sigma_{k+1})
 
-For eps, v and EDM predictions those are y = x / sqrt(abar) and sigma = sqrt((1 - abar) / abar), for rectified flows x and
-sigma themselves, with eps the velocity. The step back from y_k needs eps at y_{k+1}, which is not known yet:
+For eps, v and EDM predictions those are y = x / sqrt(abar) and sigma = sqrt((1 - abar) / abar), for rectified flows x
+and sigma themselves, with eps the velocity. The step back from y_k needs eps at y_{k+1}, which is not known yet:
 
     y_{k+1} = y_k + (sigma_{k+1} - sigma_k) eps(y*, sigma_{k+1})
 

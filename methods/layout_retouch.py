@@ -1,5 +1,5 @@
-"""Layout-and-Retouch (arXiv 2407.09779), stage two: a layout sampled again, with the subject's look fed from a photo and
-the surroundings from the layout.
+"""Layout-and-Retouch (arXiv 2407.09779), stage two: a layout sampled again, with the subject's look fed from a photo
+and the surroundings from the layout.
 """
 
 from collections.abc import Sequence

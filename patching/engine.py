@@ -1,5 +1,5 @@
-"""The recursion at the heart of this pack: to compute an evaluation of the target, gather what its recipes read of their
-streams, by replaying those that no cache holds; a replay is itself an evaluation that is computed.
+"""The recursion at the heart of this pack: to compute an evaluation of the target, gather what its recipes read of
+their streams, by replaying those that no cache holds; a replay is itself an evaluation that is computed.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def before_sampling(session: Session) -> None:
         if never_acts(recipes, session.context):
             windows = " and ".join(f"{r.window.start:g} to {r.window.end:g}" for r in recipes if r.window.sites)
             raise ValueError(
-                f"{recipes[0].node}: it would never act: the {len(session.context.sigmas) - 1} steps that are sampled lie"
-                f" outside its window ({windows}). Widen the window, sample more steps, or disconnect the node."
+                f"{recipes[0].node}: it would never act: the {len(session.context.sigmas) - 1} steps that are sampled"
+                f" lie outside its window ({windows}). Widen the window, sample more steps, or disconnect the node."
             )
     _check_biases(session)
 
@@ -258,8 +258,8 @@ def role_of_stream(recipe: Recipe, run: Run, role: CondRole) -> CondRole:
 
 def some_are_foreign(names: str) -> ValueError:
     return ValueError(
-        f"{names}: another node evaluates conditionings of its own together with the sampler's, which cannot be composed"
-        " apart. Disconnect it from this MODEL."
+        f"{names}: another node evaluates conditionings of its own together with the sampler's, which cannot be"
+        " composed apart. Disconnect it from this MODEL."
     )
 
 

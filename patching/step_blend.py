@@ -156,7 +156,7 @@ class Blend:
     def cfg(self):
         return self.guiders[0].cfg
 
-    def __call__(self, x, sigma, model_options={}, seed=None):
+    def __call__(self, x, sigma, model_options={}, seed=None):  # noqa: B006  ComfyUI's own signature
         """The denoised latent [B, C, h, w] at sigma [B]: one guider's prediction, or on a ramp the mean of several by
         their shares.
         """

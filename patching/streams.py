@@ -330,7 +330,9 @@ def conds_of(run: Run, rows: Sequence[int], device: torch.device) -> dict[str, l
         return (value[[row % len(value) for row in rows]] if len(value) > 1 else value).to(device)
 
     # one copy for all conditionings that share a ControlNet: ComfyUI batches those
-    controls = {id(cond["control"]): cond["control"] for group in run.conds.values() for cond in group if "control" in cond}
+    controls = {
+        id(cond["control"]): cond["control"] for group in run.conds.values() for cond in group if "control" in cond
+    }
     copies = {key: internals.copied_control(control) for key, control in controls.items()}
 
     def of_cond(cond: dict) -> dict:

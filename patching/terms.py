@@ -71,7 +71,9 @@ class PackedAttention(NamedTuple):
         return sum(term.queries for term in self.terms), keys, keys
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
-        """The attention of the target, [B, tokens, channels], from packed q, k and v. attention: (q, k, v) -> like q."""
+        """The attention of the target, [B, tokens, channels], from packed q, k and v. attention: (q, k, v) -> like
+        q.
+        """
         out = q.new_zeros(q.shape[0], self.tokens, v.shape[-1])
         queries, keys = [term.queries for term in self.terms], [term.keys for term in self.terms]
         for term, *parts in zip(self.terms, q.split(queries, 1), k.split(keys, 1), v.split(keys, 1)):

@@ -6,14 +6,14 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_custom_sampler import CFGGuider
-from random_models import random_model, text_encoder
-from sampling import NEGATIVE, empty, recorder, sample, sample_custom, words
 
 from montage.nodes.layout_retouch import TokenAttentionMap, tokens_of
 from montage.patching.attention_maps import LiveAttentionMap, TokenMap, marked, probability
 from montage.patching.install import install
 from montage.patching.models import Site, family_of, parse_sites
 from montage.patching.streams import streams_of
+from montage.workshop.random_models import random_model, text_encoder
+from montage.workshop.sampling import NEGATIVE, empty, recorder, sample, sample_custom, words
 from nodes import ConditioningCombine, ConditioningSetArea
 
 NAMES = ["sd15-small", "sd2-small", "sdxl-small"]
@@ -81,7 +81,9 @@ def test_scales_are_those_of_the_run(name):
 
 def test_sites_by_scale():
     model = random_model("sd15-small")
-    assert parse_sites("test", model, "u@1-2") == tuple(Site("output", number, 0) for number in range(6, 12))  # "layers 10-15"
+    assert parse_sites("test", model, "u@1-2") == tuple(
+        Site("output", number, 0) for number in range(6, 12)
+    )  # "layers 10-15"
     assert parse_sites("test", model, "d@2-4,u@2-4") == tuple(Site("input", n, 0) for n in (4, 5, 7, 8)) + tuple(
         Site("output", n, 0) for n in range(3, 9)
     )
@@ -220,7 +222,7 @@ def test_the_map_is_read_during_the_run():
     positive = measuring()[2]
 
     def look(n, k, v, extra):
-        (running,) = extra["montage"].maps
+        (running,) = extra["montage"].context.maps
         site = Site(*extra["block"], extra["block_index"])
         counts.setdefault(site, []).append(running.count)
         seen.append(running.read())

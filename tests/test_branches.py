@@ -3,17 +3,15 @@
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from neighbours import replaced_attention, scaled_queries
-from random_models import random_model
-from sampling import SIZE, STEPS, empty, inject, sample
-from test_composite import MIXED, close, two
-from test_recording import low_memory, same
 
-from montage.patching.terms import AttentionTerm, pack
-from montage.patching.recipe import Recipe
 from montage.patching.install import install
-from montage.patching.schedule import Window
 from montage.patching.models import sites_of
+from montage.patching.recipe import Recipe
+from montage.patching.schedule import Window
+from montage.patching.terms import AttentionTerm, pack
+from montage.workshop.neighbours import replaced_attention, scaled_queries
+from montage.workshop.random_models import random_model
+from montage.workshop.sampling import MIXED, SIZE, STEPS, close, empty, inject, low_memory, same, sample, two
 
 
 def plain_attention(q, k, v, bias=0):
@@ -40,7 +38,9 @@ def test_keys_of_each_image_are_gathered_as_a_masked_softmax_would():
     q, k, v = random(2, 5, 8), random(1, 7, 8, seed=1), random(1, 7, 8, seed=2)
     allowed = torch.tensor([[1, 1, 0, 0, 1, 0, 1], [0, 0, 0, 1, 0, 0, 0]], dtype=bool)
     bias = torch.where(allowed, 0, -torch.inf)[:, None]
-    assert (attended([AttentionTerm(q, k, v, allowed=allowed)], 5, 2) - plain_attention(q, k, v, bias)).abs().max() <= 1e-6
+    assert (
+        attended([AttentionTerm(q, k, v, allowed=allowed)], 5, 2) - plain_attention(q, k, v, bias)
+    ).abs().max() <= 1e-6
 
 
 def test_weights_are_of_each_image_and_results_are_summed():
@@ -152,7 +152,10 @@ class Uneven(Halved):
     node = "Doubled"
 
     def attend(self, context, target, sources, grid):
-        return [branch._replace(k=branch.k[:, :1], v=branch.v[:, :1]) for branch in super().attend(context, target, sources, grid)]
+        return [
+            branch._replace(k=branch.k[:, :1], v=branch.v[:, :1])
+            for branch in super().attend(context, target, sources, grid)
+        ]
 
 
 def test_an_attention_is_split_by_one_recipe_only():

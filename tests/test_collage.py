@@ -7,15 +7,24 @@ import comfy.ldm.modules.attention as attention
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
-from random_models import random_model, text_encoder
-from sampling import empty, inject, masks_of, recorder, sample, sample_advanced, words
-from test_collage_canvas import BLUE, RED, canvas, layer, plain
-from test_composite import close
-from test_recording import low_memory, same
 
 from montage.kernels import collage as kernel
 from montage.nodes.collage import CollageCrossAttn, owned_tokens
 from montage.patching.models import sites_of
+from montage.workshop.collages import BLUE, RED, canvas, layer, plain
+from montage.workshop.random_models import random_model, text_encoder
+from montage.workshop.sampling import (
+    close,
+    empty,
+    inject,
+    low_memory,
+    masks_of,
+    recorder,
+    same,
+    sample,
+    sample_advanced,
+    words,
+)
 from nodes import ConditioningSetArea, ConditioningSetMask
 
 PROMPT = "a photo of a red cat beside a blue dog, on grass"
@@ -139,7 +148,6 @@ def test_who_owns_a_token(runs, owned):
 
 def explicit(model, collage, positions, conditioning, w_pos, w_neg):
     """The paper's own way: logits, softmax and all, in the cond half of every block."""
-    uuids = []
 
     def attend(q, k, v, extra):
         heads, sigma, grid = extra["n_heads"], float(extra["sigmas"][0]), extra["activations_shape"][-2:]
@@ -489,6 +497,7 @@ def test_a_block_that_another_pack_runs_in_its_own_way_is_named(clip, monkeypatc
         ),
     )
     with pytest.raises(
-        RuntimeError, match=r"cross-attention of 1 blocks was never reached, the first of them \('output', 7, 0\)"
+        RuntimeError,
+        match=r"cross-attention of 1 of its 16 blocks was never reached, the first of them \('output', 7, 0\)",
     ):
         run(clip)

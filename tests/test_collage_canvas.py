@@ -2,55 +2,16 @@
 
 import pytest
 import torch
-from comfy_api.latest import io
 from PIL import Image
 
 from montage.kernels import collage as kernel
 from montage.nodes import previews
-from montage.nodes.collage import CollageCanvas, CollageLayer
-
-
-def layer(
-    image,
-    text="",
-    x=0.5,
-    y=0.5,
-    scale=1.0,
-    rotation=0.0,
-    depth=0,
-    w_pos=0.4,
-    w_neg=0.7,
-    noise=0.8,
-    control=1.0,
-    trim=True,
-    behind=(),
-    mask=None,
-    node="1",
-):
-    made = CollageLayer.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: node}})
-    return made.execute(
-        image, text, x, y, scale, rotation, depth, w_pos, w_neg, noise, control, trim, behind, mask
-    ).args[0]
-
-
-def canvas(
-    layers, width=64, height=64, prompt="", background="#969696", background_noise=0.8, blur=0.0, background_image=None
-):
-    """(collage, image, masks, noise map, prompt)."""
-    return CollageCanvas.execute(
-        layers, width, height, prompt, background, background_noise, blur, background_image
-    ).args
+from montage.nodes.collage import CollageCanvas
+from montage.workshop.collages import BLUE, RED, canvas, layer, plain
 
 
 def shown(layers, **settings):
     return CollageCanvas.execute(layers, 64, 48, "", "#102030", 0.8, 0.0, **settings).ui["montage_canvas"][0]
-
-
-def plain(colour, height=32, width=32, alpha=1.0):
-    return torch.tensor([*colour, alpha]).expand(1, height, width, 4)
-
-
-RED, BLUE = (1.0, 0.0, 0.0), (0.0, 0.0, 1.0)
 
 
 def noisy(height, width, channels=4, seed=0):
@@ -146,7 +107,7 @@ def test_depth_goes_before_the_chain_and_equal_depths_keep_it():
         for number, (colour, depth) in enumerate(zip((RED, BLUE), depths)):
             layers = layer(plain(colour), depth=depth, behind=layers, node=str(number))
         collage, composite, *_ = canvas(layers)
-        return [l.node for l in collage.layers], tuple(composite[0, 32, 32].tolist())
+        return [one.node for one in collage.layers], tuple(composite[0, 32, 32].tolist())
 
     assert top(0, 0) == (["0", "1"], BLUE)
     assert top(1, 0) == (["1", "0"], RED)

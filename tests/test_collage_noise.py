@@ -3,14 +3,12 @@
 import pytest
 import torch
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
-from random_models import control_net, random_model, text_encoder
-from sampling import NEGATIVE, empty, sample, sample_advanced, words
-from test_collage_canvas import BLUE, RED, canvas, layer, plain
-from test_composite import close
-from test_recording import same
 
 from montage.kernels import collage as kernel
 from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
+from montage.workshop.collages import BLUE, RED, canvas, layer, plain
+from montage.workshop.random_models import control_net, random_model, text_encoder
+from montage.workshop.sampling import NEGATIVE, close, empty, same, sample, sample_advanced, words
 from nodes import ControlNetApplyAdvanced
 
 STEPS = 6

@@ -4,40 +4,39 @@ import comfy.ldm.modules.attention
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from neighbours import scaled_queries
-from random_models import demo_model, random_model
-from sampling import (
-    SIZE,
-    compose,
-    cut,
-    empty,
-    halves,
-    inject,
-    masks_of,
-    record,
-    recorder,
-    sample,
-    sample_advanced,
-    stack,
-    words,
-)
-from test_recording import SAMPLERS, low_memory, run_of, same
 
 from montage.kernels import labels
 from montage.patching.internals import KEY
 from montage.patching.models import sites_of
 from montage.patching.streams import CondRole
+from montage.workshop.neighbours import scaled_queries
+from montage.workshop.random_models import demo_model, random_model
+from montage.workshop.sampling import (
+    MIXED,
+    SAMPLERS,
+    SIZE,
+    STROKES,
+    close,
+    compose,
+    cut,
+    empty,
+    halves,
+    inject,
+    low_memory,
+    masks_of,
+    pictures,
+    record,
+    recorder,
+    run_of,
+    same,
+    sample,
+    sample_advanced,
+    stack,
+    two,
+    words,
+)
 
-MIXED = masks_of(halves())
 ALL_BASE, ALL_ONE = masks_of(torch.zeros(SIZE), 2), masks_of(torch.ones(SIZE), 2)
-
-
-def close(a, b, atol=1e-3):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
-
-
-def two(**settings):
-    return record(seed=1, positive=words(1), **settings), record(seed=2, positive=words(2), **settings)
 
 
 # ---------------------------------------------------------------- identities
@@ -102,7 +101,7 @@ def qkv_space(model, source_runs, owner, base, k_v="stored", base_q="running", s
     for seed, positive in source_runs:
         features = {}
 
-        def remember(q, k, v, extra):
+        def remember(q, k, v, extra, features=features):
             features.update({key(extra, role): parts for role, *parts in split(extra, q, k, v)})
             return optimized_attention(q, k, v, extra["n_heads"])
 
@@ -154,7 +153,9 @@ def test_swapped_halves_do_not_give_image_k():
     a, b = two(cache_mb=64)
     other = {"positive": "negative", "negative": "positive"}
     for evaluation in run_of(b).evaluations.values():
-        evaluation.features = {(CondRole(other[half.role], 0), site): n for (half, site), n in evaluation.features.items()}
+        evaluation.features = {
+            (CondRole(other[half.role], 0), site): n for (half, site), n in evaluation.features.items()
+        }
     composed = compose([a, b], ALL_ONE, base=1, seed=2, positive=words(2), base_q="stored")
     assert (composed - b["samples"]).abs().max() > 0.05
 
@@ -371,7 +372,8 @@ def test_another_size_schedule_model_or_sampler_is_refused():
         inject([a, b], MIXED, model=random_model("sd15-small", 1))
     with pytest.raises(ValueError, match="negative conditioning and the recorded one has only positive"):
         from comfy_extras.nodes_custom_sampler import BasicGuider
-        from sampling import sample_custom
+
+        from montage.workshop.sampling import sample_custom
 
         recording, recorded_latent = recorder()
         import comfy.samplers
@@ -441,7 +443,7 @@ def test_a_block_that_another_pack_runs_in_its_own_way_is_named(monkeypatch):
     block = comfy.ldm.modules.attention.BasicTransformerBlock
     original = block.forward
 
-    def own_way(self, x, context=None, transformer_options={}):
+    def own_way(self, x, context=None, transformer_options=None):
         if transformer_options["block"] == ("output", 7):
             return x
         return original(self, x, context, transformer_options)
@@ -469,15 +471,6 @@ def test_a_wrapper_called_outside_of_sampling_passes_through():
 
 
 # ---------------------------------------------------------------- the cut, on recordings
-
-
-def pictures(*seeds, size=64):
-    return [torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(s)) for s in seeds]
-
-
-STROKES = (
-    '{"v":1,"base":0,"strokes":[{"k":0,"r":500,"p":[1000,1000,1000,9000]},{"k":1,"r":500,"p":[9000,1000,9000,9000]}]}'
-)
 
 
 def test_the_cut_gives_a_partition_that_keeps_strokes():

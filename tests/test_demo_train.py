@@ -149,7 +149,7 @@ def test_processes_meet_and_stop_together(tmp_path):
 import sys, torch, torch.distributed as dist
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from demo.fit import Budget, fit
+from demo.training_loop import Budget, fit
 dist.init_process_group("gloo")
 weight, seen = torch.nn.Parameter(torch.zeros(2)), []
 def loss_of(generator):

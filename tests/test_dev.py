@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from live_server import dev
+
+from montage import dev
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,8 +18,10 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from live_server import dev, serving
-from test_server import PHOTOMONTAGE, equal, picture, quick, server, workflow  # noqa: F401  server is a fixture
+
+from montage import dev
+from montage.workshop.live_server import serving
+from montage.workshop.workflows import PHOTOMONTAGE, equal, picture, quick, workflow
 
 PROMPTS, RUNS = int(os.environ.get("MONTAGE_FUZZ", 40)), int(os.environ.get("MONTAGE_SOAK", 12))
 FLAT = 1.02  # of memory, over a long row of runs

@@ -7,28 +7,34 @@ import comfy.model_management
 import pytest
 import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler
-from random_models import build, random_model
-from sampling import (
-    NEGATIVE,
-    SIZE,
-    STEPS,
-    compose,
-    cut,
-    empty,
-    halves,
-    masks_of,
-    record,
-    recorder,
-    sample,
-    sample_advanced,
-    words,
-)
-from test_composite import STROKES, close, pictures, same
-from test_recording import run_of
 
 from montage.kernels import inversion
 from montage.nodes.record import InvertImage
 from montage.patching.streams import streams_of, with_prompt
+from montage.workshop.random_models import build, random_model
+from montage.workshop.sampling import (
+    NEGATIVE,
+    SIZE,
+    STEPS,
+    STROKES,
+    close,
+    compose,
+    cut,
+    empty,
+    evaluations_of,
+    halves,
+    image_latent,
+    invert,
+    masks_of,
+    pictures,
+    record,
+    recorder,
+    run_of,
+    same,
+    sample,
+    sample_advanced,
+    words,
+)
 
 
 def test_the_recursion_is_the_official_one():
@@ -52,33 +58,19 @@ def test_the_recursion_is_the_official_one():
     sigmas = [((1 - abar[t]) / abar[t]) ** 0.5 for t in timesteps]
     timestep_of = {float(s): t for s, t in zip(sigmas, timesteps)}
 
-    def difference(predict):
+    def difference(predict, variance=lambda sigma: 1 + sigma**2):
         steps = inversion.invert(image * (1 + sigmas[0] ** 2) ** 0.5, predict, sigmas, variance)
         found = [y / (1 + s**2) ** 0.5 for s, y in steps]
         return max((a - b).abs().max().item() for a, b in zip(found, official))
-
-    def variance(sigma):
-        return 1 + sigma**2
 
     def k_diffusion(y, sigma):  # scales its input by the sigma it is called with
         return network(y / (1 + sigma**2) ** 0.5, timestep_of[float(sigma)])
 
     assert difference(k_diffusion) < 1e-12
-    y, s, following, data, called = image, 2.0, 3.0, 0.5, []  # where the scale is another, the network sees the latent of s
+    y, s, following, data, called = image, 2.0, 3.0, 0.5, []  # of another scale: the network sees the latent of s
     list(inversion.invert(y, lambda y, sigma: called.append(y) or y, [s, following], lambda sigma: data**2 + sigma**2))
     assert (called[0] / (data**2 + following**2) ** 0.5 - y / (data**2 + s**2) ** 0.5).abs().max() < 1e-12
-    variance = lambda sigma: 1.0  # noqa: E731  the compensation forgotten
-    assert difference(k_diffusion) > 1e-2
-
-
-def invert(latent, model=None, steps=STEPS, conditioning=None, scheduler="normal", denoise=1.0):
-    model = model or random_model("sd15-small")
-    sigmas = BasicScheduler.execute(model, scheduler, steps, denoise).args[0]
-    return InvertImage.execute(model, latent, sigmas, conditioning or words(5))
-
-
-def image_latent(seed=3, batch=1, size=SIZE):
-    return {"samples": torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(seed))}
+    assert difference(k_diffusion, lambda sigma: 1.0) > 1e-2  # the compensation forgotten
 
 
 def test_the_history_begins_with_the_noise_and_ends_with_the_picture():
@@ -132,15 +124,6 @@ def test_an_inverted_picture_in_a_stack():
     close(
         started, sample_advanced(random_model("sd15-small"), noise, noise="disable", positive=words(1))["samples"], 1e-2
     )
-
-
-def evaluations_of(model, act):
-    """How many images the UNet evaluates while act() runs."""
-    seen = []
-    hook = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    act()
-    hook.remove()
-    return sum(seen)
 
 
 def test_one_evaluation_serves_both_halves_of_a_stream_with_one_prompt():

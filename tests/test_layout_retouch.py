@@ -13,27 +13,40 @@ from comfy.k_diffusion import sampling
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
-from random_models import build, control_net, random_model, text_encoder
-from sampling import CFG, NEGATIVE, SIZE, STEPS, empty, record, recorder, sample, sample_custom, words
-from test_composite import close
-from test_inversion import evaluations_of, image_latent
-from test_recording import low_memory, same
 
 from montage.kernels import adaptive_mask as kernel
 from montage.nodes.layout_retouch import (
     AdaptiveMaskBlend,
     FromBoth,
-    MultiSourceSwap,
     LiveMask,
+    MultiSourceSwap,
     StepBlendSampler,
     TokenAttentionMap,
 )
 from montage.nodes.record import InvertImage
-from montage.patching.terms import TargetRows, pack
-from montage.patching.schedule import Window
 from montage.patching.models import sites_of
+from montage.patching.schedule import Window
 from montage.patching.step_blend import Stage, shares
 from montage.patching.streams import streams_of
+from montage.patching.terms import TargetRows, pack
+from montage.workshop.random_models import build, control_net, random_model, text_encoder
+from montage.workshop.sampling import (
+    CFG,
+    NEGATIVE,
+    SIZE,
+    STEPS,
+    close,
+    empty,
+    evaluations_of,
+    image_latent,
+    low_memory,
+    record,
+    recorder,
+    same,
+    sample,
+    sample_custom,
+    words,
+)
 from nodes import ControlNetApplyAdvanced
 
 # ---------------------------------------------------------------- the step blend

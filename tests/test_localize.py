@@ -19,12 +19,13 @@ import pytest
 import scipy.ndimage
 import torch
 from hypothesis import given, settings
-from reference import localize as reference
 from safetensors.torch import save_file
 
 from montage.localize import Problem, boxes, files, grounding_dino, pipeline, segment_anything, vocabulary
 from montage.localize.managed import FeatureCache, ManagedModel
 from montage.nodes import localize as nodes
+from montage.workshop import bootstrap
+from montage.workshop import localize_reference as reference
 
 H, W = 48, 70
 
@@ -337,11 +338,11 @@ def test_the_feature_cache_forgets_the_oldest_and_keeps_the_newest():
 def test_importing_the_nodes_imports_no_model_package():
     """In a process of its own, since this one has imported everything."""
     code = (
-        "import sys; import conftest; import montage.nodes.localize;"
+        "import sys; from bootstrap import start; start(); import montage.nodes.localize;"
         "print([m for m in ('groundingdino', 'segment_anything', 'timm', 'supervision') if m in sys.modules])"
     )
     out = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=Path(bootstrap.__file__).parent, capture_output=True, text=True, check=True
     )
     assert out.stdout.strip().splitlines()[-1] == "[]"
 

@@ -1,15 +1,15 @@
 """The adapters against the packages they stand in for: groundingdino-py 0.4.0 under transformers 4.49, and
-segment-anything 1.0. Their outputs with seeded weights are stored; reference/localize.py made them."""
+segment-anything 1.0. Their outputs with seeded weights are stored; workshop/localize_reference.py made them."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from reference import localize as reference
 from safetensors import safe_open
 
 from montage.localize import grounding_dino, segment_anything
+from montage.workshop import localize_reference as reference
 
 pytestmark = pytest.mark.slow
 DATA = Path(__file__).parent / "data"

@@ -3,15 +3,15 @@
 import pytest
 import torch
 from comfy_api.latest import io
-from package_contents import schemas
-from random_models import random_model
-from sampling import cut, halves, inject, masks_of, record, sample, words
-from test_collage_canvas import RED, canvas, layer, plain
 
 from montage.nodes.collage import CollageLayer
 from montage.nodes.layout_retouch import AdaptiveMaskBlend, MultiSourceSwap
 from montage.nodes.mca_ctrl import CollaborativeAttention
 from montage.nodes.record import InvertImage
+from montage.workshop.collages import RED, canvas, layer, plain
+from montage.workshop.package_contents import schemas
+from montage.workshop.random_models import random_model
+from montage.workshop.sampling import cut, halves, inject, masks_of, record, sample, words
 
 SIZE = (64, 64)
 

@@ -4,21 +4,37 @@ import copy
 
 import pytest
 import torch
-from random_models import build, half, random_model, text_encoder
-from sampling import NEGATIVE, SIZE, STEPS, empty, halves, record, recorder, sample, sample_advanced, words
-from test_composite import close
-from test_inversion import evaluations_of, image_latent, invert
-from test_recording import SAMPLERS, low_memory, run_of, same
 
 from montage.kernels import grid_masks
 from montage.methods import mca_ctrl as collaboration
 from montage.nodes.layout_retouch import TokenAttentionMap
 from montage.nodes.mca_ctrl import CollaborativeAttention
-from montage.patching.terms import TargetRows, pack
 from montage.patching.internals import KEY
-from montage.patching.schedule import Window
 from montage.patching.models import family_of, parse_sites, sites_of
+from montage.patching.schedule import Window
 from montage.patching.streams import LATENT_KEY, CondRole, Recording, streams_of
+from montage.patching.terms import TargetRows, pack
+from montage.workshop.random_models import build, half, random_model, text_encoder
+from montage.workshop.sampling import (
+    NEGATIVE,
+    SAMPLERS,
+    SIZE,
+    STEPS,
+    close,
+    empty,
+    evaluations_of,
+    halves,
+    image_latent,
+    invert,
+    low_memory,
+    record,
+    recorder,
+    run_of,
+    same,
+    sample,
+    sample_advanced,
+    words,
+)
 from nodes import LatentFromBatch
 
 MODEL = "sd15-small"

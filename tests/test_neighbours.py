@@ -14,7 +14,13 @@ import comfy.model_management
 import comfy.multigpu
 import pytest
 import torch
-from neighbours import (
+
+from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
+from montage.nodes.layout_retouch import MultiSourceSwap, TokenAttentionMap
+from montage.nodes.mca_ctrl import CollaborativeAttention
+from montage.patching.streams import streams_of
+from montage.workshop.collages import BLUE, RED, canvas, layer, plain
+from montage.workshop.neighbours import (
     adapter,
     context_windows,
     controlled,
@@ -33,15 +39,20 @@ from neighbours import (
     scaled_queries,
     tome,
 )
-from random_models import build, random_model, text_encoder
-from sampling import empty, halves, inject, masks_of, record, recorder, sample, sample_advanced, words
-from test_collage_canvas import BLUE, RED, canvas, layer, plain
-from test_recording import low_memory, same
-
-from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
-from montage.nodes.layout_retouch import MultiSourceSwap, TokenAttentionMap
-from montage.nodes.mca_ctrl import CollaborativeAttention
-from montage.patching.streams import streams_of
+from montage.workshop.random_models import build, random_model, text_encoder
+from montage.workshop.sampling import (
+    empty,
+    halves,
+    inject,
+    low_memory,
+    masks_of,
+    record,
+    recorder,
+    same,
+    sample,
+    sample_advanced,
+    words,
+)
 
 STEPS = 2
 SIZE = (16, 16)  # FreeU and SAG want more than one token in the middle
@@ -97,7 +108,7 @@ class Patched(NamedTuple):
     latent: dict
     settings: dict = {}
 
-    def sample(self, beside=Neighbour(), **settings):
+    def sample(self, beside=NEIGHBOURS["nothing"], **settings):
         settings = {"positive": words(1), **self.settings, **settings}
         settings["positive"] = beside.positive(settings["positive"])
         return sample(self.model, self.latent, steps=settings.pop("steps", beside.steps), **settings)["samples"]
@@ -212,7 +223,10 @@ def weighed_alike(model, name):
     return weighed(model, name, (1.0, 1.0)), without(model, name, positive=controlled(words(1)))
 
 
-def swapping(model, name, edit_mask=halves((128, 128)).float()):
+RIGHT_HALF = halves((128, 128)).float()
+
+
+def swapping(model, name, edit_mask=RIGHT_HALF):
     """SAGI in the first half of the steps, SALQ in the second."""
     subject, condition = recorded(name)
     windows = {

@@ -11,46 +11,36 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicGuider, CFGGuider, DualCFGGuider
-from random_models import control_net, random_model
-from sampling import (
+
+from montage.patching import install, streams
+from montage.patching.internals import KEY
+from montage.patching.models import Site
+from montage.patching.streams import LATENT_KEY, CondRole, streams_of
+from montage.workshop.random_models import control_net, random_model
+from montage.workshop.sampling import (
     CFG,
     NEGATIVE,
+    SAMPLERS,
     SIZE,
     STEPS,
     compose,
     empty,
     halves,
+    low_memory,
     masks_of,
     record,
     recorder,
+    run_of,
+    same,
     sample,
     sample_advanced,
     sample_custom,
     stack,
     words,
 )
-
-from montage.patching import install, session, streams
-from montage.patching.internals import KEY
-from montage.patching.models import Site
-from montage.patching.streams import LATENT_KEY, CondRole, streams_of
 from nodes import LatentFromBatch
 
-SAMPLERS = ["euler", "ddim", "uni_pc", "dpmpp_2m", "heun", "dpm_2", "euler_ancestral", "dpmpp_2s_ancestral", "lcm"]
 UNCOND, COND = CondRole("negative", 0), CondRole("positive", 0)
-
-
-def run_of(latent):
-    return streams_of("test", [latent])[0].run
-
-
-def same(a, b):
-    return torch.equal(a, b)
-
-
-def low_memory(monkeypatch):
-    """ComfyUI then computes cond and uncond in calls of their own."""
-    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda self, device: 0)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

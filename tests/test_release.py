@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from package_contents import ROOT, archive, git, schemas, shipped_modules
+
+from montage.workshop.package_contents import ROOT, archive, git, schemas, shipped_modules
 
 try:
     import tomllib
@@ -66,11 +67,14 @@ def test_the_pack_loads_from_its_archive_alone(tmp_path):
         import comfy.options; comfy.options.enable_args_parsing(False)
         from comfy.cli_args import args; args.cpu = True
         import nodes
-        spec = importlib.util.spec_from_file_location("montage", sys.argv[2] + "/__init__.py",
-        submodule_search_locations=[sys.argv[2]]) module = sys.modules["montage"] =
-        importlib.util.module_from_spec(spec); spec.loader.exec_module(module) extension =
-        asyncio.run(module.comfy_entrypoint()) found = {node.GET_SCHEMA().node_id: node for node in
-        asyncio.run(extension.get_node_list())} assert found["MontageDemoModel"].execute().args[0].model
+        folder = sys.argv[2]
+        spec = importlib.util.spec_from_file_location(
+            "montage", folder + "/__init__.py", submodule_search_locations=[folder]
+        )
+        module = sys.modules["montage"] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+        extension = asyncio.run(module.comfy_entrypoint())
+        found = {node.GET_SCHEMA().node_id: node for node in asyncio.run(extension.get_node_list())}
+        assert found["MontageDemoModel"].execute().args[0].model
         print(len(found))"""
     out = subprocess.run(
         [sys.executable, "-c", code, os.environ["COMFYUI_PATH"], str(tmp_path / "montage")],

@@ -7,7 +7,8 @@ import ast
 import folder_paths
 import pytest
 import torch
-from package_contents import ROOT, shipped_modules
+
+from montage.workshop.package_contents import ROOT, shipped_modules
 
 FORBIDDEN = {
     "eval",
@@ -119,7 +120,7 @@ def test_nothing_runs_what_it_reads_and_nothing_opens_a_door():
                 else set()
             )
             assert not {one.partition(".")[0] for one in imported} & MODULES, f"{name}:{node.lineno} imports {imported}"
-        for inside, what, call in calls(tree):
+        for _, what, call in calls(tree):
             assert what not in FORBIDDEN, f"{name}:{call.lineno} calls {what}"
             assert what.rpartition(".")[2] != "load_torch_file" or any(
                 k.arg == "safe_load" and k.value.value is True for k in call.keywords
@@ -139,7 +140,7 @@ def test_files_are_touched_in_known_places_only():
 
 def test_no_node_asks_for_a_place_on_disk():
     """Names of model files come from ComfyUI's lists; nothing takes a path."""
-    from package_contents import schemas
+    from montage.workshop.package_contents import schemas
 
     for schema in schemas():
         for one in schema.inputs:

@@ -9,49 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
-from live_server import dev, serving
 from PIL import Image, ImageChops
 
+from montage import dev
+from montage.workshop.live_server import serving
+from montage.workshop.workflows import PHOTOMONTAGE, equal, picture, quick, workflow
+
 ROOT = Path(__file__).resolve().parent.parent
-WORKFLOWS = ROOT / "example_workflows"
-PHOTOMONTAGE = "Montage - photomontage of three images (demo model)"
-COMPOSITE = "46"  # its SaveImage of the composite
 
 pytestmark = pytest.mark.slow
-
-
-def workflow(name):
-    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def quick(prompt, steps=3):
-    for node in prompt.values():
-        if node["class_type"] in ("KSampler", "BasicScheduler"):
-            node["inputs"]["steps"] = steps
-        if node["class_type"] == "LearnLayerToken":
-            node["inputs"].update(steps=2, preview_every=0)
-        if "amount" in node["inputs"]:
-            node["inputs"]["amount"] = 2
-    return prompt
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfy")
-    (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "testing_pack").symlink_to(ROOT / "tests" / "testing_pack")
-    with serving(base) as running:
-        yield running
-
-
-def picture(server, outputs, node=COMPOSITE):
-    (image,) = outputs[node]["images"]
-    return Image.open(server.base / "output" / image["subfolder"] / image["filename"]).convert("RGB")
-
-
-def equal(a, b):
-    """But for one level of 255: torch's rounding on a CPU depends on where its memory lies."""
-    return max(most for _, most in ImageChops.difference(a, b).getextrema()) <= 1
 
 
 def forget(server):
@@ -97,9 +63,12 @@ def test_loading_costs_little_and_imports_nothing_optional():
         from comfy.cli_args import args; args.cpu = True
         import nodes, comfy_extras.nodes_custom_sampler, comfy_api.latest, folder_paths
         before, began = set(sys.modules), time.process_time()
-        spec = importlib.util.spec_from_file_location("montage", sys.argv[2] + "/__init__.py",
-        submodule_search_locations=[sys.argv[2]]) module = sys.modules["montage"] =
-        importlib.util.module_from_spec(spec); spec.loader.exec_module(module) async def load():
+        folder = sys.argv[2]
+        spec = importlib.util.spec_from_file_location(
+            "montage", folder + "/__init__.py", submodule_search_locations=[folder]
+        )
+        module = sys.modules["montage"] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+        async def load():
             extension = await module.comfy_entrypoint()
             for node in await extension.get_node_list(): node.GET_SCHEMA()
         asyncio.run(load())
@@ -349,7 +318,8 @@ def full_size(tmp_path_factory):
     import torch
     from comfy.ldm.models.autoencoder import AutoencoderKL
     from comfy.sd1_clip import SD1ClipModel
-    from random_models import build, control_net, fill
+
+    from montage.workshop.random_models import build, control_net, fill
 
     base = tmp_path_factory.mktemp("full-size")
     for folder in ("models/checkpoints", "models/controlnet", "models/loras", "input"):

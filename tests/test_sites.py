@@ -2,10 +2,10 @@ import comfy.model_base
 import comfy.supported_models
 import pytest
 import torch
-from random_models import STRUCTURES, random_model
 
-from montage.patching.schedule import Visits, Window, position
 from montage.patching.models import Site, parse_sites, sites_of
+from montage.patching.schedule import Visits, Window, position
+from montage.workshop.random_models import STRUCTURES, random_model
 
 
 def on_meta(name):
@@ -110,7 +110,7 @@ def test_positions_are_fractions_of_the_steps():
 def test_a_window_holds_its_start_and_not_its_end():
     window = Window(0.1, 0.4, ("site",))
     assert [step for step in range(50) if window.has(step / 50)] == list(range(5, 20))
-    assert Window(0.5, 0.5, ("site",)).empty and not Window(0, 1, ("site",)).empty
+    assert Window(0.5, 0.5, ("site",)).is_empty and not Window(0, 1, ("site",)).is_empty
 
 
 def test_visits_tell_equal_sigmas_apart():

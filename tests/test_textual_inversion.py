@@ -9,15 +9,14 @@ import comfy.utils
 import pytest
 import torch
 from comfy_api.latest import io
-from random_models import build, demo_model, random_model, text_encoder
-from sampling import sample
-from test_collage_canvas import BLUE, RED, canvas, layer, plain
-from test_recording import same
 
 from montage.kernels import collage as kernel
 from montage.nodes.collage import CollageCrossAttn, owned_tokens
 from montage.nodes.textual_inversion import TEMPLATES, LearnLayerToken
 from montage.patching import textual_inversion
+from montage.workshop.collages import BLUE, RED, canvas, layer, plain
+from montage.workshop.random_models import build, demo_model, random_model, text_encoder
+from montage.workshop.sampling import same, sample
 
 TEXT = "embedding:new cat"
 
@@ -166,8 +165,8 @@ def test_the_rows_are_told_from_other_embeddings(tmp_path):
     assert all(weight == 1 for _, weight in token.living({"l": [tokens]})["l"][0])
 
 
-def test_a_block_at_a_time_is_kept_for_the_backward_pass(tmp_path):
-    clip, model = text_encoder("sd15-small", embeddings=str(tmp_path)), random_model("sd15-small")
+def test_a_block_at_a_time_is_kept_for_the_backward_pass():
+    model = random_model("sd15-small")
     unet = model.model.diffusion_model
 
     def kept():

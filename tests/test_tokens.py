@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from random_models import demo_model, text_encoder
 from safetensors.torch import save_file
 
 from montage.patching.tokens import token_runs
+from montage.workshop.random_models import demo_model, text_encoder
 
 NAMES = ["sd15-small", "sd2-small", "sdxl-small"]
 

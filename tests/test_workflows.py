@@ -1,9 +1,10 @@
 """The example workflows in ComfyUI's page."""
 
 import pytest
-from test_browser import browser, run_node, server  # noqa: F401  fixtures
+
+from montage.workshop.browser import run_node
 
 
 @pytest.mark.slow
-def test_every_workflow_opens_and_is_its_api_twin(browser, server):  # noqa: F811
-    run_node("workflows.test.js", {**browser, "MONTAGE_COMFY": server.url})
+def test_every_workflow_opens_and_is_its_api_twin(browser, page_server):
+    run_node("workflows.test.js", {**browser, "MONTAGE_COMFY": page_server.url})

@@ -1,6 +1,18 @@
 // Puts the layout editor into the CollageCanvas node. It holds no value: the numbers are those of the CollageLayer nodes.
 import { app } from "../../scripts/app.js";
-import { addEditor, after, allPaths, asOneChange, elementAt, fileAddress, graphSide, isFed, placeOf, rootGraph, settle } from "./graph_node.js";
+import {
+  addEditor,
+  after,
+  allPaths,
+  asOneChange,
+  elementAt,
+  fileAddress,
+  graphSide,
+  isFed,
+  placeOf,
+  rootGraph,
+  settle,
+} from "./graph_node.js";
 import { settled } from "./layers.js";
 import { LayoutEditor } from "./layout.js";
 
@@ -44,7 +56,9 @@ function graphPart(node, shown) {
 /** What the last run showed, with the numbers of now. */
 function collageNow(node, shown) {
   const chain = chainOf(node);
-  const here = new Map(shown.layers.map((layer) => [layer.node, layer]).filter(([id]) => pathTo(id)?.at(-1).comfyClass === LAYER));
+  const here = new Map(
+    shown.layers.map((layer) => [layer.node, layer]).filter(([id]) => pathTo(id)?.at(-1).comfyClass === LAYER),
+  );
   const order = chain ? chain.filter((id) => here.has(id)) : [...here.keys()];
   const size = (name) => (isFed(node, name) ? shown[name] : widgetOf(node, name).value);
   const colour = isFed(node, "background") ? "" : widgetOf(node, "background").value.trim();
@@ -54,7 +68,9 @@ function collageNow(node, shown) {
     height: size("height"),
     background: isPlain ? colour : shown.background,
     layers: order.map((id) => layerNow(id, here.get(id))),
-    outdated: chain ? chain.join() !== order.join() || order.length !== shown.layers.length : here.size !== shown.layers.length,
+    outdated: chain
+      ? chain.join() !== order.join() || order.length !== shown.layers.length
+      : here.size !== shown.layers.length,
   };
 }
 
@@ -64,9 +80,18 @@ function layerNow(id, { picture, width, height, text }) {
   const fed = VALUES.filter((name) => isFed(node, name));
   const { min, max } = widgetOf(node, "depth").options;
   return {
-    id, picture, width, height, fed,
+    id,
+    picture,
+    width,
+    height,
+    fed,
     text: isFed(node, "text") ? text : widgetOf(node, "text").value.trim(),
-    values: Object.fromEntries(VALUES.map((name) => [name, (fed.includes(name) ? sourceOf(path, name)?.value : null) ?? widgetOf(node, name).value])),
+    values: Object.fromEntries(
+      VALUES.map((name) => [
+        name,
+        (fed.includes(name) ? sourceOf(path, name)?.value : null) ?? widgetOf(node, name).value,
+      ]),
+    ),
     defaults: Object.fromEntries(VALUES.map((name) => [name, defaultOf(node, name)])),
     depths: [min, max],
   };
@@ -118,7 +143,9 @@ function originOf(above, link) {
   if (link.originIsIoNode) {
     const host = above.at(-1);
     const input = host.inputs[link.origin_slot];
-    return input.link == null ? { path: null, value: host.getWidgetFromSlot(input)?.value } : originOf(above.slice(0, -1), host.graph.getLink(input.link));
+    return input.link == null
+      ? { path: null, value: host.getWidgetFromSlot(input)?.value }
+      : originOf(above.slice(0, -1), host.graph.getLink(input.link));
   }
   const graph = above.length ? above.at(-1).subgraph : rootGraph();
   const node = graph.getNodeById(link.origin_id);
@@ -146,7 +173,10 @@ function remember(place, shown) {
 
 function addLayout(node) {
   let shown = null;
-  const editor = new LayoutEditor({ address: (name, kind) => fileAddress(name + FILES[kind]), node: graphPart(node, () => shown) });
+  const editor = new LayoutEditor({
+    address: (name, kind) => fileAddress(name + FILES[kind]),
+    node: graphPart(node, () => shown),
+  });
   const widget = addEditor(node, "layout", "MONTAGE_LAYOUT", editor, { serialize: false, getMinHeight: () => 340 });
   widget.serialize = false;
   node.setSize([Math.max(400, node.size[0]), Math.max(860, node.size[1])]);

@@ -41,13 +41,21 @@ export class StrokeEditor extends NodeEditor {
     const pen = {
       paint: button("Paint", "Paint what to keep from the chosen image", () => this.look({ erasing: false })),
       erase: button("Erase", "Erase strokes of the chosen image (E)", () => this.look({ erasing: true })),
-      radius: make("input", { type: "range", title: "Brush size ([ and ], or Alt and the wheel)", min: Math.log(RADIUS.least), max: Math.log(RADIUS.most), step: 0.01 }),
+      radius: make("input", {
+        type: "range",
+        title: "Brush size ([ and ], or Alt and the wheel)",
+        min: Math.log(RADIUS.least),
+        max: Math.log(RADIUS.most),
+        step: 0.01,
+      }),
       undo: button("Undo", "Take back the last change (Ctrl+Z)", () => this.travel("undo")),
       redo: button("Redo", "Bring it back (Ctrl+Y)", () => this.travel("redo")),
     };
     const actions = {
       base: button("Base", "", () => this.edit({ base: this.view.image })),
-      regions: button("Regions", "Show which image owns which region after the last cut", () => this.look({ regions: !this.view.regions })),
+      regions: button("Regions", "Show which image owns which region after the last cut", () =>
+        this.look({ regions: !this.view.regions }),
+      ),
       clear: button("Clear", "Remove the strokes of the chosen image", () => this.clear(this.view.image)),
       clearAll: button("Clear all", "Remove the strokes of all images", () => this.clearAll()),
     };
@@ -57,7 +65,15 @@ export class StrokeEditor extends NodeEditor {
     this.canvas = make("canvas");
     this.ring = make("div", { className: "montage-ring", hidden: true });
     this.hint = make("div", { className: "montage-hint" });
-    this.stage = make("div", { className: "montage-stage" }, this.picture, this.regions, this.canvas, this.ring, this.hint);
+    this.stage = make(
+      "div",
+      { className: "montage-stage" },
+      this.picture,
+      this.regions,
+      this.canvas,
+      this.ring,
+      this.hint,
+    );
     this.status = make("div", { className: "montage-status" });
     this.assemble(this.images, this.images, toolbar(pen), toolbar(actions), this.stage, this.status);
   }
@@ -190,7 +206,11 @@ export class StrokeEditor extends NodeEditor {
     [...this.images.children].forEach((thumbnail, image) => {
       const name = this.pictures.names[image];
       const chosen = image === this.view.image;
-      const marks = [image === this.painting.base && (count > MANY ? "B" : "base"), painted.has(image) && "✎", conflicting.has(image) && "!"];
+      const marks = [
+        image === this.painting.base && (count > MANY ? "B" : "base"),
+        painted.has(image) && "✎",
+        conflicting.has(image) && "!",
+      ];
       setAddress(thumbnail.firstChild, name && this.address(name, "thumbnail"));
       thumbnail.lastChild.textContent = marks.filter(Boolean).join(" ");
       if (chosen && thumbnail.ariaPressed === "false") this.reveal(thumbnail);
@@ -199,10 +219,13 @@ export class StrokeEditor extends NodeEditor {
   }
 
   makeThumbnail(image) {
-    const thumbnail = make("button", { type: "button", className: "montage-image", tabIndex: -1, title: `Image ${image}` },
+    const thumbnail = make(
+      "button",
+      { type: "button", className: "montage-image", tabIndex: -1, title: `Image ${image}` },
       make("img", { draggable: false, alt: "", loading: "lazy" }),
       make("span", { className: "montage-number", textContent: image }),
-      make("span", { className: "montage-marks" }));
+      make("span", { className: "montage-marks" }),
+    );
     thumbnail.style.setProperty("--colour", this.colourOf(image));
     thumbnail.addEventListener("click", () => this.choose(image));
     return thumbnail;
@@ -218,8 +241,11 @@ export class StrokeEditor extends NodeEditor {
     tools.redo.disabled = !painting.future.length;
     tools.clear.disabled = !painting.images().includes(view.image);
     tools.clearAll.disabled = !painting.strokes.length && painting.error === null;
-    tools.base.disabled = fed || painting.error !== null || view.image >= this.pictures.names.length || view.image === painting.base;
-    tools.base.title = fed ? "The base comes from another node" : "Make the chosen image the base: its prompt, noise and composition carry the result";
+    tools.base.disabled =
+      fed || painting.error !== null || view.image >= this.pictures.names.length || view.image === painting.base;
+    tools.base.title = fed
+      ? "The base comes from another node"
+      : "Make the chosen image the base: its prompt, noise and composition carry the result";
     tools.regions.disabled = !this.pictures.regions;
     tools.regions.ariaPressed = view.regions;
   }
@@ -233,9 +259,13 @@ export class StrokeEditor extends NodeEditor {
     this.stage.classList.toggle("ready", this.canPaint());
     this.ring.hidden ||= !this.canPaint();
     this.ring.classList.toggle("erasing", view.erasing);
-    this.hint.textContent = !pictures.names.length ? "Queue once to see the images here."
-      : !name ? `Image ${view.image} is no longer in the stack: clear its strokes, or connect it again.`
-      : this.missing ? "The server no longer has this preview: queue to see it again. The strokes are kept." : "";
+    this.hint.textContent = !pictures.names.length
+      ? "Queue once to see the images here."
+      : !name
+        ? `Image ${view.image} is no longer in the stack: clear its strokes, or connect it again.`
+        : this.missing
+          ? "The server no longer has this preview: queue to see it again. The strokes are kept."
+          : "";
   }
 
   renderStatus() {
@@ -243,12 +273,22 @@ export class StrokeEditor extends NodeEditor {
     const painted = painting.strokes.length > 0;
     const overlaps = this.drawing.conflicts.map((pair) => pair.join(" and ")).join(", ");
     const others = painting.paintedOn.names.join() !== pictures.names.join();
-    const warning = painting.error !== null ? `The strokes cannot be read (${painting.error}). They are kept as they are; Clear all discards them.`
-      : overlaps ? `Images ${overlaps} are both painted where it is hatched. Erase one of them there: a pixel is kept from one image only.`
-      : painted && painting.paintedOn.names.length && pictures.names.length && others ? "The images have changed since these strokes were painted."
-      : painting.text().length > LONG_TEXT ? `The strokes take ${Math.round(painting.text().length / 1000)} KB of the workflow. Fewer strokes keep it quick.` : "";
+    const warning =
+      painting.error !== null
+        ? `The strokes cannot be read (${painting.error}). They are kept as they are; Clear all discards them.`
+        : overlaps
+          ? `Images ${overlaps} are both painted where it is hatched. Erase one of them there: a pixel is kept from one image only.`
+          : painted && painting.paintedOn.names.length && pictures.names.length && others
+            ? "The images have changed since these strokes were painted."
+            : painting.text().length > LONG_TEXT
+              ? `The strokes take ${Math.round(painting.text().length / 1000)} KB of the workflow. Fewer strokes keep it quick.`
+              : "";
     this.status.classList.toggle("warning", warning !== "");
-    this.status.textContent = warning || (this.canPaint() ? `${this.view.erasing ? "Erase strokes of" : "Paint what to keep from"} image ${this.view.image}.` : "");
+    this.status.textContent =
+      warning ||
+      (this.canPaint()
+        ? `${this.view.erasing ? "Erase strokes of" : "Paint what to keep from"} image ${this.view.image}.`
+        : "");
   }
 
   moveRing(event) {
@@ -270,14 +310,16 @@ export class StrokeEditor extends NodeEditor {
   // ---- keys, wheel, and what is the graph's
 
   actionOf(key) {
-    return /^\d$/.test(key) ? () => this.choose(Number(key)) : {
-      e: () => this.look({ erasing: !this.view.erasing }),
-      "[": () => this.resizeBrush(1 / RADIUS.step),
-      "]": () => this.resizeBrush(RADIUS.step),
-      arrowleft: () => this.choose(this.view.image - 1),
-      arrowright: () => this.choose(this.view.image + 1),
-      escape: () => (this.pen.stroke ? this.pen.cancel() : this.keys.blur()),
-    }[key];
+    return /^\d$/.test(key)
+      ? () => this.choose(Number(key))
+      : {
+          e: () => this.look({ erasing: !this.view.erasing }),
+          "[": () => this.resizeBrush(1 / RADIUS.step),
+          "]": () => this.resizeBrush(RADIUS.step),
+          arrowleft: () => this.choose(this.view.image - 1),
+          arrowright: () => this.choose(this.view.image + 1),
+          escape: () => (this.pen.stroke ? this.pen.cancel() : this.keys.blur()),
+        }[key];
   }
 
   wheel(event) {

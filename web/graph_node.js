@@ -16,7 +16,12 @@ export function graphSide() {
     panning: () => Boolean(app.canvas?.read_only), // space is held, or the hand tool is chosen
     forward(event) {
       const canvas = app.canvas;
-      const handler = { wheel: "processMouseWheel", pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" }[event.type];
+      const handler = {
+        wheel: "processMouseWheel",
+        pointerdown: "processMouseDown",
+        pointermove: "processMouseMove",
+        pointerup: "processMouseUp",
+      }[event.type];
       canvas[handler](event);
     },
   };

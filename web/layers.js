@@ -6,7 +6,12 @@
 // Points are [x, y] in pixels of the canvas, {width, height}.
 
 const SNAP = 15; // degrees
-const CORNERS = [[-1, -1], [1, -1], [1, 1], [-1, 1]]; // from top left, clockwise
+const CORNERS = [
+  [-1, -1],
+  [1, -1],
+  [1, 1],
+  [-1, 1],
+]; // from top left, clockwise
 
 /** Pixels of the canvas for one of the layer's picture. */
 function factorOf({ width, height, values }, canvas) {

@@ -1,5 +1,17 @@
 // The layout editor: the collage's layers on their canvas, to move, scale, turn and reorder. Knows the DOM, but not ComfyUI.
-import { centreOf, cornersOf, handleOf, isInside, matrixOf, moved, pointIn, restack, rotated, scaled, stack } from "./layers.js";
+import {
+  centreOf,
+  cornersOf,
+  handleOf,
+  isInside,
+  matrixOf,
+  moved,
+  pointIn,
+  restack,
+  rotated,
+  scaled,
+  stack,
+} from "./layers.js";
 import { Drag, LEFT, hasMoved, pictureBox, placeIn } from "./pointer.js";
 import { NodeEditor, button, canvasSize, claim, clear, fill, make, setAddress, toolbar } from "./widget.js";
 
@@ -44,12 +56,17 @@ export class LayoutEditor extends NodeEditor {
     this.tools = {
       forward: button("Forward", "Bring the chosen layer one step to the front (])", () => this.step(1)),
       back: button("Back", "Send the chosen layer one step to the back ([)", () => this.step(-1)),
-      reset: button("Reset", "Put the chosen layer back to where a new one lies, upright (double-click)", () => this.reset()),
+      reset: button("Reset", "Put the chosen layer back to where a new one lies, upright (double-click)", () =>
+        this.reset(),
+      ),
     };
     this.canvas = make("canvas");
     this.hint = make("div", { className: "montage-hint" });
     this.stage = make("div", { className: "montage-stage montage-layout" }, this.canvas);
-    this.stage.insertAdjacentHTML("beforeend", '<svg class="montage-frame"><path class="line"/><path class="dots"/><path class="dots inner"/></svg>');
+    this.stage.insertAdjacentHTML(
+      "beforeend",
+      '<svg class="montage-frame"><path class="line"/><path class="dots"/><path class="dots inner"/></svg>',
+    );
     this.stage.append(this.hint);
     this.svg = this.stage.querySelector("svg");
     this.status = make("div", { className: "montage-status" });
@@ -107,7 +124,10 @@ export class LayoutEditor extends NodeEditor {
   }
 
   reset() {
-    const { id, defaults: { x, y, scale, rotation } } = this.chosen;
+    const {
+      id,
+      defaults: { x, y, scale, rotation },
+    } = this.chosen;
     this.node.write(id, { x, y, scale, rotation });
     this.node.commit();
     this.render();
@@ -148,7 +168,8 @@ export class LayoutEditor extends NodeEditor {
     return {
       move: (to) => {
         begun ||= hasMoved(event, to);
-        if (begun) this.drawSoon(() => this.node.write(layer.id, change(layer, collage, from, this.pointAt(to), to.shiftKey)));
+        if (begun)
+          this.drawSoon(() => this.node.write(layer.id, change(layer, collage, from, this.pointAt(to), to.shiftKey)));
       },
       end: () => {
         this.drawNow();
@@ -208,9 +229,14 @@ export class LayoutEditor extends NodeEditor {
 
   point(event) {
     const handle = this.collage && this.handleAt(event);
-    this.stage.style.cursor = handle === "turn" ? "grab"
-      : handle === "scale" ? CURSORS[this.octant(event)]
-      : this.collage && this.layerAt(event) ? "move" : "";
+    this.stage.style.cursor =
+      handle === "turn"
+        ? "grab"
+        : handle === "scale"
+          ? CURSORS[this.octant(event)]
+          : this.collage && this.layerAt(event)
+            ? "move"
+            : "";
   }
 
   /** The direction from the chosen layer's centre, in eighths of a turn, opposite ones alike. */
@@ -255,11 +281,15 @@ export class LayoutEditor extends NodeEditor {
     const { list } = this;
     const { top, bottom, height } = list.getBoundingClientRect();
     const row = list.firstChild.getBoundingClientRect().height;
-    if (list.scrollHeight > list.clientHeight) list.scrollTop += clientY < top + row / 2 ? -6 : clientY > bottom - row / 2 ? 6 : 0;
-    return height && [...list.children].filter((one) => {
-      const box = one.getBoundingClientRect();
-      return (box.top + box.bottom) / 2 < clientY;
-    }).length;
+    if (list.scrollHeight > list.clientHeight)
+      list.scrollTop += clientY < top + row / 2 ? -6 : clientY > bottom - row / 2 ? 6 : 0;
+    return (
+      height &&
+      [...list.children].filter((one) => {
+        const box = one.getBoundingClientRect();
+        return (box.top + box.bottom) / 2 < clientY;
+      }).length
+    );
   }
 
   showNoGap() {
@@ -330,16 +360,24 @@ export class LayoutEditor extends NodeEditor {
     const box = stage.getBoundingClientRect();
     const { scale, left, top } = pictureBox(canvas);
     const perPagePixel = collage.width / (canvas.width * scale);
-    const bounds = [box.left - left, box.top - top, box.right - left, box.bottom - top].map((side) => side * perPagePixel);
+    const bounds = [box.left - left, box.top - top, box.right - left, box.bottom - top].map(
+      (side) => side * perPagePixel,
+    );
     return { perPixel: perPagePixel * (box.width / stage.offsetWidth), bounds };
   }
 
   /** Where the chosen layer's handles are; those of a layer beyond the stage stay at its border. */
   handles() {
     const { chosen: layer, collage } = this;
-    const { perPixel, bounds: [left, top, right, bottom] } = this.scale();
+    const {
+      perPixel,
+      bounds: [left, top, right, bottom],
+    } = this.scale();
     const margin = MARGIN * perPixel;
-    const visible = ([x, y]) => [Math.min(right - margin, Math.max(left + margin, x)), Math.min(bottom - margin, Math.max(top + margin, y))];
+    const visible = ([x, y]) => [
+      Math.min(right - margin, Math.max(left + margin, x)),
+      Math.min(bottom - margin, Math.max(top + margin, y)),
+    ];
     const least = LEAST * perPixel;
     const frame = cornersOf(layer, collage, least);
     return {
@@ -358,14 +396,22 @@ export class LayoutEditor extends NodeEditor {
     const { frame, corners, handle } = this.handles();
     const stem = handle && [middle(frame[0], frame[1]), handle];
     line.setAttribute("d", `M${frame.join("L")}Z${stem ? `M${stem.join("L")}` : ""}`);
-    for (const path of dots) path.setAttribute("d", [...corners, ...(handle ? [handle] : [])].map((point) => `M${point}h0`).join("")); // round caps
+    for (const path of dots)
+      path.setAttribute("d", [...corners, ...(handle ? [handle] : [])].map((point) => `M${point}h0`).join("")); // round caps
   }
 
   renderList() {
     const frontFirst = [...this.layers].reverse();
-    fill(this.list, frontFirst.length, () => make("div", { className: "montage-layer", role: "option" },
-      make("span", { className: "montage-grip", textContent: "⠿", title: "Drag to reorder" }),
-      make("img", { draggable: false, alt: "" }), make("span", { className: "montage-text" }), make("span", { title: "Depth" })));
+    fill(this.list, frontFirst.length, () =>
+      make(
+        "div",
+        { className: "montage-layer", role: "option" },
+        make("span", { className: "montage-grip", textContent: "⠿", title: "Drag to reorder" }),
+        make("img", { draggable: false, alt: "" }),
+        make("span", { className: "montage-text" }),
+        make("span", { title: "Depth" }),
+      ),
+    );
     frontFirst.forEach((layer, i) => {
       const row = this.list.children[i];
       const [, image, text, depth] = row.children;
@@ -389,10 +435,16 @@ export class LayoutEditor extends NodeEditor {
     const { collage, chosen } = this;
     const missing = [...this.pictures.values()].some((picture) => picture.missing);
     this.hint.textContent = !collage ? "Queue once to see the collage here." : "";
-    const warning = this.notice || (missing ? "The server no longer has these pictures: queue to see them again. The layout is kept."
-      : collage?.outdated ? "The layers have changed since the last run: queue again to see them here." : "");
+    const warning =
+      this.notice ||
+      (missing
+        ? "The server no longer has these pictures: queue to see them again. The layout is kept."
+        : collage?.outdated
+          ? "The layers have changed since the last run: queue again to see them here."
+          : "");
     this.status.classList.toggle("warning", warning !== "");
-    this.status.textContent = warning || (chosen ? described(chosen) : this.layers.length ? "Choose a layer to move, scale or turn it." : "");
+    this.status.textContent =
+      warning || (chosen ? described(chosen) : this.layers.length ? "Choose a layer to move, scale or turn it." : "");
   }
 
   // ---- keys
@@ -405,7 +457,8 @@ export class LayoutEditor extends NodeEditor {
       pageup: () => this.step(1),
       "[": () => this.step(-1),
       pagedown: () => this.step(-1),
-      escape: () => (this.drag.gesture ?? this.sorting.gesture ? (this.drag.cancel(), this.sorting.cancel()) : this.keys.blur()),
+      escape: () =>
+        (this.drag.gesture ?? this.sorting.gesture) ? (this.drag.cancel(), this.sorting.cancel()) : this.keys.blur(),
     }[key];
   }
 

@@ -14,7 +14,7 @@ function nodeSide(node, widget) {
   const base = () => node.widgets?.find((one) => one.name === "base");
   return {
     ...graphSide(),
-    base: () => (isFed(node, "base") ? null : base()?.value ?? 0),
+    base: () => (isFed(node, "base") ? null : (base()?.value ?? 0)),
     chooseBase(image) {
       base().value = image;
       base().callback?.(image, app.canvas, node);
@@ -25,7 +25,11 @@ function nodeSide(node, widget) {
 
 function makeWidget(node, name, spec) {
   const options = spec[1] ?? {};
-  const editor = new StrokeEditor({ colours: options.colours, address: (name, kind) => fileAddress(name + FILES[kind]), node: nodeSide(node, () => widget) });
+  const editor = new StrokeEditor({
+    colours: options.colours,
+    address: (name, kind) => fileAddress(name + FILES[kind]),
+    node: nodeSide(node, () => widget),
+  });
   const widget = addEditor(node, name, WIDGET, editor, {
     socketless: options.socketless,
     getValue: () => editor.getValue(),
@@ -40,7 +44,11 @@ function makeWidget(node, name, spec) {
 function showPictures(editor, output) {
   if (output?.montage_images) {
     remember(output.montage_images);
-    editor.showPictures({ names: output.montage_images, size: output.montage_size, regions: output.montage_regions?.[0] });
+    editor.showPictures({
+      names: output.montage_images,
+      size: output.montage_size,
+      regions: output.montage_regions?.[0],
+    });
   } else if (isRemembered(editor.painting.paintedOn.names)) editor.showPictures(editor.painting.paintedOn);
 }
 
@@ -65,6 +73,10 @@ app.registerExtension({
     if (!editor) return;
     settle(node, editor, (output) => showPictures(editor, output));
     after(node, "onConnectionsChange", () => editor.render());
-    after(node.widgets.find((widget) => widget.name === "base"), "callback", () => editor.render());
+    after(
+      node.widgets.find((widget) => widget.name === "base"),
+      "callback",
+      () => editor.render(),
+    );
   },
 });

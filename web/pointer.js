@@ -62,5 +62,7 @@ export class Drag {
 
 /** Whether the pointer has left the place of its press, event by event. */
 export function hasMoved(press, event) {
-  return Math.hypot(event.clientX - press.clientX, event.clientY - press.clientY) > (TAP[press.pointerType] ?? TAP.mouse);
+  return (
+    Math.hypot(event.clientX - press.clientX, event.clientY - press.clientY) > (TAP[press.pointerType] ?? TAP.mouse)
+  );
 }

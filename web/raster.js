@@ -26,7 +26,9 @@ export function findConflicts(strokes, width, height) {
     }
   });
   const pairs = [];
-  met.forEach((yes, i) => yes && pairs.push([groups[Math.floor(i / groups.length) - 1][0], groups[i % groups.length][0]]));
+  met.forEach(
+    (yes, i) => yes && pairs.push([groups[Math.floor(i / groups.length) - 1][0], groups[i % groups.length][0]]),
+  );
   return { mask, pairs };
 }
 
@@ -42,8 +44,15 @@ function fillStroke(area, { r, p, e }) {
   const ink = e ? 0 : 1;
   for (let i = 0; i < p.length; i += 2) {
     const before = Math.max(0, i - 2); // a single point is a segment of no length
-    fillCapsule(area, (p[before] / UNIT) * area.width, (p[before + 1] / UNIT) * area.height,
-      (p[i] / UNIT) * area.width, (p[i + 1] / UNIT) * area.height, radius, ink);
+    fillCapsule(
+      area,
+      (p[before] / UNIT) * area.width,
+      (p[before + 1] / UNIT) * area.height,
+      (p[i] / UNIT) * area.width,
+      (p[i + 1] / UNIT) * area.height,
+      radius,
+      ink,
+    );
   }
 }
 

@@ -27,13 +27,20 @@ export function readDocument(text) {
 function readStroke(stroke, number) {
   const { k, r, p, e } = stroke ?? {};
   const isPath = Array.isArray(p) && p.length >= 2 && p.length % 2 === 0 && p.every(Number.isFinite);
-  if (!(Number.isInteger(k) && k >= 0 && k < MOST_IMAGES) || !Number.isFinite(r) || !isPath) throw new Error(`stroke ${number} is damaged`);
+  if (!(Number.isInteger(k) && k >= 0 && k < MOST_IMAGES) || !Number.isFinite(r) || !isPath)
+    throw new Error(`stroke ${number} is damaged`);
   return e ? { k, r, p, e: 1 } : { k, r, p };
 }
 
 export function writeDocument({ base, size, names, strokes }) {
   if (!strokes.length) return "";
-  return JSON.stringify({ v: 1, ...(base !== null && { base }), ...(size && { size }), ...(names.length && { img: names }), strokes });
+  return JSON.stringify({
+    v: 1,
+    ...(base !== null && { base }),
+    ...(size && { size }),
+    ...(names.length && { img: names }),
+    strokes,
+  });
 }
 
 /**
@@ -76,7 +83,8 @@ export class Painting {
   text() {
     const { base } = this;
     const outdated = this.stored === null || (this.stored.base !== null && this.stored.base !== base);
-    if (outdated && this.error === null) this.stored = { text: writeDocument({ ...this.paintedOn, ...this.now }), base };
+    if (outdated && this.error === null)
+      this.stored = { text: writeDocument({ ...this.paintedOn, ...this.now }), base };
     return this.stored.text;
   }
 

@@ -27,7 +27,8 @@ export class NodeEditor {
     this.element.addEventListener("mousedown", (event) => isSlider(event) || event.preventDefault());
     this.element.addEventListener("keydown", (event) => this.key(event));
     this.element.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
-    for (const type of ["pointerdown", "pointermove", "pointerup"]) this.element.addEventListener(type, (event) => this.moveGraph(event));
+    for (const type of ["pointerdown", "pointermove", "pointerup"])
+      this.element.addEventListener(type, (event) => this.moveGraph(event));
   }
 
   /** A change of the tools or of what is chosen, which is no change of the value. */
@@ -48,9 +49,11 @@ export class NodeEditor {
     const isAltGr = event.getModifierState("AltGraph"); // types [ and ] on many keyboards
     const command = (event.ctrlKey || event.metaKey) && !isAltGr;
     const key = event.key.toLowerCase();
-    const action = command ? { z: () => this.travel(event.shiftKey ? "redo" : "undo"), y: () => this.travel("redo") }[key]
-      : (event.altKey && !isAltGr) || event.target !== this.keys ? null
-      : this.actionOf(key, event);
+    const action = command
+      ? { z: () => this.travel(event.shiftKey ? "redo" : "undo"), y: () => this.travel("redo") }[key]
+      : (event.altKey && !isAltGr) || event.target !== this.keys
+        ? null
+        : this.actionOf(key, event);
     if (!action) return;
     claim(event);
     action();
@@ -58,7 +61,8 @@ export class NodeEditor {
 
   wheel(event) {
     const { scroller } = this;
-    if (scroller.contains(event.target) && scroller.scrollHeight > scroller.clientHeight && !event.ctrlKey) return event.stopPropagation();
+    if (scroller.contains(event.target) && scroller.scrollHeight > scroller.clientHeight && !event.ctrlKey)
+      return event.stopPropagation();
     this.node.forward(event);
     claim(event);
   }
@@ -140,7 +144,10 @@ export function clear(canvas) {
 
 function linkStyle() {
   const href = new URL("./editor.css", import.meta.url).href;
-  if (![...document.styleSheets].some((sheet) => sheet.href === href) && !document.querySelector(`link[href="${href}"]`)) {
+  if (
+    ![...document.styleSheets].some((sheet) => sheet.href === href) &&
+    !document.querySelector(`link[href="${href}"]`)
+  ) {
     document.head.append(make("link", { rel: "stylesheet", href }));
   }
 }

@@ -23,8 +23,8 @@ class Site(NamedTuple):
 class SelfAttention(NamedTuple):
     """The attention among the image tokens of a site, before it is computed, for the conditionings of a model call.
 
-    rows: [conditionings x B, tokens, C]: what Q, K and V are made of, row by row. A UNet's are the input n = norm1(x) of
-    all three; a transformer's are Q, K and V themselves, after RoPE, packed one after the other. grid: (h, w) of the
+    rows: [conditionings x B, tokens, C]: what Q, K and V are made of, row by row. A UNet's are the input n = norm1(x)
+    of all three; a transformer's are Q, K and V themselves, after RoPE, packed one after the other. grid: (h, w) of the
     tokens. latent_size: (h, w) of the latent that the model is run on.
     """
 

@@ -2,26 +2,37 @@
 loads a structure with random weights."""
 
 import gc
-import sys
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import folder_paths
 from aiohttp import web
 from execution import PromptExecutor
 from server import PromptServer
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from models import STRUCTURES, random_model, text_encoder  # noqa: E402
+
+def load_models() -> ModuleType:
+    """workshop/random_models.py by its path: in a server, ComfyUI gives the pack another name than `montage`."""
+    path = Path(__file__).resolve().parents[2] / "workshop" / "random_models.py"
+    spec = importlib.util.spec_from_file_location("montage_random_models", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+models = load_models()
 
 
 class Structure:
     """MODEL and CLIP of one of the tests' small structures."""
 
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"name": (list(STRUCTURES),)}})
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"name": (list(models.STRUCTURES),)}})
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL", "CLIP"), "load", "testing"
 
     def load(self, name):
-        return random_model(name), text_encoder(name, embeddings=folder_paths.get_folder_paths("embeddings"))
+        embeddings = folder_paths.get_folder_paths("embeddings")
+        return models.random_model(name), models.text_encoder(name, embeddings=embeddings)
 
 
 NODE_CLASS_MAPPINGS = {"MontageTestStructure": Structure}

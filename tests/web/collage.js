@@ -3,7 +3,16 @@ import assert from "node:assert/strict";
 import { describe, test } from "node:test";
 import { COMFY, drag, queue, ready } from "./browser.js";
 
-const EMPTY = { version: 0.4, last_node_id: 0, last_link_id: 0, nodes: [], links: [], groups: [], config: {}, extra: {} };
+const EMPTY = {
+  version: 0.4,
+  last_node_id: 0,
+  last_link_id: 0,
+  nodes: [],
+  links: [],
+  groups: [],
+  config: {},
+  extra: {},
+};
 
 /** Builds a collage of plain boxes on a canvas of 384x256. Returns {canvas, image, layers: [ids, back to front]}. */
 function buildCollage(page) {
@@ -14,10 +23,16 @@ function buildCollage(page) {
       const node = LiteGraph.createNode(type);
       node.pos = pos;
       app.graph.add(node);
-      for (const [name, value] of Object.entries(values)) node.widgets.find((widget) => widget.name === name).value = value;
+      for (const [name, value] of Object.entries(values))
+        node.widgets.find((widget) => widget.name === name).value = value;
       return node;
     };
-    const wire = (from, output, to, input) => from.connect(output, to, to.inputs.findIndex((slot) => slot.name === input));
+    const wire = (from, output, to, input) =>
+      from.connect(
+        output,
+        to,
+        to.inputs.findIndex((slot) => slot.name === input),
+      );
     const layers = [
       ["a red bar", { width: 120, height: 40, color: 0xff0000 }, { x: 0.3, y: 0.3, scale: 0.4, rotation: 20 }],
       ["a green box", { width: 64, height: 64, color: 0x00ff00 }, { x: 0.5, y: 0.5, scale: 0.3 }],
@@ -44,7 +59,14 @@ export function testLayout(comfy) {
   let ids;
 
   const editor = async (id = ids.canvas) => {
-    const root = (await comfy.page().evaluateHandle((id) => window.app.canvas.graph.getNodeById(id).widgets.find((one) => one.name === "layout").element, id)).asElement();
+    const root = (
+      await comfy
+        .page()
+        .evaluateHandle(
+          (id) => window.app.canvas.graph.getNodeById(id).widgets.find((one) => one.name === "layout").element,
+          id,
+        )
+    ).asElement();
     await comfy.page().waitForFunction((root) => root.isConnected && root.getBoundingClientRect().width > 0, root);
     return root;
   };
@@ -52,45 +74,75 @@ export function testLayout(comfy) {
   const row = async (text, id) => (await editor(id)).$(`.montage-layer:has-text("${text}")`);
   const status = async (id) => (await (await editor(id)).$(".montage-status")).textContent();
   const texts = async (id) => (await editor(id)).$$eval(".montage-text", (rows) => rows.map((one) => one.textContent));
-  const shown = (count, id = ids.canvas) => comfy.page().waitForFunction(([id, count]) => {
-    const root = window.app.canvas.graph?.getNodeById(id)?.widgets?.find((one) => one.name === "layout")?.element;
-    const images = [...root?.querySelectorAll(".montage-layer img") ?? []];
-    return images.length === count && images.every((image) => image.complete && image.naturalWidth > 0);
-  }, [id, count]);
-  const values = (id) => onNode(id, 'Object.fromEntries(["x", "y", "scale", "rotation", "depth"].map((name) => [name, widget(name).value]))');
-  const undoSteps = () => comfy.page().evaluate(() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.undoQueue.length);
-  const near = (actual, expected, slack = 0.01) => actual.forEach((value, i) => assert.ok(Math.abs(value - expected[i]) <= slack, `${actual} is not ${expected}`));
+  const shown = (count, id = ids.canvas) =>
+    comfy.page().waitForFunction(
+      ([id, count]) => {
+        const root = window.app.canvas.graph?.getNodeById(id)?.widgets?.find((one) => one.name === "layout")?.element;
+        const images = [...(root?.querySelectorAll(".montage-layer img") ?? [])];
+        return images.length === count && images.every((image) => image.complete && image.naturalWidth > 0);
+      },
+      [id, count],
+    );
+  const values = (id) =>
+    onNode(
+      id,
+      'Object.fromEntries(["x", "y", "scale", "rotation", "depth"].map((name) => [name, widget(name).value]))',
+    );
+  const undoSteps = () =>
+    comfy.page().evaluate(() => window.app.extensionManager.workflow.activeWorkflow.changeTracker.undoQueue.length);
+  const near = (actual, expected, slack = 0.01) =>
+    actual.forEach((value, i) => assert.ok(Math.abs(value - expected[i]) <= slack, `${actual} is not ${expected}`));
 
   /** The chosen layer's handles in fractions of the canvas: corners from top left, clockwise, and the one that turns. */
-  const handles = async () => (await editor()).$eval(".montage-frame", (svg) => {
-    const [, , width, height] = svg.getAttribute("viewBox").split(" ").map(Number);
-    return svg.querySelector(".inner").getAttribute("d").split("M").slice(1).map((part) => part.split(",").map(parseFloat)).map(([x, y]) => [x / width, y / height]);
-  });
+  const handles = async () =>
+    (await editor()).$eval(".montage-frame", (svg) => {
+      const [, , width, height] = svg.getAttribute("viewBox").split(" ").map(Number);
+      return svg
+        .querySelector(".inner")
+        .getAttribute("d")
+        .split("M")
+        .slice(1)
+        .map((part) => part.split(",").map(parseFloat))
+        .map(([x, y]) => [x / width, y / height]);
+    });
 
   /** The editor's picture, and how far it is from the node's own composite on average, of 255. */
   async function difference(outputs) {
     const { filename, subfolder, type } = outputs[ids.image].images[0];
-    return (await stage()).evaluate(async (canvas, url) => {
-      const image = new Image();
-      image.src = url;
-      await image.decode();
-      const copy = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
-      copy.getContext("2d").drawImage(image, 0, 0);
-      const [here, there] = [canvas, copy].map((one) => one.getContext("2d").getImageData(0, 0, one.width, one.height).data);
-      return here.reduce((sum, value, i) => sum + Math.abs(value - there[i]), 0) / here.length;
-    }, `${COMFY}/view?${new URLSearchParams({ filename, subfolder, type })}`);
+    return (await stage()).evaluate(
+      async (canvas, url) => {
+        const image = new Image();
+        image.src = url;
+        await image.decode();
+        const copy = Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
+        copy.getContext("2d").drawImage(image, 0, 0);
+        const [here, there] = [canvas, copy].map(
+          (one) => one.getContext("2d").getImageData(0, 0, one.width, one.height).data,
+        );
+        return here.reduce((sum, value, i) => sum + Math.abs(value - there[i]), 0) / here.length;
+      },
+      `${COMFY}/view?${new URLSearchParams({ filename, subfolder, type })}`,
+    );
   }
 
   /** Connects a number to a value of a layer. Returns the id of the node that gives it. */
-  const feed = (id, name, value) => comfy.page().evaluate(([id, name, value]) => {
-    const { app, LiteGraph } = window;
-    const number = LiteGraph.createNode("PrimitiveFloat");
-    app.graph.add(number);
-    number.widgets[0].value = value;
-    const node = app.graph.getNodeById(id);
-    number.connect(0, node, node.inputs.findIndex((slot) => slot.name === name));
-    return number.id;
-  }, [id, name, value]);
+  const feed = (id, name, value) =>
+    comfy.page().evaluate(
+      ([id, name, value]) => {
+        const { app, LiteGraph } = window;
+        const number = LiteGraph.createNode("PrimitiveFloat");
+        app.graph.add(number);
+        number.widgets[0].value = value;
+        const node = app.graph.getNodeById(id);
+        number.connect(
+          0,
+          node,
+          node.inputs.findIndex((slot) => slot.name === name),
+        );
+        return number.id;
+      },
+      [id, name, value],
+    );
 
   async function succeed() {
     const { outputs, error } = await queue(comfy.page());
@@ -105,10 +157,17 @@ export function testLayout(comfy) {
       const outputs = await succeed();
       await shown(3);
       assert.deepEqual(await texts(), ["a blue post", "a green box", "a red bar"]);
-      assert.ok(await difference(outputs) < 2);
+      assert.ok((await difference(outputs)) < 2);
       const { workflow, output } = await comfy.page().evaluate(() => window.app.graphToPrompt());
       assert.equal("layout" in output[ids.canvas].inputs, false);
-      assert.deepEqual(workflow.nodes.find((node) => node.type === "CollageCanvas").widgets_values, [384, 256, "", "#969696", 0.8, 10]);
+      assert.deepEqual(workflow.nodes.find((node) => node.type === "CollageCanvas").widgets_values, [
+        384,
+        256,
+        "",
+        "#969696",
+        0.8,
+        10,
+      ]);
     });
 
     test("moved, scaled, turned and reordered, the numbers follow: one step of undo each, and the node agrees", async () => {
@@ -119,7 +178,16 @@ export function testLayout(comfy) {
         await still();
         steps.push(await undoSteps());
       };
-      await act(async () => drag(comfy.page(), [[0.45, 0.5], [0.55, 0.6]], await stage()));
+      await act(async () =>
+        drag(
+          comfy.page(),
+          [
+            [0.45, 0.5],
+            [0.55, 0.6],
+          ],
+          await stage(),
+        ),
+      );
       near(Object.values(await values(green)).slice(0, 2), [0.6, 0.6]);
       await act(async () => drag(comfy.page(), [(await handles())[2], [0.8, 0.9]], await stage()));
       near([(await values(green)).scale], [0.6], 0.02);
@@ -130,12 +198,16 @@ export function testLayout(comfy) {
       assert.deepEqual(await texts(), ["a blue post", "a red bar", "a green box"]);
       await act(() => comfy.page().keyboard.press("ArrowRight"));
       near([(await values(red)).x], [0.303], 1e-6);
-      assert.deepEqual(steps, steps.map((_, i) => steps[0] + i));
+      assert.deepEqual(
+        steps,
+        steps.map((_, i) => steps[0] + i),
+      );
       const { output } = await comfy.page().evaluate(() => window.app.graphToPrompt());
-      for (const id of ids.layers) for (const [name, value] of Object.entries(await values(id))) assert.equal(output[id].inputs[name], value);
+      for (const id of ids.layers)
+        for (const [name, value] of Object.entries(await values(id))) assert.equal(output[id].inputs[name], value);
       const outputs = await succeed();
       await shown(3);
-      assert.ok(await difference(outputs) < 2);
+      assert.ok((await difference(outputs)) < 2);
     });
 
     test("a number that is typed shows at once", async () => {
@@ -168,7 +240,14 @@ export function testLayout(comfy) {
       for (let i = 0; i < 5 && (await values(green)).y !== before.y; i++) {
         await comfy.page().keyboard.press("Control+z");
         await comfy.settled();
-        await comfy.page().waitForFunction((id) => window.app.canvas.graph.getNodeById(id).widgets.find((one) => one.name === "layout").element.contains(document.activeElement), ids.canvas);
+        await comfy.page().waitForFunction(
+          (id) =>
+            window.app.canvas.graph
+              .getNodeById(id)
+              .widgets.find((one) => one.name === "layout")
+              .element.contains(document.activeElement),
+          ids.canvas,
+        );
       }
       assert.deepEqual(await values(green), before);
       await shown(3);
@@ -177,9 +256,16 @@ export function testLayout(comfy) {
       await comfy.settled();
       await still();
       assert.ok((await values(green)).y < before.y);
-      await drag(comfy.page(), [[0.6, 0.6], [0.5, 0.5]], await stage());
+      await drag(
+        comfy.page(),
+        [
+          [0.6, 0.6],
+          [0.5, 0.5],
+        ],
+        await stage(),
+      );
       assert.notEqual((await values(green)).y, raised.y);
-      assert.ok(await difference(await succeed()) < 2);
+      assert.ok((await difference(await succeed())) < 2);
     });
 
     test("a value that another node feeds is shown and stays", async () => {
@@ -197,18 +283,21 @@ export function testLayout(comfy) {
     });
 
     test("a layer that is added asks for another run", async () => {
-      const added = await comfy.page().evaluate(([canvasId, last]) => {
-        const { app, LiteGraph } = window;
-        const [image, layer] = ["EmptyImage", "CollageLayer"].map((type) => LiteGraph.createNode(type));
-        for (const node of [image, layer]) app.graph.add(node);
-        const slot = (node, name) => node.inputs.findIndex((input) => input.name === name);
-        image.connect(0, layer, slot(layer, "image"));
-        app.graph.getNodeById(last).connect(0, layer, slot(layer, "collage"));
-        const canvas = app.graph.getNodeById(canvasId);
-        layer.connect(0, canvas, slot(canvas, "collage"));
-        layer.widgets.find((widget) => widget.name === "text").value = "a black box";
-        return [image.id, layer.id];
-      }, [ids.canvas, ids.layers.at(-1)]);
+      const added = await comfy.page().evaluate(
+        ([canvasId, last]) => {
+          const { app, LiteGraph } = window;
+          const [image, layer] = ["EmptyImage", "CollageLayer"].map((type) => LiteGraph.createNode(type));
+          for (const node of [image, layer]) app.graph.add(node);
+          const slot = (node, name) => node.inputs.findIndex((input) => input.name === name);
+          image.connect(0, layer, slot(layer, "image"));
+          app.graph.getNodeById(last).connect(0, layer, slot(layer, "collage"));
+          const canvas = app.graph.getNodeById(canvasId);
+          layer.connect(0, canvas, slot(canvas, "collage"));
+          layer.widgets.find((widget) => widget.name === "text").value = "a black box";
+          return [image.id, layer.id];
+        },
+        [ids.canvas, ids.layers.at(-1)],
+      );
       await still();
       assert.match(await status(), /queue again/);
       await shown(3);
@@ -218,13 +307,18 @@ export function testLayout(comfy) {
       await onNode(added[1], "node.mode = 4"); // bypassed
       await (await row("black")).click();
       assert.match(await status(), /queue again/);
-      await comfy.page().evaluate((added) => added.forEach((id) => window.app.graph.remove(window.app.graph.getNodeById(id))), added);
+      await comfy
+        .page()
+        .evaluate((added) => added.forEach((id) => window.app.graph.remove(window.app.graph.getNodeById(id))), added);
       await still();
       assert.deepEqual(await texts(), []); // nothing is connected
-      await comfy.page().evaluate(([canvasId, last]) => {
-        const { graph } = window.app;
-        graph.getNodeById(last).connect(0, graph.getNodeById(canvasId), 0);
-      }, [ids.canvas, ids.layers.at(-1)]);
+      await comfy.page().evaluate(
+        ([canvasId, last]) => {
+          const { graph } = window.app;
+          graph.getNodeById(last).connect(0, graph.getNodeById(canvasId), 0);
+        },
+        [ids.canvas, ids.layers.at(-1)],
+      );
       await shown(3);
     });
 
@@ -244,40 +338,61 @@ export function testLayout(comfy) {
         graph.remove(graph.getNodeById(id));
         return element;
       }, copy);
-      assert.deepEqual(await freed.evaluate((element) => [element.querySelector("canvas").width, element.querySelectorAll("img").length]), [1, 0]);
+      assert.deepEqual(
+        await freed.evaluate((element) => [
+          element.querySelector("canvas").width,
+          element.querySelectorAll("img").length,
+        ]),
+        [1, 0],
+      );
       await shown(3);
     });
 
     test("another tab and back still shows it", async () => {
       const before = await values(ids.layers[1]);
       await comfy.page().evaluate((empty) => window.app.loadGraphData(empty, true, true, null), EMPTY);
-      await comfy.page().evaluate(() => window.app.extensionManager.command.execute("Workspace.PreviousOpenedWorkflow"));
+      await comfy
+        .page()
+        .evaluate(() => window.app.extensionManager.command.execute("Workspace.PreviousOpenedWorkflow"));
       await shown(3);
       assert.deepEqual(await values(ids.layers[1]), before);
     });
 
-    test("a reload of the page still shows it", { skip: modern && "costs seconds, and is the same in both renderers" }, async () => {
-      const before = await values(ids.layers[1]);
-      await comfy.page().waitForTimeout(1000); // until the draft is kept
-      await comfy.page().reload({ waitUntil: "domcontentloaded" });
-      await ready(comfy.page());
-      await shown(3);
-      assert.deepEqual(await values(ids.layers[1]), before);
-    });
+    test(
+      "a reload of the page still shows it",
+      { skip: modern && "costs seconds, and is the same in both renderers" },
+      async () => {
+        const before = await values(ids.layers[1]);
+        await comfy.page().waitForTimeout(1000); // until the draft is kept
+        await comfy.page().reload({ waitUntil: "domcontentloaded" });
+        await ready(comfy.page());
+        await shown(3);
+        assert.deepEqual(await values(ids.layers[1]), before);
+      },
+    );
 
     test("inside a subgraph, fed from outside of it: run, move, queue", async () => {
       await feed(ids.layers[1], "x", 0.25);
-      await comfy.page().evaluate(([canvasId, ...layers]) => {
-        const { canvas, graph } = window.app;
-        canvas.deselectAll();
-        const inside = [canvasId, ...layers].map((id) => graph.getNodeById(id));
-        inside.forEach((node) => canvas.select(node));
-        const { node } = graph.convertToSubgraph(new Set(inside));
-        canvas.openSubgraph ? canvas.openSubgraph(node.subgraph, node) : canvas.setGraph(node.subgraph);
-      }, [ids.canvas, ...ids.layers]);
+      await comfy.page().evaluate(
+        ([canvasId, ...layers]) => {
+          const { canvas, graph } = window.app;
+          canvas.deselectAll();
+          const inside = [canvasId, ...layers].map((id) => graph.getNodeById(id));
+          inside.forEach((node) => canvas.select(node));
+          const { node } = graph.convertToSubgraph(new Set(inside));
+          canvas.openSubgraph ? canvas.openSubgraph(node.subgraph, node) : canvas.setGraph(node.subgraph);
+        },
+        [ids.canvas, ...ids.layers],
+      );
       await comfy.page().waitForTimeout(500);
-      const inner = await comfy.page().evaluate(() => window.app.canvas.graph.nodes.find((node) => node.comfyClass === "CollageCanvas").id);
-      const [back] = await comfy.page().evaluate(() => window.app.canvas.graph.nodes.filter((node) => node.comfyClass === "CollageLayer").map((node) => node.id));
+      const inner = await comfy
+        .page()
+        .evaluate(() => window.app.canvas.graph.nodes.find((node) => node.comfyClass === "CollageCanvas").id);
+      const [back] = await comfy
+        .page()
+        .evaluate(() =>
+          window.app.canvas.graph.nodes.filter((node) => node.comfyClass === "CollageLayer").map((node) => node.id),
+        );
       await onNode(back, 'widget("y").value = 0.4'); // so that no layer is one of the last run, with its id of then
       await succeed();
       await shown(3, inner);
@@ -286,9 +401,17 @@ export function testLayout(comfy) {
       await comfy.page().keyboard.press("Shift+ArrowUp");
       await still();
       assert.match(await status(inner), /x 0.25,.* moved there only: x\./);
-      const moved = await comfy.page().evaluate(() => window.app.canvas.graph.nodes.filter((node) => node.comfyClass === "CollageLayer").map((node) => node.widgets.find((one) => one.name === "y").value));
+      const moved = await comfy
+        .page()
+        .evaluate(() =>
+          window.app.canvas.graph.nodes
+            .filter((node) => node.comfyClass === "CollageLayer")
+            .map((node) => node.widgets.find((one) => one.name === "y").value),
+        );
       const { output } = await comfy.page().evaluate(() => window.app.graphToPrompt());
-      const sent = Object.values(output).filter((node) => node.class_type === "CollageLayer").map((node) => node.inputs.y);
+      const sent = Object.values(output)
+        .filter((node) => node.class_type === "CollageLayer")
+        .map((node) => node.inputs.y);
       assert.deepEqual(sent.toSorted(), moved.toSorted());
       await succeed();
     });

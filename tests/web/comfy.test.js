@@ -6,9 +6,18 @@ import { COMFY, buildMontage, drag, launch, openComfy, queue, ready } from "./br
 import { testLayout } from "./collage.js";
 
 const modern = process.env.MONTAGE_RENDERER === "modern";
-const ACROSS_TOP = [[0.1, 0.25], [0.9, 0.25]];
-const ACROSS_BOTTOM = [[0.1, 0.75], [0.9, 0.75]];
-const DOWN = [[0.5, 0.1], [0.5, 0.9]];
+const ACROSS_TOP = [
+  [0.1, 0.25],
+  [0.9, 0.25],
+];
+const ACROSS_BOTTOM = [
+  [0.1, 0.75],
+  [0.9, 0.75],
+];
+const DOWN = [
+  [0.5, 0.1],
+  [0.5, 0.9],
+];
 
 let browser;
 let page;
@@ -21,12 +30,18 @@ before(async () => {
 });
 after(() => browser?.close());
 
-const onNode = (id, action, argument) => page.evaluate(([id, action, argument]) => {
-  const find = (graph) => graph.nodes.find((node) => String(node.id) === String(id)) ?? graph.nodes.map((node) => node.subgraph && find(node.subgraph)).find(Boolean);
-  const node = find(window.app.graph.rootGraph ?? window.app.graph);
-  const widget = (name) => node.widgets.find((one) => one.name === name);
-  return new Function("node", "widget", "argument", `return (${action})`)(node, widget, argument);
-}, [id, action, argument]);
+const onNode = (id, action, argument) =>
+  page.evaluate(
+    ([id, action, argument]) => {
+      const find = (graph) =>
+        graph.nodes.find((node) => String(node.id) === String(id)) ??
+        graph.nodes.map((node) => node.subgraph && find(node.subgraph)).find(Boolean);
+      const node = find(window.app.graph.rootGraph ?? window.app.graph);
+      const widget = (name) => node.widgets.find((one) => one.name === name);
+      return new Function("node", "widget", "argument", `return (${action})`)(node, widget, argument);
+    },
+    [id, action, argument],
+  );
 
 const value = (id = ids.montage) => onNode(id, 'widget("strokes").value');
 const strokes = async (id) => JSON.parse((await value(id)) || '{"strokes":[]}').strokes;
@@ -34,11 +49,13 @@ const prompt = async (id = ids.montage) => (await page.evaluate(() => window.app
 
 /** The editor of a node on the page, whichever element shows it. */
 async function editor(id = ids.montage) {
-  const root = (await page.evaluateHandle((id) => {
-    const { app } = window;
-    const graph = app.canvas.graph;
-    return graph.getNodeById(id).widgets.find((one) => one.name === "strokes").element;
-  }, id)).asElement();
+  const root = (
+    await page.evaluateHandle((id) => {
+      const { app } = window;
+      const graph = app.canvas.graph;
+      return graph.getNodeById(id).widgets.find((one) => one.name === "strokes").element;
+    }, id)
+  ).asElement();
   await page.waitForFunction((root) => root.isConnected && root.getBoundingClientRect().width > 0, root);
   return root;
 }
@@ -51,10 +68,14 @@ async function paint(points, { image, id } = {}) {
 
 const press = async (text, id) => (await (await editor(id)).$(`button:text-is("${text}")`)).click();
 const status = async (id) => (await (await editor(id)).$(".montage-status")).textContent();
-const shown = async (count, id) => page.waitForFunction(([root, count]) => {
-  const picture = root.querySelector(".montage-stage > img");
-  return root.querySelectorAll(".montage-image").length === count && picture.complete && picture.naturalWidth > 0;
-}, [await editor(id), count]);
+const shown = async (count, id) =>
+  page.waitForFunction(
+    ([root, count]) => {
+      const picture = root.querySelector(".montage-stage > img");
+      return root.querySelectorAll(".montage-image").length === count && picture.complete && picture.naturalWidth > 0;
+    },
+    [await editor(id), count],
+  );
 
 async function succeed() {
   const { outputs, error } = await queue(page);
@@ -65,14 +86,23 @@ async function succeed() {
 /** The content of the picture that a preview node shows. */
 async function content(outputs, id) {
   const { filename, subfolder, type } = outputs[id].images[0];
-  const answer = await page.context().request.get(`${COMFY}/view?${new URLSearchParams({ filename, subfolder, type })}`);
-  return createHash("sha1").update(await answer.body()).digest("hex");
+  const answer = await page
+    .context()
+    .request.get(`${COMFY}/view?${new URLSearchParams({ filename, subfolder, type })}`);
+  return createHash("sha1")
+    .update(await answer.body())
+    .digest("hex");
 }
 
 /** Takes the keyboard away from the editor, so that keys are the graph's. */
 const leave = () => page.evaluate(() => document.activeElement.blur());
 
-const settled = () => page.waitForFunction(() => !window.app.configuringGraph && !window.app.extensionManager.workflow.activeWorkflow?.changeTracker?._restoringState);
+const settled = () =>
+  page.waitForFunction(
+    () =>
+      !window.app.configuringGraph &&
+      !window.app.extensionManager.workflow.activeWorkflow?.changeTracker?._restoringState,
+  );
 
 async function graphUndo(key = "Control+z") {
   await leave();
@@ -87,10 +117,13 @@ const still = () => page.waitForTimeout(250);
 const view = () => page.evaluate(() => [window.app.canvas.ds.scale, ...window.app.canvas.ds.offset]);
 
 async function show([scale, ...offset]) {
-  await page.evaluate(([scale, offset]) => {
-    Object.assign(window.app.canvas.ds, { scale, offset });
-    window.app.canvas.setDirty(true, true);
-  }, [scale, offset]);
+  await page.evaluate(
+    ([scale, offset]) => {
+      Object.assign(window.app.canvas.ds, { scale, offset });
+      window.app.canvas.setDirty(true, true);
+    },
+    [scale, offset],
+  );
   await still();
 }
 
@@ -109,12 +142,16 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
     await paint(ACROSS_BOTTOM, { image: 1 });
     const [first, second] = await strokes();
     assert.deepEqual([first.k, second.k], [0, 1]);
-    for (const [stroke, y] of [[first, 2500], [second, 7500]]) {
+    for (const [stroke, y] of [
+      [first, 2500],
+      [second, 7500],
+    ]) {
       assert.ok(Math.abs(stroke.p[0] - 1000) < 60 && Math.abs(stroke.p[1] - y) < 60, `${stroke.p}`);
     }
     assert.equal((await prompt()).strokes, await value());
     const painted = await succeed();
-    for (const role of ["labels", "shown"]) assert.notEqual(await content(painted, ids[role]), await content(plain, ids[role]), role);
+    for (const role of ["labels", "shown"])
+      assert.notEqual(await content(painted, ids[role]), await content(plain, ids[role]), role);
     await press("Regions");
     await page.waitForFunction((root) => root.querySelector(".montage-regions").naturalWidth > 0, await editor());
     await press("Regions");
@@ -140,7 +177,10 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
     const { error } = await queue(page);
     assert.match(error, /images 0 and 2/);
     await press("Erase");
-    await onNode(ids.montage, 'widget("strokes").element.querySelector("input[type=range]").value = Math.log(600), widget("strokes").element.querySelector("input[type=range]").dispatchEvent(new Event("input"))');
+    await onNode(
+      ids.montage,
+      'widget("strokes").element.querySelector("input[type=range]").value = Math.log(600), widget("strokes").element.querySelector("input[type=range]").dispatchEvent(new Event("input"))',
+    );
     await paint([[0.5, 0.25]]);
     await paint([[0.5, 0.75]]);
     assert.doesNotMatch(await status(), /Images/);
@@ -180,7 +220,11 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
       app.graph.add(number);
       number.widgets[0].value = 1;
       const node = app.graph.getNodeById(id);
-      number.connect(0, node, node.inputs.findIndex((slot) => slot.name === "base"));
+      number.connect(
+        0,
+        node,
+        node.inputs.findIndex((slot) => slot.name === "base"),
+      );
       return number.id;
     }, ids.montage);
     assert.equal("base" in JSON.parse((await prompt()).strokes), false);
@@ -193,7 +237,10 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
   test("wheel and middle button over the editor zoom and pan as they do beside it", async () => {
     const start = await view();
     const box = await (await (await editor()).$(".montage-stage")).boundingBox();
-    const [over, beside] = [[box.x + box.width / 2, box.y + box.height / 2], [box.x + box.width / 2, 985]];
+    const [over, beside] = [
+      [box.x + box.width / 2, box.y + box.height / 2],
+      [box.x + box.width / 2, 985],
+    ];
     const zoomAt = async (place) => {
       await page.mouse.move(...place);
       await page.mouse.wheel(0, -100);
@@ -206,7 +253,10 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
     const zooms = [await zoomAt(beside), await zoomAt(over)];
     await press("Paint"); // now the editor has the keyboard
     zooms.push(await zoomAt(over));
-    assert.ok(zooms.every((zoom) => zoom > 1.01 && Math.abs(zoom - zooms[0]) < 0.01), `${zooms}`);
+    assert.ok(
+      zooms.every((zoom) => zoom > 1.01 && Math.abs(zoom - zooms[0]) < 0.01),
+      `${zooms}`,
+    );
     await page.keyboard.down("Alt");
     assert.equal(await zoomAt(over), 1);
     await page.keyboard.up("Alt");
@@ -217,7 +267,10 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
     await page.mouse.up({ button: "middle" });
     await still();
     const [, x, y] = await view();
-    assert.ok(Math.abs((x - start[1]) * start[0] - 40) < 6 && Math.abs((y - start[2]) * start[0] - 30) < 6, `${[x - start[1], y - start[2]]}`);
+    assert.ok(
+      Math.abs((x - start[1]) * start[0] - 40) < 6 && Math.abs((y - start[2]) * start[0] - 30) < 6,
+      `${[x - start[1], y - start[2]]}`,
+    );
     await show(start);
     assert.equal(await value(), before);
   });
@@ -228,9 +281,18 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
       await show([scale, ...start.slice(1)]);
       const { x, y } = await (await editor()).boundingBox();
       await show([scale, start[1] + (400 - x) / scale, start[2] + (120 - y) / scale]);
-      await paint([[0.2, 0.5], [0.4, 0.5]], { image: 0 });
+      await paint(
+        [
+          [0.2, 0.5],
+          [0.4, 0.5],
+        ],
+        { image: 0 },
+      );
       const { p } = (await strokes()).at(-1);
-      assert.ok([2000, 5000, 4000, 5000].every((wanted, i) => Math.abs(p[i] - wanted) < 120), `${scale}: ${p}`);
+      assert.ok(
+        [2000, 5000, 4000, 5000].every((wanted, i) => Math.abs(p[i] - wanted) < 120),
+        `${scale}: ${p}`,
+      );
       await press("Undo");
     }
     await show(start);
@@ -256,7 +318,13 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
       graph.remove(graph.getNodeById(id));
       return element;
     }, copy);
-    assert.deepEqual(await freed.evaluate((element) => [element.querySelector("canvas").width, element.querySelectorAll("img[src]").length]), [1, 0]);
+    assert.deepEqual(
+      await freed.evaluate((element) => [
+        element.querySelector("canvas").width,
+        element.querySelectorAll("img[src]").length,
+      ]),
+      [1, 0],
+    );
   });
 
   test("a saved workflow and a reloaded page still have them", async () => {
@@ -267,15 +335,32 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
     await page.evaluate((saved) => window.app.loadGraphData(saved, true, true, null), saved);
     assert.equal(await value(), before);
     await shown(3);
-    await page.waitForFunction((text) => Object.values(localStorage).concat(Object.values(sessionStorage)).some((draft) => draft.includes(JSON.stringify(text).slice(1, -1)) || draft.includes(JSON.stringify(JSON.stringify(text)).slice(3, -3))), before);
+    await page.waitForFunction(
+      (text) =>
+        Object.values(localStorage)
+          .concat(Object.values(sessionStorage))
+          .some(
+            (draft) =>
+              draft.includes(JSON.stringify(text).slice(1, -1)) ||
+              draft.includes(JSON.stringify(JSON.stringify(text)).slice(3, -3)),
+          ),
+      before,
+    );
     await page.reload({ waitUntil: "domcontentloaded" });
     await ready(page);
-    await page.waitForFunction((id) => window.app.graph.getNodeById(id)?.widgets?.some((one) => one.name === "strokes" && one.value), ids.montage);
+    await page.waitForFunction(
+      (id) => window.app.graph.getNodeById(id)?.widgets?.some((one) => one.name === "strokes" && one.value),
+      ids.montage,
+    );
     assert.equal(await value(), before);
     await shown(3);
     assert.equal(await (await (await editor()).$('button:text-is("Regions")')).isDisabled(), true);
     await succeed(); // all cached, and yet the pictures are sent again
-    await page.waitForFunction((root) => [...root.querySelectorAll("button")].some((button) => button.textContent === "Regions" && !button.disabled), await editor());
+    await page.waitForFunction(
+      (root) =>
+        [...root.querySelectorAll("button")].some((button) => button.textContent === "Regions" && !button.disabled),
+      await editor(),
+    );
   });
 
   test("inside a subgraph: paint, queue, save, load", async () => {
@@ -287,10 +372,18 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
       canvas.openSubgraph ? canvas.openSubgraph(node.subgraph, node) : canvas.setGraph(node.subgraph);
     }, ids.montage);
     await page.waitForTimeout(500);
-    const inner = await page.evaluate(() => window.app.canvas.graph.nodes.find((node) => node.type === "GraphCutMontage").id);
+    const inner = await page.evaluate(
+      () => window.app.canvas.graph.nodes.find((node) => node.type === "GraphCutMontage").id,
+    );
     await shown(3, inner);
     const count = (await strokes(inner)).length;
-    await paint([[0.8, 0.5], [0.95, 0.5]], { image: 0, id: inner });
+    await paint(
+      [
+        [0.8, 0.5],
+        [0.95, 0.5],
+      ],
+      { image: 0, id: inner },
+    );
     assert.equal((await strokes(inner)).length, count + 1);
     const before = await value(inner);
     const { output } = await page.evaluate(() => window.app.graphToPrompt());

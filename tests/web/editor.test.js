@@ -18,38 +18,45 @@ const COLOURS = ["#e65050", "#508ceb", "#5abe5a"];
 
 /** A fresh editor with `count` plain pictures of a size. */
 async function mount({ count = 3, size = [300, 200], text = "" } = {}) {
-  await page.evaluate(async ({ count, size, text, COLOURS }) => {
-    const { StrokeEditor } = await import("/editor.js");
-    const paint = (colour) => {
-      const canvas = Object.assign(document.createElement("canvas"), { width: size[0], height: size[1] });
-      const context = canvas.getContext("2d");
-      context.fillStyle = colour;
-      context.fillRect(0, 0, ...size);
-      return canvas.toDataURL();
-    };
-    const urls = new Map();
-    window.base = 0;
-    window.changes = [];
-    window.forwarded = [];
-    window.editor = new StrokeEditor({
-      colours: COLOURS,
-      address: (name) => {
-        if (name === "gone") return "/gone.jpg";
-        if (!urls.has(name)) urls.set(name, paint(`hsl(${urls.size * 40} 30% 50%)`));
-        return urls.get(name);
-      },
-      node: {
-        base: () => window.base,
-        chooseBase: (image) => (window.base = image),
-        changed: () => window.changes.push(window.editor.getValue()),
-        panning: () => Boolean(window.panning),
-        forward: (event) => window.forwarded.push(event.type),
-      },
-    });
-    document.querySelector("#node").replaceChildren(window.editor.element);
-    window.editor.setValue(text);
-    window.editor.showPictures({ names: Array.from({ length: count }, (_, i) => `picture${i}`), size, regions: "regions" });
-  }, { count, size, text, COLOURS });
+  await page.evaluate(
+    async ({ count, size, text, COLOURS }) => {
+      const { StrokeEditor } = await import("/editor.js");
+      const paint = (colour) => {
+        const canvas = Object.assign(document.createElement("canvas"), { width: size[0], height: size[1] });
+        const context = canvas.getContext("2d");
+        context.fillStyle = colour;
+        context.fillRect(0, 0, ...size);
+        return canvas.toDataURL();
+      };
+      const urls = new Map();
+      window.base = 0;
+      window.changes = [];
+      window.forwarded = [];
+      window.editor = new StrokeEditor({
+        colours: COLOURS,
+        address: (name) => {
+          if (name === "gone") return "/gone.jpg";
+          if (!urls.has(name)) urls.set(name, paint(`hsl(${urls.size * 40} 30% 50%)`));
+          return urls.get(name);
+        },
+        node: {
+          base: () => window.base,
+          chooseBase: (image) => (window.base = image),
+          changed: () => window.changes.push(window.editor.getValue()),
+          panning: () => Boolean(window.panning),
+          forward: (event) => window.forwarded.push(event.type),
+        },
+      });
+      document.querySelector("#node").replaceChildren(window.editor.element);
+      window.editor.setValue(text);
+      window.editor.showPictures({
+        names: Array.from({ length: count }, (_, i) => `picture${i}`),
+        size,
+        regions: "regions",
+      });
+    },
+    { count, size, text, COLOURS },
+  );
 }
 
 const value = () => page.evaluate(() => window.editor.getValue());
@@ -61,15 +68,28 @@ const status = () => page.locator(".montage-status").textContent();
 const view = () => page.evaluate(() => ({ ...window.editor.view }));
 
 /** The canvas's colour at a place of the picture, [r, g, b, a]. */
-const pixel = (x, y) => page.evaluate(([x, y]) => {
-  const canvas = document.querySelector(".montage-stage > canvas");
-  return [...canvas.getContext("2d").getImageData(Math.floor(x * canvas.width), Math.floor(y * canvas.height), 1, 1).data];
-}, [x, y]);
+const pixel = (x, y) =>
+  page.evaluate(
+    ([x, y]) => {
+      const canvas = document.querySelector(".montage-stage > canvas");
+      return [
+        ...canvas.getContext("2d").getImageData(Math.floor(x * canvas.width), Math.floor(y * canvas.height), 1, 1).data,
+      ];
+    },
+    [x, y],
+  );
 
-const near = (actual, expected, slack) => actual.forEach((value, i) => assert.ok(Math.abs(value - expected[i]) <= slack, `${actual} is not ${expected}`));
+const near = (actual, expected, slack) =>
+  actual.forEach((value, i) => assert.ok(Math.abs(value - expected[i]) <= slack, `${actual} is not ${expected}`));
 
-const ACROSS = [[0.2, 0.5], [0.8, 0.5]];
-const DOWN = [[0.5, 0.1], [0.5, 0.9]];
+const ACROSS = [
+  [0.2, 0.5],
+  [0.8, 0.5],
+];
+const DOWN = [
+  [0.5, 0.1],
+  [0.5, 0.9],
+];
 
 describe("painting", () => {
   beforeEach(() => mount());
@@ -88,22 +108,39 @@ describe("painting", () => {
 
   test("a click is a dot, and a stroke may leave the picture", async () => {
     await drag(page, [[0.3, 0.3]]);
-    await drag(page, [[0.5, 0.5], [1.1, 1.2]]);
+    await drag(page, [
+      [0.5, 0.5],
+      [1.1, 1.2],
+    ]);
     const [dot, out] = await strokes();
     assert.equal(dot.p.length, 2);
     assert.ok(out.p.at(-1) > 10_500);
     assert.ok((await pixel(0.3, 0.3))[3] > 100);
   });
 
-  for (const [size, deviceScaleFactor, zoom] of [[[300, 200], 2, 1], [[90, 400], 1, 0.5], [[2000, 1000], 1.5, 1.7]]) {
+  for (const [size, deviceScaleFactor, zoom] of [
+    [[300, 200], 2, 1],
+    [[90, 400], 1, 0.5],
+    [[2000, 1000], 1.5, 1.7],
+  ]) {
     test(`is where the pen is: ${size.join("x")} at density ${deviceScaleFactor}, zoom ${zoom}`, async () => {
       const other = await barePage(browser, { deviceScaleFactor, viewport: { width: 1000, height: 1100 } });
       const first = page;
       page = other;
       try {
         await mount({ size });
-        await page.evaluate((zoom) => Object.assign(document.querySelector("#node").style, { transform: `scale(${zoom})`, transformOrigin: "0 0" }), zoom);
-        await drag(page, [[0.25, 0.25], [0.75, 0.75]]);
+        await page.evaluate(
+          (zoom) =>
+            Object.assign(document.querySelector("#node").style, {
+              transform: `scale(${zoom})`,
+              transformOrigin: "0 0",
+            }),
+          zoom,
+        );
+        await drag(page, [
+          [0.25, 0.25],
+          [0.75, 0.75],
+        ]);
         near((await strokes())[0].p, [2500, 2500, 7500, 7500], 120);
         assert.ok((await pixel(0.5, 0.5))[3] > 100);
       } finally {
@@ -121,7 +158,10 @@ describe("painting", () => {
     assert.equal((await strokes()).length, 1);
     await thumbnail(0).click();
     await drag(page, DOWN);
-    assert.deepEqual((await strokes()).map((stroke) => stroke.e ?? 0), [0, 1]);
+    assert.deepEqual(
+      (await strokes()).map((stroke) => stroke.e ?? 0),
+      [0, 1],
+    );
     assert.equal((await pixel(0.5, 0.5))[3], 0);
     assert.ok((await pixel(0.3, 0.5))[3] > 100);
     await page.evaluate(() => window.editor.look({ radius: 1500 }));
@@ -144,7 +184,12 @@ describe("painting", () => {
     await drag(page, DOWN);
     assert.match(await status(), /Images 0 and 2 /);
     assert.equal((await pixel(0.5, 0.5))[3], 255);
-    for (const [image, marked] of [[0, true], [1, false], [2, true]]) assert.equal((await thumbnail(image).textContent()).includes("!"), marked);
+    for (const [image, marked] of [
+      [0, true],
+      [1, false],
+      [2, true],
+    ])
+      assert.equal((await thumbnail(image).textContent()).includes("!"), marked);
     await press("Erase");
     await page.evaluate(() => window.editor.look({ radius: 600 }));
     await drag(page, [[0.5, 0.5]]);
@@ -154,7 +199,10 @@ describe("painting", () => {
   test("thirty images that are all painted stay quick", async () => {
     await mount({ count: 30, size: [1024, 1024] });
     const took = await page.evaluate(() => {
-      const circle = (k, i) => Array.from({ length: 60 }, (_, t) => [5000 + 300 * k / 2 - 2000 + 900 * Math.cos(t / 6 + i), 5000 + 900 * Math.sin(t / 6 + k)].map(Math.round)).flat();
+      const circle = (k, i) =>
+        Array.from({ length: 60 }, (_, t) =>
+          [5000 + (300 * k) / 2 - 2000 + 900 * Math.cos(t / 6 + i), 5000 + 900 * Math.sin(t / 6 + k)].map(Math.round),
+        ).flat();
       const strokes = Array.from({ length: 200 }, (_, i) => ({ k: i % 30, r: 250, p: circle(i % 30, i) }));
       const time = (action) => {
         const start = performance.now();
@@ -165,7 +213,11 @@ describe("painting", () => {
       return {
         load: time(() => window.editor.edit({ strokes })),
         choose: time(() => window.editor.choose(7)),
-        frame: Math.min(...[1, 2, 3].map(() => time(() => window.editor.drawing.paint({ k: 7, r: 250, p: [1000, 1000, 9000, 9000] })))),
+        frame: Math.min(
+          ...[1, 2, 3].map(() =>
+            time(() => window.editor.drawing.paint({ k: 7, r: 250, p: [1000, 1000, 9000, 9000] })),
+          ),
+        ),
       };
     });
     assert.equal(await page.locator(".montage-image").count(), 30);
@@ -199,8 +251,14 @@ describe("touch and pen", () => {
     const y = box.y + box.height / 2;
     await touch("touchStart", [[box.x + 100, y]]);
     await touch("touchMove", [[box.x + 120, y]]);
-    await touch("touchStart", [[box.x + 120, y], [box.x + 250, y]]);
-    await touch("touchMove", [[box.x + 90, y], [box.x + 280, y]]);
+    await touch("touchStart", [
+      [box.x + 120, y],
+      [box.x + 250, y],
+    ]);
+    await touch("touchMove", [
+      [box.x + 90, y],
+      [box.x + 280, y],
+    ]);
     await touch("touchEnd", []);
     assert.equal(await value(), "");
   });
@@ -211,15 +269,32 @@ describe("touch and pen", () => {
         const canvas = document.querySelector(".montage-stage > canvas");
         const box = canvas.getBoundingClientRect();
         canvas.setPointerCapture = () => {}; // an invented pointer cannot be captured
-        canvas.dispatchEvent(new PointerEvent(type, { pointerId: 9, pointerType: "pen", clientX: box.x + x * box.width, clientY: box.y + y * box.height, button, buttons, bubbles: true, cancelable: true }));
+        canvas.dispatchEvent(
+          new PointerEvent(type, {
+            pointerId: 9,
+            pointerType: "pen",
+            clientX: box.x + x * box.width,
+            clientY: box.y + y * box.height,
+            button,
+            buttons,
+            bubbles: true,
+            cancelable: true,
+          }),
+        );
       };
-      for (const [button, buttons, y] of [[0, 1, 0.5], [5, 32, 0.45]]) {
+      for (const [button, buttons, y] of [
+        [0, 1, 0.5],
+        [5, 32, 0.45],
+      ]) {
         window.pen("pointerdown", 0.3, y, button, buttons);
         window.pen("pointermove", 0.6, y, -1, buttons);
         window.pen("pointerup", 0.6, y, button, 0);
       }
     });
-    assert.deepEqual((await strokes()).map((stroke) => stroke.e ?? 0), [0, 1]);
+    assert.deepEqual(
+      (await strokes()).map((stroke) => stroke.e ?? 0),
+      [0, 1],
+    );
   });
 
   test("an interrupted stroke is none", async () => {
@@ -227,7 +302,17 @@ describe("touch and pen", () => {
       window.editor.canvas.setPointerCapture = () => {};
       const box = window.editor.canvas.getBoundingClientRect();
       for (const type of ["pointerdown", "pointermove", "pointercancel"]) {
-        window.editor.canvas.dispatchEvent(new PointerEvent(type, { pointerId: 3, pointerType: "touch", clientX: box.x + 150, clientY: box.y + 150, button: 0, buttons: 1, bubbles: true }));
+        window.editor.canvas.dispatchEvent(
+          new PointerEvent(type, {
+            pointerId: 3,
+            pointerType: "touch",
+            clientX: box.x + 150,
+            clientY: box.y + 150,
+            button: 0,
+            buttons: 1,
+            bubbles: true,
+          }),
+        );
       }
     });
     assert.equal(await value(), "");
@@ -256,9 +341,15 @@ describe("tools", () => {
   test("clear one, clear all", async () => {
     await drag(page, ACROSS);
     await thumbnail(1).click();
-    await drag(page, [[0.2, 0.2], [0.8, 0.2]]);
+    await drag(page, [
+      [0.2, 0.2],
+      [0.8, 0.2],
+    ]);
     await press("Clear");
-    assert.deepEqual((await strokes()).map((stroke) => stroke.k), [0]);
+    assert.deepEqual(
+      (await strokes()).map((stroke) => stroke.k),
+      [0],
+    );
     await press("Undo");
     await press("Clear all");
     assert.equal(await value(), "");
@@ -328,11 +419,22 @@ describe("tools", () => {
 
   test("images: digits and arrows choose, the chosen one is large", async () => {
     await drag(page, [[0.1, 0.1]]);
-    for (const [key, image] of [["2", 2], ["ArrowLeft", 1], ["ArrowRight", 2], ["ArrowRight", 2], ["9", 2], ["0", 0]]) {
+    for (const [key, image] of [
+      ["2", 2],
+      ["ArrowLeft", 1],
+      ["ArrowRight", 2],
+      ["ArrowRight", 2],
+      ["9", 2],
+      ["0", 0],
+    ]) {
       await page.keyboard.press(key);
       assert.equal((await view()).image, image, key);
     }
-    await page.evaluate(() => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key: "]", ctrlKey: true, altKey: true, modifierAltGraph: true, bubbles: true })));
+    await page.evaluate(() =>
+      document.activeElement.dispatchEvent(
+        new KeyboardEvent("keydown", { key: "]", ctrlKey: true, altKey: true, modifierAltGraph: true, bubbles: true }),
+      ),
+    );
     assert.ok((await view()).radius > 250); // a German keyboard's ]
     const shown = await page.evaluate(() => [window.editor.picture.src, window.editor.address("picture0")]);
     assert.equal(shown[0], shown[1]);
@@ -363,7 +465,11 @@ describe("tools", () => {
     await drag(page, ACROSS);
     await page.evaluate(() => (window.panning = false));
     assert.equal(await value(), "");
-    assert.deepEqual(await page.evaluate(() => [...new Set(window.forwarded)]), ["pointerdown", "pointermove", "pointerup"]);
+    assert.deepEqual(await page.evaluate(() => [...new Set(window.forwarded)]), [
+      "pointerdown",
+      "pointermove",
+      "pointerup",
+    ]);
   });
 
   test("keys that are not the editor's pass through, its own do not, and Escape gives the focus back", async () => {
@@ -389,7 +495,10 @@ describe("what is not as it should be", () => {
     assert.match(await page.locator(".montage-hint").textContent(), /Queue once/);
     await page.locator(".montage-stage > canvas").click({ force: true });
     assert.equal(await value(), "");
-    await mount({ count: 0, text: '{"v":1,"base":0,"strokes":[{"k":0,"r":300,"p":[1500,1000,1500,9000]},{"k":1,"r":300,"p":[8500,1000,8500,9000]}]}' });
+    await mount({
+      count: 0,
+      text: '{"v":1,"base":0,"strokes":[{"k":0,"r":300,"p":[1500,1000,1500,9000]},{"k":1,"r":300,"p":[8500,1000,8500,9000]}]}',
+    });
     assert.doesNotMatch(await status(), /both painted/);
   });
 
@@ -415,7 +524,9 @@ describe("what is not as it should be", () => {
   });
 
   test("strokes painted on other pictures say so, until one paints on", async () => {
-    await mount({ text: '{"v":1,"base":0,"size":[300,200],"img":["older"],"strokes":[{"k":0,"r":250,"p":[1000,1000,5000,5000]}]}' });
+    await mount({
+      text: '{"v":1,"base":0,"size":[300,200],"img":["older"],"strokes":[{"k":0,"r":250,"p":[1000,1000,5000,5000]}]}',
+    });
     assert.match(await status(), /have changed/);
     await drag(page, ACROSS);
     assert.doesNotMatch(await status(), /have changed/);
@@ -436,7 +547,12 @@ describe("what is not as it should be", () => {
   test("a released editor holds no pixels, and comes back", async () => {
     await mount();
     await drag(page, ACROSS);
-    const sizes = () => page.evaluate(() => [...document.querySelectorAll("canvas")].concat(window.editor.drawing.others, window.editor.drawing.scratch).map((canvas) => canvas.width));
+    const sizes = () =>
+      page.evaluate(() =>
+        [...document.querySelectorAll("canvas")]
+          .concat(window.editor.drawing.others, window.editor.drawing.scratch)
+          .map((canvas) => canvas.width),
+      );
     const text = await value();
     await page.evaluate(() => (window.editor.release(), window.editor.render()));
     assert.ok((await sizes()).every((width) => width === 1));

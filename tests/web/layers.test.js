@@ -2,17 +2,42 @@
 import assert from "node:assert/strict";
 import { readFile } from "node:fs/promises";
 import { describe, test } from "node:test";
-import { centreOf, cornersOf, handleOf, isInside, matrixOf, moved, pointIn, restack, rotated, scaled, settled, stack } from "../../web/layers.js";
+import {
+  centreOf,
+  cornersOf,
+  handleOf,
+  isInside,
+  matrixOf,
+  moved,
+  pointIn,
+  restack,
+  rotated,
+  scaled,
+  settled,
+  stack,
+} from "../../web/layers.js";
 
 const canvas = { width: 300, height: 200 };
-const layer = (values = {}, [width, height] = [60, 40]) => ({ width, height, values: { x: 0.5, y: 0.5, scale: 0.5, rotation: 0, depth: 0, ...values } });
-const near = (actual, expected, slack = 1e-6) => actual.flat().forEach((value, i) => assert.ok(Math.abs(value - expected.flat()[i]) <= slack, `${actual} is not ${expected}`));
+const layer = (values = {}, [width, height] = [60, 40]) => ({
+  width,
+  height,
+  values: { x: 0.5, y: 0.5, scale: 0.5, rotation: 0, depth: 0, ...values },
+});
+const near = (actual, expected, slack = 1e-6) =>
+  actual
+    .flat()
+    .forEach((value, i) => assert.ok(Math.abs(value - expected.flat()[i]) <= slack, `${actual} is not ${expected}`));
 
 describe("geometry", () => {
   test("is the backend's: the same places as in its test", async () => {
     const places = JSON.parse(await readFile(new URL("../data/collage_places.json", import.meta.url)));
     assert.ok(places.length >= 5);
-    for (const { canvas: [width, height], layer: size, corners, ...values } of places) {
+    for (const {
+      canvas: [width, height],
+      layer: size,
+      corners,
+      ...values
+    } of places) {
       near(cornersOf(layer(values, size), { width, height }), corners, 1e-3);
     }
   });
@@ -20,17 +45,39 @@ describe("geometry", () => {
   test("the matrix takes the picture's corners to those of the frame, and a point back into the picture", () => {
     const one = layer({ x: 0.3, y: 0.7, scale: 0.8, rotation: 33 });
     const [a, b, c, d, e, f] = matrixOf(one, canvas);
-    const corners = [[-30, -20], [30, -20], [30, 20], [-30, 20]].map(([x, y]) => [a * x + c * y + e, b * x + d * y + f]);
+    const corners = [
+      [-30, -20],
+      [30, -20],
+      [30, 20],
+      [-30, 20],
+    ].map(([x, y]) => [a * x + c * y + e, b * x + d * y + f]);
     near(cornersOf(one, canvas), corners);
-    near(corners.map((corner) => pointIn(one, canvas, corner)), [[0, 0], [1, 0], [1, 1], [0, 1]]);
+    near(
+      corners.map((corner) => pointIn(one, canvas, corner)),
+      [
+        [0, 0],
+        [1, 0],
+        [1, 1],
+        [0, 1],
+      ],
+    );
     near(pointIn(one, canvas, centreOf(one, canvas)), [0.5, 0.5]);
     assert.equal(isInside([0.5, 0.999]), true);
-    for (const outside of [[-0.01, 0.5], [0.5, 1]]) assert.equal(isInside(outside), false);
+    for (const outside of [
+      [-0.01, 0.5],
+      [0.5, 1],
+    ])
+      assert.equal(isInside(outside), false);
   });
 
   test("small layers get a frame that can be held, and the handle is above it, whatever way that is", () => {
     const small = layer({ scale: 0.01, rotation: 90 });
-    near(cornersOf(small, canvas, 10), [[160, 90], [160, 110], [140, 110], [140, 90]]);
+    near(cornersOf(small, canvas, 10), [
+      [160, 90],
+      [160, 110],
+      [140, 110],
+      [140, 90],
+    ]);
     near(handleOf(small, canvas, 25, 10), [185, 100]);
     near(handleOf(layer(), canvas, 25), [150, 100 - 50 - 25]);
   });
@@ -88,7 +135,11 @@ describe("the order", () => {
           const depths = restack(layers, moving, to, none, LIMITS);
           const then = layers.map((one) => ({ ...one, values: { depth: depths.get(one) ?? one.values.depth } }));
           assert.equal(names(stack(then)), names(wanted));
-          const alone = [-1, 0, 1, 2, 3].some((depth) => names(stack(layers.map((one) => (one === moving ? { ...one, values: { depth } } : one)))) === names(wanted));
+          const alone = [-1, 0, 1, 2, 3].some(
+            (depth) =>
+              names(stack(layers.map((one) => (one === moving ? { ...one, values: { depth } } : one)))) ===
+              names(wanted),
+          );
           assert.equal(depths.size === 1, alone, `${layers.map((one) => one.values.depth)}: ${moving.name} to ${to}`);
         }
       }
@@ -102,8 +153,14 @@ describe("the order", () => {
 
   test("depths that are fed stay, and make some orders impossible", () => {
     const layers = chain(0, 0, 0);
-    assert.equal(restack(layers, layers[0], 2, (one) => one === layers[0], LIMITS), null);
-    assert.equal(restack(layers, layers[0], 1, (one) => one === layers[2], LIMITS), null);
+    assert.equal(
+      restack(layers, layers[0], 2, (one) => one === layers[0], LIMITS),
+      null,
+    );
+    assert.equal(
+      restack(layers, layers[0], 1, (one) => one === layers[2], LIMITS),
+      null,
+    );
     assert.deepEqual([...restack(layers, layers[0], 2, (one) => one !== layers[0], LIMITS).values()], [1]);
   });
 

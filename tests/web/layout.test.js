@@ -16,47 +16,79 @@ after(() => browser?.close());
 
 /** A fresh editor on a canvas of 300x200 with three plain layers: red behind, then green, then blue, which is a ring. */
 async function mount({ size = [300, 200], layers = {}, run = true } = {}) {
-  await page.evaluate(async ({ size: [width, height], layers, run }) => {
-    const { LayoutEditor } = await import("/layout.js");
-    const { settled } = await import("/layers.js");
-    const paint = (colour, hole) => {
-      const canvas = Object.assign(document.createElement("canvas"), { width: 60, height: 40 });
-      const context = canvas.getContext("2d");
-      context.fillStyle = colour;
-      context.fillRect(0, 0, 60, 40);
-      if (hole) context.clearRect(15, 10, 30, 20);
-      return canvas.toDataURL();
-    };
-    const urls = { red: paint("#f00"), green: paint("#0f0"), blue: paint("#00f", true), back: paint("#888"), gone: "/gone.png" };
-    const layer = (id, x, y, more) => ({
-      id, picture: id, width: 60, height: 40, text: `a ${id} box`, fed: [], defaults: { x: 0.5, y: 0.5, scale: 0.5, rotation: 0, depth: 0 }, depths: [-999, 999],
-      values: { x, y, scale: 0.3, rotation: 0, depth: 0, ...more?.values }, ...Object.fromEntries(Object.entries(more ?? {}).filter(([name]) => name !== "values")),
-    });
-    const rounds = { x: 0.001, y: 0.001, scale: 0.001, rotation: 0.1, depth: 1 };
-    Object.assign(window, { commits: [], writes: 0, travels: [], forwarded: [], panning: false });
-    window.collage = !run ? null : {
-      width, height, background: "#808080", outdated: false,
-      layers: [layer("red", 0.3, 0.5, layers.red), layer("green", 0.5, 0.5, layers.green), layer("blue", 0.75, 0.5, layers.blue)],
-    };
-    window.editor = new LayoutEditor({
-      address: (name) => urls[name],
-      node: {
-        collage: () => window.collage && structuredClone(window.collage),
-        write(id, values) {
-          const { values: now, fed } = window.collage.layers.find((one) => one.id === id);
-          for (const [name, value] of Object.entries(values)) if (!fed.includes(name)) now[name] = settled(value, { round: rounds[name] });
-          window.writes++;
+  await page.evaluate(
+    async ({ size: [width, height], layers, run }) => {
+      const { LayoutEditor } = await import("/layout.js");
+      const { settled } = await import("/layers.js");
+      const paint = (colour, hole) => {
+        const canvas = Object.assign(document.createElement("canvas"), { width: 60, height: 40 });
+        const context = canvas.getContext("2d");
+        context.fillStyle = colour;
+        context.fillRect(0, 0, 60, 40);
+        if (hole) context.clearRect(15, 10, 30, 20);
+        return canvas.toDataURL();
+      };
+      const urls = {
+        red: paint("#f00"),
+        green: paint("#0f0"),
+        blue: paint("#00f", true),
+        back: paint("#888"),
+        gone: "/gone.png",
+      };
+      const layer = (id, x, y, more) => ({
+        id,
+        picture: id,
+        width: 60,
+        height: 40,
+        text: `a ${id} box`,
+        fed: [],
+        defaults: { x: 0.5, y: 0.5, scale: 0.5, rotation: 0, depth: 0 },
+        depths: [-999, 999],
+        values: { x, y, scale: 0.3, rotation: 0, depth: 0, ...more?.values },
+        ...Object.fromEntries(Object.entries(more ?? {}).filter(([name]) => name !== "values")),
+      });
+      const rounds = { x: 0.001, y: 0.001, scale: 0.001, rotation: 0.1, depth: 1 };
+      Object.assign(window, { commits: [], writes: 0, travels: [], forwarded: [], panning: false });
+      window.collage = !run
+        ? null
+        : {
+            width,
+            height,
+            background: "#808080",
+            outdated: false,
+            layers: [
+              layer("red", 0.3, 0.5, layers.red),
+              layer("green", 0.5, 0.5, layers.green),
+              layer("blue", 0.75, 0.5, layers.blue),
+            ],
+          };
+      window.editor = new LayoutEditor({
+        address: (name) => urls[name],
+        node: {
+          collage: () => window.collage && structuredClone(window.collage),
+          write(id, values) {
+            const { values: now, fed } = window.collage.layers.find((one) => one.id === id);
+            for (const [name, value] of Object.entries(values))
+              if (!fed.includes(name)) now[name] = settled(value, { round: rounds[name] });
+            window.writes++;
+          },
+          commit: () => window.commits.push(structuredClone(window.collage.layers.map((one) => one.values))),
+          travel: (direction) => window.travels.push(direction),
+          panning: () => window.panning,
+          forward: (event) => window.forwarded.push(event.type),
         },
-        commit: () => window.commits.push(structuredClone(window.collage.layers.map((one) => one.values))),
-        travel: (direction) => window.travels.push(direction),
-        panning: () => window.panning,
-        forward: (event) => window.forwarded.push(event.type),
-      },
-    });
-    document.querySelector("#node").replaceChildren(window.editor.element);
-  }, { size, layers, run });
-  await page.waitForFunction(() => [...document.styleSheets].some(({ href, cssRules }) => href?.endsWith("/editor.css") && cssRules.length)); // or it moves when that comes
-  if (run) await page.waitForFunction(() => [...window.editor.pictures.values()].every(({ image, missing }) => missing || image.naturalWidth));
+      });
+      document.querySelector("#node").replaceChildren(window.editor.element);
+    },
+    { size, layers, run },
+  );
+  await page.waitForFunction(() =>
+    [...document.styleSheets].some(({ href, cssRules }) => href?.endsWith("/editor.css") && cssRules.length),
+  ); // or it moves when that comes
+  if (run)
+    await page.waitForFunction(() =>
+      [...window.editor.pictures.values()].every(({ image, missing }) => missing || image.naturalWidth),
+    );
 }
 
 const values = (id) => page.evaluate((id) => window.collage.layers.find((one) => one.id === id).values, id);
@@ -66,30 +98,42 @@ const order = () => page.evaluate(() => window.editor.layers.map((one) => one.id
 const status = () => page.locator(".montage-status").textContent();
 const row = (text) => page.locator(".montage-layer", { hasText: text });
 const press = (text) => page.getByRole("button", { name: text, exact: true }).click();
-const near = (actual, expected, slack) => actual.forEach((value, i) => assert.ok(Math.abs(value - expected[i]) <= slack, `${actual} is not ${expected}`));
+const near = (actual, expected, slack) =>
+  actual.forEach((value, i) => assert.ok(Math.abs(value - expected[i]) <= slack, `${actual} is not ${expected}`));
 
 /** Where a point of the canvas, in fractions, is on the page. */
-const onPage = ([x, y]) => page.evaluate(async ([x, y]) => {
-  const { pictureBox } = await import("/pointer.js");
-  const { canvas } = window.editor;
-  const { scale, left, top } = pictureBox(canvas);
-  return [left + x * canvas.width * scale, top + y * canvas.height * scale];
-}, [x, y]);
+const onPage = ([x, y]) =>
+  page.evaluate(
+    async ([x, y]) => {
+      const { pictureBox } = await import("/pointer.js");
+      const { canvas } = window.editor;
+      const { scale, left, top } = pictureBox(canvas);
+      return [left + x * canvas.width * scale, top + y * canvas.height * scale];
+    },
+    [x, y],
+  );
 
 /** A handle of the chosen layer in fractions of the canvas: a corner from top left, clockwise, or "turn". */
-const handle = (which) => page.evaluate((which) => {
-  const { collage } = window.editor;
-  const { corners, handle } = window.editor.handles();
-  const [x, y] = which === "turn" ? handle : corners[which];
-  return [x / collage.width, y / collage.height];
-}, which);
+const handle = (which) =>
+  page.evaluate((which) => {
+    const { collage } = window.editor;
+    const { corners, handle } = window.editor.handles();
+    const [x, y] = which === "turn" ? handle : corners[which];
+    return [x / collage.width, y / collage.height];
+  }, which);
 
 /** The canvas's colour at a place, as "red", "green", "blue", or "" for the background. */
-const colour = (x, y) => page.evaluate(([x, y]) => {
-  const { canvas } = window.editor;
-  const pixel = canvas.getContext("2d").getImageData(Math.floor(x * canvas.width), Math.floor(y * canvas.height), 1, 1).data;
-  return ["red", "green", "blue"].find((_, i) => pixel[i] > 250 && pixel[(i + 1) % 3] < 5) ?? "";
-}, [x, y]);
+const colour = (x, y) =>
+  page.evaluate(
+    ([x, y]) => {
+      const { canvas } = window.editor;
+      const pixel = canvas
+        .getContext("2d")
+        .getImageData(Math.floor(x * canvas.width), Math.floor(y * canvas.height), 1, 1).data;
+      return ["red", "green", "blue"].find((_, i) => pixel[i] > 250 && pixel[(i + 1) % 3] < 5) ?? "";
+    },
+    [x, y],
+  );
 
 async function dragFrom(from, to, options = {}) {
   const [start, end] = [await onPage(from), await onPage(to)];
@@ -106,7 +150,18 @@ describe("layers on the canvas", () => {
   beforeEach(() => mount());
 
   test("are drawn where their numbers say, over the background, back to front", async () => {
-    assert.deepEqual(await Promise.all([[0.2, 0.5], [0.5, 0.5], [0.65, 0.5], [0.75, 0.5], [0.05, 0.05]].map((at) => colour(...at))), ["red", "green", "blue", "", ""]);
+    assert.deepEqual(
+      await Promise.all(
+        [
+          [0.2, 0.5],
+          [0.5, 0.5],
+          [0.65, 0.5],
+          [0.75, 0.5],
+          [0.05, 0.05],
+        ].map((at) => colour(...at)),
+      ),
+      ["red", "green", "blue", "", ""],
+    );
     assert.equal(await colour(0.36, 0.5), "green"); // over red
     await page.evaluate(() => {
       window.collage.layers[0].values.depth = 1;
@@ -132,7 +187,10 @@ describe("layers on the canvas", () => {
     assert.equal(await chosen(), "red");
     const { x, y, ...others } = await values("red");
     near([x, y], [0.4, 0.7], 0.004);
-    assert.deepEqual([x, y], [x, y].map((value) => Number(value.toFixed(3))));
+    assert.deepEqual(
+      [x, y],
+      [x, y].map((value) => Number(value.toFixed(3))),
+    );
     assert.deepEqual(others, { scale: 0.3, rotation: 0, depth: 0 });
     assert.equal(await commits(), 1);
     assert.match(await status(), new RegExp(`x ${x}, y ${y}, scale 0.3`));
@@ -146,7 +204,13 @@ describe("layers on the canvas", () => {
   });
 
   test("a click chooses what is seen there: the front one, by its alpha; beside all, none; and changes nothing", async () => {
-    for (const [at, id] of [[[0.2, 0.5], "red"], [[0.36, 0.5], "green"], [[0.65, 0.5], "blue"], [[0.98, 0.02], null], [[0.75, 0.5], null]]) {
+    for (const [at, id] of [
+      [[0.2, 0.5], "red"],
+      [[0.36, 0.5], "green"],
+      [[0.65, 0.5], "blue"],
+      [[0.98, 0.02], null],
+      [[0.75, 0.5], null],
+    ]) {
       await page.mouse.click(...(await onPage(at)));
       assert.equal(await chosen(), id);
     }
@@ -197,7 +261,10 @@ describe("layers on the canvas", () => {
       assert.ok(x > stage.x && x < stage.x + stage.width && y > stage.y && y < stage.y + stage.height);
     }
     const from = await handle(2);
-    await dragFrom(from, from.map((value) => 0.5 + (value - 0.5) / 2));
+    await dragFrom(
+      from,
+      from.map((value) => 0.5 + (value - 0.5) / 2),
+    );
     near([(await values("green")).scale], [1.5], 0.02);
   });
 
@@ -230,8 +297,18 @@ describe("layers on the canvas", () => {
     const first = page;
     page = await barePage(browser, { deviceScaleFactor: 1.5, viewport: { width: 1000, height: 1100 } });
     try {
-      for (const [size, zoom] of [[[96, 400], 0.5], [[2000, 1000], 1.7]]) {
-        await page.evaluate((zoom) => Object.assign(document.querySelector("#node").style, { transform: `scale(${zoom})`, transformOrigin: "0 0" }), zoom);
+      for (const [size, zoom] of [
+        [[96, 400], 0.5],
+        [[2000, 1000], 1.7],
+      ]) {
+        await page.evaluate(
+          (zoom) =>
+            Object.assign(document.querySelector("#node").style, {
+              transform: `scale(${zoom})`,
+              transformOrigin: "0 0",
+            }),
+          zoom,
+        );
         await mount({ size });
         await dragFrom([0.5, 0.5], [0.6, 0.75]);
         near(Object.values(await values("green")).slice(0, 2), [0.6, 0.75], 0.02);
@@ -260,7 +337,11 @@ describe("layers on the canvas", () => {
   test("twenty layers follow the pointer quickly", async () => {
     const took = await page.evaluate(() => {
       const [one] = window.collage.layers;
-      window.collage.layers = Array.from({ length: 20 }, (_, i) => ({ ...structuredClone(one), id: `layer${i}`, picture: ["red", "green", "blue"][i % 3] }));
+      window.collage.layers = Array.from({ length: 20 }, (_, i) => ({
+        ...structuredClone(one),
+        id: `layer${i}`,
+        picture: ["red", "green", "blue"][i % 3],
+      }));
       window.editor.render();
       const start = performance.now();
       for (let i = 0; i < 10; i++) {
@@ -294,7 +375,8 @@ describe("touch and pen", () => {
     const grip = await row("red").locator(".montage-grip").boundingBox();
     const goal = await row("blue").boundingBox();
     await touch("touchStart", [[grip.x + 5, grip.y + 10]]);
-    for (const part of [0.3, 0.6, 1]) await touch("touchMove", [[grip.x + 5, grip.y + 10 + part * (goal.y + 2 - grip.y - 10)]]);
+    for (const part of [0.3, 0.6, 1])
+      await touch("touchMove", [[grip.x + 5, grip.y + 10 + part * (goal.y + 2 - grip.y - 10)]]);
     await touch("touchEnd", []);
     assert.equal(await order(), "green blue red");
   });
@@ -303,8 +385,14 @@ describe("touch and pen", () => {
     const [x, y] = await onPage([0.2, 0.5]);
     await touch("touchStart", [[x, y]]);
     await touch("touchMove", [[x + 40, y]]);
-    await touch("touchStart", [[x + 40, y], [x + 90, y]]);
-    await touch("touchMove", [[x, y], [x + 120, y]]);
+    await touch("touchStart", [
+      [x + 40, y],
+      [x + 90, y],
+    ]);
+    await touch("touchMove", [
+      [x, y],
+      [x + 120, y],
+    ]);
     await touch("touchEnd", []);
     assert.equal((await values("red")).x, 0.3);
     assert.equal(await commits(), 0);
@@ -313,13 +401,31 @@ describe("touch and pen", () => {
   test("a pen turns by the handle", async () => {
     await row("green").click();
     const [from, to] = [await onPage(await handle("turn")), await onPage([0.7, 0.5])];
-    await page.evaluate(([from, to]) => {
-      const { stage } = window.editor;
-      stage.setPointerCapture = () => {}; // an invented pointer cannot be captured
-      for (const [type, [clientX, clientY], button, buttons] of [["pointerdown", from, 0, 1], ["pointermove", to, -1, 1], ["pointerup", to, 0, 0]]) {
-        stage.dispatchEvent(new PointerEvent(type, { pointerId: 9, pointerType: "pen", clientX, clientY, button, buttons, bubbles: true, cancelable: true }));
-      }
-    }, [from, to]);
+    await page.evaluate(
+      ([from, to]) => {
+        const { stage } = window.editor;
+        stage.setPointerCapture = () => {}; // an invented pointer cannot be captured
+        for (const [type, [clientX, clientY], button, buttons] of [
+          ["pointerdown", from, 0, 1],
+          ["pointermove", to, -1, 1],
+          ["pointerup", to, 0, 0],
+        ]) {
+          stage.dispatchEvent(
+            new PointerEvent(type, {
+              pointerId: 9,
+              pointerType: "pen",
+              clientX,
+              clientY,
+              button,
+              buttons,
+              bubbles: true,
+              cancelable: true,
+            }),
+          );
+        }
+      },
+      [from, to],
+    );
     near([(await values("green")).rotation], [90], 0.5);
   });
 });
@@ -394,7 +500,13 @@ describe("keys, wheel and the graph", () => {
 
   test("Tab goes through the layers, Ctrl+Z and Ctrl+Y through the graph's history", async () => {
     await page.locator(".montage-stage").click({ position: { x: 5, y: 5 } });
-    for (const [key, id] of [["Tab", "blue"], ["Tab", "green"], ["Tab", "red"], ["Tab", "blue"], ["Shift+Tab", "red"]]) {
+    for (const [key, id] of [
+      ["Tab", "blue"],
+      ["Tab", "green"],
+      ["Tab", "red"],
+      ["Tab", "blue"],
+      ["Shift+Tab", "red"],
+    ]) {
       await page.keyboard.press(key);
       assert.equal(await chosen(), id);
     }
@@ -432,7 +544,10 @@ describe("what is not as it should be", () => {
   test("before the first run there is a sentence, and nothing to hold", async () => {
     await mount({ run: false });
     assert.match(await page.locator(".montage-hint").textContent(), /Queue once/);
-    await drag(page, [[0.2, 0.2], [0.8, 0.8]]);
+    await drag(page, [
+      [0.2, 0.2],
+      [0.8, 0.8],
+    ]);
     for (const key of ["Tab", "ArrowLeft", "[", "Escape"]) await page.keyboard.press(key);
     await page.evaluate(() => window.editor.element.dispatchEvent(new KeyboardEvent("keyup")));
   });
@@ -464,13 +579,24 @@ describe("what is not as it should be", () => {
       window.editor.render();
     });
     await page.waitForFunction(() => window.editor.pictures.get("red").image.naturalWidth);
-    for (const at of [[0.01, 0.01], [0.99, 0.99]]) assert.equal(await colour(...at), "red");
+    for (const at of [
+      [0.01, 0.01],
+      [0.99, 0.99],
+    ])
+      assert.equal(await colour(...at), "red");
   });
 
   test("a released editor holds no pixels, and comes back", async () => {
     await mount();
     await page.evaluate(() => (window.editor.release(), window.editor.render()));
-    assert.deepEqual(await page.evaluate(() => [window.editor.canvas.width, window.editor.pictures.size, window.editor.element.querySelectorAll("img").length]), [1, 0, 0]);
+    assert.deepEqual(
+      await page.evaluate(() => [
+        window.editor.canvas.width,
+        window.editor.pictures.size,
+        window.editor.element.querySelectorAll("img").length,
+      ]),
+      [1, 0, 0],
+    );
     await page.evaluate(() => window.editor.resume());
     await page.waitForFunction(() => window.editor.pictures.get("red")?.image.naturalWidth);
     assert.equal(await colour(0.2, 0.5), "red");

@@ -26,8 +26,14 @@ describe("the document", () => {
     const painting = new Painting();
     painting.edit({ strokes: [line(1, 5000), line(1, 6000, { e: 1 })], base: 1 }, pictures);
     assert.deepEqual(JSON.parse(painting.text()), {
-      v: 1, base: 1, size: [64, 48], img: ["aa", "bb"],
-      strokes: [{ k: 1, r: 250, p: [1000, 5000, 9000, 5000] }, { k: 1, r: 250, p: [1000, 6000, 9000, 6000], e: 1 }],
+      v: 1,
+      base: 1,
+      size: [64, 48],
+      img: ["aa", "bb"],
+      strokes: [
+        { k: 1, r: 250, p: [1000, 5000, 9000, 5000] },
+        { k: 1, r: 250, p: [1000, 6000, 9000, 6000], e: 1 },
+      ],
     });
   });
 
@@ -65,8 +71,20 @@ describe("the document", () => {
     assert.equal(JSON.parse(painting.text()).base, 1);
   });
 
-  for (const text of ["{", "[]", "null", "7", '{"v":2,"strokes":[]}', '{"v":1}', '{"v":1,"strokes":[{"k":0,"r":1}]}', '{"v":1,"strokes":[null]}',
-    '{"v":1,"strokes":[{"k":-1,"r":1,"p":[1,2]}]}', '{"v":1,"strokes":[{"k":1e9,"r":1,"p":[1,2]}]}', '{"v":1,"strokes":[{"k":0,"r":1,"p":[1,2,3]}]}', '{"v":1,"strokes":[{"k":0,"r":1,"p":[1,"2"]}]}']) {
+  for (const text of [
+    "{",
+    "[]",
+    "null",
+    "7",
+    '{"v":2,"strokes":[]}',
+    '{"v":1}',
+    '{"v":1,"strokes":[{"k":0,"r":1}]}',
+    '{"v":1,"strokes":[null]}',
+    '{"v":1,"strokes":[{"k":-1,"r":1,"p":[1,2]}]}',
+    '{"v":1,"strokes":[{"k":1e9,"r":1,"p":[1,2]}]}',
+    '{"v":1,"strokes":[{"k":0,"r":1,"p":[1,2,3]}]}',
+    '{"v":1,"strokes":[{"k":0,"r":1,"p":[1,"2"]}]}',
+  ]) {
     test(`that cannot be read is kept and never edited: ${text}`, () => {
       const painting = new Painting();
       painting.load(text, 0);
@@ -82,7 +100,12 @@ describe("history", () => {
   test("undo and redo walk through the strokes and the base", () => {
     const painting = new Painting();
     const texts = [painting.text()];
-    const steps = [{ strokes: [line(0, 1)] }, { strokes: [line(0, 1), line(1, 5)] }, { base: 1 }, { strokes: [line(1, 5)] }];
+    const steps = [
+      { strokes: [line(0, 1)] },
+      { strokes: [line(0, 1), line(1, 5)] },
+      { base: 1 },
+      { strokes: [line(1, 5)] },
+    ];
     for (const step of steps) {
       assert.equal(painting.edit(step, pictures), true);
       texts.push(painting.text());
@@ -141,7 +164,8 @@ describe("simplifying", () => {
       const left = simplify(points, 20);
       for (let i = 0; i < points.length; i += 2) {
         let nearest = Infinity;
-        for (let j = 2; j < left.length; j += 2) nearest = Math.min(nearest, distance(points.slice(i, i + 2), left.slice(j - 2, j + 2)));
+        for (let j = 2; j < left.length; j += 2)
+          nearest = Math.min(nearest, distance(points.slice(i, i + 2), left.slice(j - 2, j + 2)));
         assert.ok(nearest <= 20 + 1e-9, `${nearest}`);
       }
     }
@@ -158,7 +182,9 @@ describe("simplifying", () => {
     const next = random(3);
     for (let round = 0; round < 5; round++) {
       const points = scribble(next, 375);
-      const [exact, thinned] = [{ k: 0, r: 250, p: points }, makeStroke(0, 250, points)].map((stroke) => coverage([stroke], 512, 512).mask);
+      const [exact, thinned] = [{ k: 0, r: 250, p: points }, makeStroke(0, 250, points)].map(
+        (stroke) => coverage([stroke], 512, 512).mask,
+      );
       let both = 0;
       let either = 0;
       exact.forEach((inside, i) => {
@@ -181,7 +207,11 @@ describe("coverage", () => {
     const next = random(11);
     for (let round = 0; round < 40; round++) {
       const [width, height] = [16 + Math.floor(next() * 40), 16 + Math.floor(next() * 40)];
-      const stroke = { k: 0, r: 200 + next() * 1500, p: Array.from({ length: 2 + 2 * Math.floor(next() * 4) }, () => next() * 14000 - 2000) };
+      const stroke = {
+        k: 0,
+        r: 200 + next() * 1500,
+        p: Array.from({ length: 2 + 2 * Math.floor(next() * 4) }, () => next() * 14000 - 2000),
+      };
       const { mask } = coverage([stroke], width, height);
       const radius = (stroke.r / UNIT) * Math.max(width, height);
       for (let i = 0; i < mask.length; i++) {
@@ -189,9 +219,16 @@ describe("coverage", () => {
         let nearest = Infinity;
         for (let j = 0; j < stroke.p.length; j += 2) {
           const ends = [...stroke.p.slice(Math.max(0, j - 2), Math.max(0, j - 2) + 2), ...stroke.p.slice(j, j + 2)];
-          nearest = Math.min(nearest, distance(centre, ends.map((value, axis) => (value / UNIT) * (axis % 2 ? height : width))));
+          nearest = Math.min(
+            nearest,
+            distance(
+              centre,
+              ends.map((value, axis) => (value / UNIT) * (axis % 2 ? height : width)),
+            ),
+          );
         }
-        if (Math.abs(nearest - Math.max(0.5, radius)) > 1e-6) assert.equal(mask[i], nearest < Math.max(0.5, radius) ? 1 : 0, `pixel ${centre}, ${nearest} of ${radius}`);
+        if (Math.abs(nearest - Math.max(0.5, radius)) > 1e-6)
+          assert.equal(mask[i], nearest < Math.max(0.5, radius) ? 1 : 0, `pixel ${centre}, ${nearest} of ${radius}`);
       }
     }
   });

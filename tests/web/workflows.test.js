@@ -8,7 +8,10 @@ const folder = new URL("../../example_workflows/", import.meta.url);
 const names = (await readdir(folder)).filter((name) => name.endsWith(".json"));
 
 function plain(prompt) {
-  const nodes = Object.entries(prompt).map(([id, { class_type, inputs }]) => [id, { class_type, inputs: Object.fromEntries(Object.entries(inputs).sort()) }]);
+  const nodes = Object.entries(prompt).map(([id, { class_type, inputs }]) => [
+    id,
+    { class_type, inputs: Object.fromEntries(Object.entries(inputs).sort()) },
+  ]);
   return Object.fromEntries(nodes.sort(([a], [b]) => a.localeCompare(b)));
 }
 
@@ -17,10 +20,18 @@ test("there are workflows to check", () => assert.ok(names.length >= 2));
 /** What goes into each blueprint to try it: {input: [node type, its output, its widgets]}. */
 const demo = (output) => ["MontageDemoModel", output, {}];
 const blueprints = {
-  "Photomontage": { model: demo(0), vae: demo(2), latent: ["EmptyLatentImage", 0, { width: 128, height: 128, batch_size: 2 }] },
+  Photomontage: {
+    model: demo(0),
+    vae: demo(2),
+    latent: ["EmptyLatentImage", 0, { width: 128, height: 128, batch_size: 2 }],
+  },
   "Swap subject": {
-    model: demo(0), vae: demo(2), subject: ["EmptyImage", 0, { width: 128, height: 128, color: 0xff0000 }], picture: ["EmptyImage", 0, { width: 128, height: 128 }],
-    subject_mask: ["SolidMask", 0, { width: 128, height: 128 }], edit_mask: ["SolidMask", 0, { width: 128, height: 128 }],
+    model: demo(0),
+    vae: demo(2),
+    subject: ["EmptyImage", 0, { width: 128, height: 128, color: 0xff0000 }],
+    picture: ["EmptyImage", 0, { width: 128, height: 128 }],
+    subject_mask: ["SolidMask", 0, { width: 128, height: 128 }],
+    edit_mask: ["SolidMask", 0, { width: 128, height: 128 }],
   },
 };
 
@@ -49,29 +60,43 @@ for (const modern of [false, true]) {
     for (const [name, inputs] of Object.entries(blueprints)) {
       test(`the blueprint "${name}"`, async () => {
         const served = await (await comfy.context.request.get(`${COMFY}/global_subgraphs`)).json();
-        const [id] = Object.entries(served).find(([, entry]) => entry.name === name && entry.info.node_pack === "custom_nodes.montage");
+        const [id] = Object.entries(served).find(
+          ([, entry]) => entry.name === name && entry.info.node_pack === "custom_nodes.montage",
+        );
         const { data } = await (await comfy.context.request.get(`${COMFY}/global_subgraphs/${id}`)).json();
-        await comfy.page.evaluate(async ([flow, inputs]) => {
-          const { app, LiteGraph } = window;
-          await app.loadGraphData(flow, true, true, null);
-          const [host] = app.graph.nodes;
-          const set = (node, values) => Object.entries(values).forEach(([name, value]) => (node.widgets.find((widget) => widget.name === name).value = value));
-          const add = (type, values) => {
-            const node = LiteGraph.createNode(type);
-            app.graph.add(node);
-            set(node, values);
-            return node;
-          };
-          const wire = (from, output, to, name) => from.connect(output, to, to.inputs.findIndex((slot) => slot.name === name));
-          for (const [input, [type, output, values]] of Object.entries(inputs)) wire(add(type, values), output, host, input);
-          for (const input of ["positive", "negative"]) {
-            const text = add("CLIPTextEncode", { text: "" });
-            wire(add("MontageDemoModel", {}), 1, text, "clip");
-            wire(text, 0, host, input);
-          }
-          set(host, { steps: 2, cfg: 3 });
-          wire(host, 0, add("PreviewImage", {}), "images");
-        }, [JSON.parse(data), inputs]);
+        await comfy.page.evaluate(
+          async ([flow, inputs]) => {
+            const { app, LiteGraph } = window;
+            await app.loadGraphData(flow, true, true, null);
+            const [host] = app.graph.nodes;
+            const set = (node, values) =>
+              Object.entries(values).forEach(
+                ([name, value]) => (node.widgets.find((widget) => widget.name === name).value = value),
+              );
+            const add = (type, values) => {
+              const node = LiteGraph.createNode(type);
+              app.graph.add(node);
+              set(node, values);
+              return node;
+            };
+            const wire = (from, output, to, name) =>
+              from.connect(
+                output,
+                to,
+                to.inputs.findIndex((slot) => slot.name === name),
+              );
+            for (const [input, [type, output, values]] of Object.entries(inputs))
+              wire(add(type, values), output, host, input);
+            for (const input of ["positive", "negative"]) {
+              const text = add("CLIPTextEncode", { text: "" });
+              wire(add("MontageDemoModel", {}), 1, text, "clip");
+              wire(text, 0, host, input);
+            }
+            set(host, { steps: 2, cfg: 3 });
+            wire(host, 0, add("PreviewImage", {}), "images");
+          },
+          [JSON.parse(data), inputs],
+        );
         const { outputs, error } = await queue(comfy.page);
         assert.equal(error, null);
         assert.ok(Object.values(outputs).some((output) => output?.images?.length));

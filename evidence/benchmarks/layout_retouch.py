@@ -1,19 +1,18 @@
 """What Layout-and-Retouch costs, as ratios to plain sampling taken in one run.
 
-    python tests/benchmarks/retouch.py                       the demo model and the full-size SD1.5 structure
-    python tests/benchmarks/retouch.py --models sd15 --size 64 --steps 50      512x512 pixels; in fp16 where there is a
-    GPU
-
-Needs COMFYUI_PATH and the Python of that ComfyUI. Prints, and asserts nothing.
+python dev.py benchmark layout_retouch
+    the demo model and the full-size SD1.5 structure
+python dev.py benchmark layout_retouch --models sd15 --size 64 --steps 50
+    512x512 pixels; in fp16 where there is a GPU
 """
 
-import bench  # first: it puts ComfyUI and the pack in place
 import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
-from sampling import recorder, sample_custom
 
-from montage.nodes.layout_retouch import AdaptiveMaskBlend, MultiSourceSwap, StepBlendSampler, TokenAttentionMap
-from montage.nodes.record import InvertImage
+from ...nodes.layout_retouch import AdaptiveMaskBlend, MultiSourceSwap, StepBlendSampler, TokenAttentionMap
+from ...nodes.record import InvertImage
+from ...workshop.sampling import recorder, sample_custom
+from . import bench
 
 PROMPT = "a red ball on grass"
 

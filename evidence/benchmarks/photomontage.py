@@ -1,21 +1,21 @@
 """What Generative Photomontage costs, as ratios to plain sampling taken in one run.
 
-    python tests/benchmarks/photomontage.py                       the demo model and the full-size SD1.5 structure, and
-    the graph cut python tests/benchmarks/photomontage.py --models sd15 --size 64 --steps 10      512x512 pixels; in
-    fp16 where there is a GPU
-
-Needs COMFYUI_PATH and the Python of that ComfyUI. Prints, and asserts nothing.
+python dev.py benchmark photomontage
+    the demo model and the full-size SD1.5 structure, and the graph cut
+python dev.py benchmark photomontage --models sd15 --size 64 --steps 10
+    512x512 pixels; in fp16 where there is a GPU
 """
 
 import statistics
+from functools import partial
 
-import bench  # first: it puts ComfyUI and the pack in place
 import numpy as np
 import torch
-from sampling import inject, masks_of, recorder, sample
 
-from montage.kernels import graphcut
-from montage.patching.streams import streams_of
+from ...kernels import graphcut
+from ...patching.streams import streams_of
+from ...workshop.sampling import inject, masks_of, recorder, sample
+from . import bench
 
 
 def recorded(on, cache_mb, seed=1):
@@ -72,7 +72,7 @@ def measure_cut(images=4, grid=64, repeats=5):
         energies = set()
         for solver in ("scipy", "gco"):
             try:
-                taken, labels = bench.seconds(lambda solver=solver: graphcut.cut(costs, edges, solver))
+                taken, labels = bench.seconds(partial(graphcut.cut, costs, edges, solver))
             except ImportError:
                 continue
             times[solver].append(taken)

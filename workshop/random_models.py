@@ -138,7 +138,7 @@ def text_encoder(name="sd15-small", seed=3, embeddings=None):
 
 @functools.cache
 def demo():
-    from montage.nodes.demo_model import MontageDemoModel
+    from ..nodes.demo_model import MontageDemoModel
 
     return tuple(MontageDemoModel.execute().args)
 

@@ -1,24 +1,20 @@
-"""What the benchmarks share: models to measure with, and how to measure. Imported first, it puts ComfyUI and the pack
-in place.
-"""
+"""What the benchmarks share: models to measure with, and how to measure."""
 
 import argparse
 import ctypes
 import gc
 import re
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import comfy.model_management  # noqa: E402
-import comfy.utils  # noqa: E402
-import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-import torch  # noqa: E402
-from random_models import STRUCTURES, build, demo_model, half, text_encoder  # noqa: E402
-from sampling import sample, words  # noqa: E402
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ...workshop.random_models import STRUCTURES, build, demo_model, half, text_encoder
+from ...workshop.sampling import sample, words
 
 comfy.utils.set_progress_bar_enabled(False)
 

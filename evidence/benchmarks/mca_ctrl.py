@@ -1,22 +1,22 @@
 """What MCA-Ctrl costs, as ratios to plain sampling of three images in a batch, taken in one run.
 
-    python tests/benchmarks/collaborate.py                        the demo model and the full-size SD1.5 structure, and
-    one layer's memory python tests/benchmarks/collaborate.py --models sd15 --size 64 --steps 10       512x512 pixels;
-    in fp16 where there is a GPU
+    python dev.py benchmark mca_ctrl
+        the demo model and the full-size SD1.5 structure, and one layer's memory
+    python dev.py benchmark mca_ctrl --models sd15 --size 64 --steps 10
+        512x512 pixels; in fp16 where there is a GPU
 
-Needs COMFYUI_PATH and the Python of that ComfyUI. Prints, and asserts nothing. The subject and what is edited take half
-a picture each.
+The subject and what is edited take half a picture each.
 """
 
-import bench  # first: it puts ComfyUI and the pack in place
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_custom_sampler import BasicScheduler
 
-from montage.kernels import grid_masks
-from montage.nodes.mca_ctrl import CollaborativeAttention
-from montage.nodes.record import InvertImage
-from montage.patching.terms import AttentionTerm, pack
+from ...kernels import grid_masks
+from ...nodes.mca_ctrl import CollaborativeAttention
+from ...nodes.record import InvertImage
+from ...patching.terms import AttentionTerm, pack
+from . import bench
 
 NEVER, ALWAYS = (1.0, 1.0), (0.0, 1.0)
 HEADS, WIDTH = 8, 320  # of the largest layer of SD1.5

@@ -1,12 +1,15 @@
 """What the tests do with models: condition, sample with ComfyUI's own nodes, record, compose."""
 
+import comfy.model_patcher
 import torch
-from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
-from random_models import STRUCTURES, random_model
+from comfy_extras.nodes_custom_sampler import BasicScheduler, SamplerCustomAdvanced
 
-from montage.nodes.photomontage import CompositeAttentionInject, GraphCutMontage
-from montage.nodes.record import FeatureRecorder
 from nodes import KSampler, KSamplerAdvanced
+
+from ..nodes.photomontage import CompositeAttentionInject, GraphCutMontage
+from ..nodes.record import FeatureRecorder, InvertImage
+from ..patching.streams import streams_of
+from .random_models import STRUCTURES, random_model
 
 STEPS, CFG, SIZE = 4, 7.5, (8, 8)
 
@@ -127,3 +130,58 @@ def cut(
     return GraphCutMontage.execute(
         stack(*latents), pictures, base, lam, sigma, components, solver, unmarked_is_base, strokes, **marks
     ).args
+
+
+SAMPLERS = ["euler", "ddim", "uni_pc", "dpmpp_2m", "heun", "dpm_2", "euler_ancestral", "dpmpp_2s_ancestral", "lcm"]
+
+
+def run_of(latent):
+    return streams_of("test", [latent])[0].run
+
+
+def same(a, b):
+    return torch.equal(a, b)
+
+
+def low_memory(monkeypatch):
+    """ComfyUI then computes cond and uncond in calls of their own."""
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "get_free_memory", lambda self, device: 0)
+
+
+MIXED = masks_of(halves())
+
+
+def close(a, b, atol=1e-3):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
+
+
+def two(**settings):
+    return record(seed=1, positive=words(1), **settings), record(seed=2, positive=words(2), **settings)
+
+
+def pictures(*seeds, size=64):
+    return [torch.rand(1, size, size, 3, generator=torch.Generator().manual_seed(s)) for s in seeds]
+
+
+STROKES = (
+    '{"v":1,"base":0,"strokes":[{"k":0,"r":500,"p":[1000,1000,1000,9000]},{"k":1,"r":500,"p":[9000,1000,9000,9000]}]}'
+)
+
+
+def invert(latent, model=None, steps=STEPS, conditioning=None, scheduler="normal", denoise=1.0):
+    model = model or random_model("sd15-small")
+    sigmas = BasicScheduler.execute(model, scheduler, steps, denoise).args[0]
+    return InvertImage.execute(model, latent, sigmas, conditioning or words(5))
+
+
+def image_latent(seed=3, batch=1, size=SIZE):
+    return {"samples": torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(seed))}
+
+
+def evaluations_of(model, act):
+    """How many images the UNet evaluates while act() runs."""
+    seen = []
+    hook = model.model.diffusion_model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    act()
+    hook.remove()
+    return sum(seen)

@@ -2,7 +2,7 @@
 
 Run in an environment of its own, where the originals work as published:
     pip install groundingdino-py==0.4.0 transformers==4.49.0 segment-anything==1.0
-    python tests/reference/localize.py tests/data
+    python workshop/localize_reference.py tests/data
 Writes one localize_<model>.safetensors each: the outputs, and the checkpoint's keys and shapes as metadata.
 """
 

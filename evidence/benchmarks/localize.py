@@ -1,32 +1,28 @@
 """What a second phrase on the same picture costs, with full-size models of random weights.
 
-    COMFYUI_PATH=... python tests/benchmarks/localize.py [--detector swint|swinb|none] [--segmenter vit_b|none] [--width
-    1066 --height 800]
+    python dev.py benchmark localize [--detector swint|swinb|none] [--segmenter vit_b|none] [--width 1066 --height 800]
 
 CPU-seconds, which other programs on the machine do not change much; on a GPU the clock, after synchronising.
 """
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors import safe_open
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-import conftest  # noqa: E402, F401  puts ComfyUI and the pack in place
-import torch  # noqa: E402
-from reference import localize as reference  # noqa: E402
-from safetensors import safe_open  # noqa: E402
+from ...localize import files, grounding_dino, pipeline, segment_anything
+from ...localize.managed import ManagedModel
+from ...workshop import localize_reference as reference
 
-from montage.localize import files, grounding_dino, pipeline, segment_anything  # noqa: E402
-from montage.localize.managed import ManagedModel  # noqa: E402
+DATA = Path(__file__).resolve().parents[2] / "tests" / "data"
 
 
 def seeded(name: str) -> dict[str, torch.Tensor]:
-    with safe_open(TESTS / "data" / f"localize_{name}.safetensors", "pt") as file:
+    with safe_open(DATA / f"localize_{name}.safetensors", "pt") as file:
         return reference.seeded(json.loads(file.metadata()["shapes"]))
 
 

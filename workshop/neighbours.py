@@ -5,9 +5,9 @@ places.
 import comfy.hooks
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from random_models import control_net
 
-from montage.patching.models import sites_of
+from ..patching.models import sites_of
+from .random_models import control_net
 
 
 def noise(seed, *shape):

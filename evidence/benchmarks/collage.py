@@ -1,18 +1,18 @@
 """What Collage Diffusion costs, as ratios to plain sampling taken in one run, beside ComfyUI's own area conditioning.
 
-    python tests/benchmarks/collage.py                       the demo model and the full-size SD1.5 structure
-    python tests/benchmarks/collage.py --models sd15 --size 64 --steps 10 --layers 2 9 20      512x512 pixels; in fp16
-    where there is a GPU
-
-Needs COMFYUI_PATH and the Python of that ComfyUI. Prints, and asserts nothing.
+python dev.py benchmark collage
+    the demo model and the full-size SD1.5 structure
+python dev.py benchmark collage --models sd15 --size 64 --steps 10 --layers 2 9 20
+    512x512 pixels; in fp16 where there is a GPU
 """
 
-import bench  # first: it puts ComfyUI and the pack in place
 import torch
-from test_collage_canvas import RED, canvas, layer, plain
 
-from montage.nodes.collage import CollageCrossAttn, CollageNoise
 from nodes import ConditioningCombine, ConditioningSetArea
+
+from ...nodes.collage import CollageCrossAttn, CollageNoise
+from ...workshop.collages import RED, canvas, layer, plain
+from . import bench
 
 THINGS = [
     "ball",

@@ -1,0 +1,1 @@
+"""What the tests and the evidence share: a ComfyUI in this process, models, sampling, servers. Not shipped."""
