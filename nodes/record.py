@@ -1,15 +1,20 @@
 """Histories: recording what a sampler does, and finding the one that an existing image could have had."""
 
+from pathlib import Path
+
 import comfy.utils
+import folder_paths
 import latent_preview
 from comfy_api.latest import io
 
 from ..methods import inversion
+from ..patching import recording_files
 from ..patching.install import install
-from ..patching.streams import LATENT_KEY, Recording
+from ..patching.streams import LATENT_KEY, Recording, streams_of
 from .inputs import finite
 
 MEBIBYTE = 2**20
+RECORDING = ".recording.safetensors"  # how the files of recordings end
 
 
 class FeatureRecorder(io.ComfyNode):
@@ -140,4 +145,102 @@ class InvertImage(io.ComfyNode):
         return io.NodeOutput({**latent, LATENT_KEY: recording}, {"samples": noise.to(samples)})
 
 
-NODES = [FeatureRecorder, InvertImage]
+class SaveRecording(io.ComfyNode):
+    NAME = "Save Recording"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="SaveRecording",
+            display_name=cls.NAME,
+            category="montage",
+            description=(
+                "Keeps a recorded latent in a file, so that it can be composed another day or on another machine."
+                " Prompts, ControlNets and the MODEL are not stored: Load Recording takes them again."
+            ),
+            is_output_node=True,
+            search_aliases=["save latent", "export recording", "keep recording"],
+            inputs=[
+                io.Latent.Input(
+                    "latent", tooltip="A recorded latent: what a sampler behind Feature Recorder returned."
+                ),
+                io.Model.Input("model", tooltip="The model that it was sampled with."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="recordings/montage",
+                    tooltip="Folder and beginning of the file's name, inside ComfyUI's output folder.",
+                ),
+            ],
+            outputs=[io.String.Output("filename", tooltip="The file, as Load Recording lists it.")],
+        )
+
+    @classmethod
+    def execute(cls, latent, model, filename_prefix):
+        streams = streams_of(cls.NAME, [latent])
+        height, width = streams[0].run.size
+        folder, name, number, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory(), width, height
+        )
+        path = Path(folder) / f"{name}_{number:05}{RECORDING}"
+        recording_files.save(cls.NAME, path, streams, model)
+        shown = f"{subfolder.replace(chr(92), '/')}/{path.name}".lstrip("/")
+        return io.NodeOutput(f"{shown} [output]", ui={"text": [f"{shown} ({path.stat().st_size / MEBIBYTE:.1f} MB)"]})
+
+
+class LoadRecording(io.ComfyNode):
+    NAME = "Load Recording"
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoadRecording",
+            display_name=cls.NAME,
+            category="montage",
+            description=(
+                "Takes up a recorded latent from a file of Save Recording. Connect the MODEL and the prompts that it"
+                " was sampled with, ControlNets included; what does not fit is refused."
+            ),
+            search_aliases=["load latent", "import recording"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=recordings(),
+                    tooltip="From ComfyUI's input folder, or from its output folder ([output]).",
+                ),
+                io.Model.Input("model", tooltip="The model that it was sampled with."),
+                io.Conditioning.Input("positive", tooltip="The positive prompt that it was sampled with."),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="The negative prompt that it was sampled with."
+                ),
+            ],
+            outputs=[io.Latent.Output("latent", display_name="LATENT", tooltip="The latent, carrying its recording.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file):
+        if not folder_paths.exists_annotated_filepath(file):
+            return f"{cls.NAME}: there is no file {file}. Press R to refresh the list, and choose one."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **inputs):
+        return Path(folder_paths.get_annotated_filepath(file)).stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, file, model, positive, negative=None):
+        path = Path(folder_paths.get_annotated_filepath(file))
+        prompts = {"positive": positive, "negative": negative}
+        samples, recording = recording_files.load(cls.NAME, path, model, prompts)
+        return io.NodeOutput({"samples": samples, LATENT_KEY: recording})
+
+
+def recordings() -> list[str]:
+    """The files that Load Recording offers, the newest first."""
+    found = []
+    for folder, note in ((folder_paths.get_input_directory(), ""), (folder_paths.get_output_directory(), " [output]")):
+        for path in Path(folder).rglob(f"*{RECORDING}"):
+            found.append((path.stat().st_mtime, f"{path.relative_to(folder).as_posix()}{note}"))
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+NODES = [FeatureRecorder, InvertImage, SaveRecording, LoadRecording]

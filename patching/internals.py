@@ -183,3 +183,27 @@ def control_models(conds: Iterable[dict]) -> list:
     """The models of the ControlNets of processed conditionings, each once."""
     controls = dict.fromkeys(cond["control"] for cond in conds if "control" in cond)
     return list(dict.fromkeys(model for control in controls for model in control.get_models()))
+
+
+# ---------------------------------------------------------------- recordings that are kept in files
+
+
+def options_of(model: ModelPatcher) -> dict:
+    """The model options with which a MODEL is evaluated in a run, without hooks of the conditioning."""
+    options = create_model_options_clone(model.model_options)
+    transformer = options.setdefault("transformer_options", {})
+    for kind, things in (("wrappers", model.wrappers), ("callbacks", model.callbacks)):
+        own = transformer.setdefault(kind, {})
+        comfy.patcher_extension.merge_nested_dicts(own, things, copy_dict1=False)
+    return options
+
+
+def some_weights(model: ModelPatcher) -> list[torch.Tensor]:
+    """A few weights of a MODEL's diffusion model as its file has them, before LoRAs: enough to tell checkpoints
+    apart.
+    """
+    keys = sorted(
+        key for key in model.model.state_dict() if key.startswith("diffusion_model.") and key.endswith("weight")
+    )
+    chosen = keys[:: max(1, len(keys) // 8)]
+    return [patches[0][0] for key in chosen for patches in model.get_key_patches(key).values()]

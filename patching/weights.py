@@ -43,6 +43,15 @@ class Weights:
     def same_as(self, other: "Weights") -> bool:
         return self.same_checkpoint(other) and self.same_loras(other) and self.same_sampling(other)
 
+    def lasting(self) -> dict[str, Any]:
+        """What identifies them beyond this process, but for the checkpoint itself: plain values."""
+        return {
+            "family": self.family,
+            "LoRAs": self.loras if self.patched else "none",
+            "LoRAs in bypass mode": self.injected,
+            "sampling": _in_words(self.sampling),
+        }
+
     def told_apart(self, other: "Weights") -> tuple[str, str]:
         """(this, the other) in words that show what differs."""
         if self.same_checkpoint(other) and self.same_loras(other):
