@@ -1,0 +1,279 @@
+"""One ComfyUI, started and kept by a worker, and its API."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from .cluster import ROOT
+from .errors import PromptFailed, ServerLost
+from .jobs import Prompt
+
+KEEP_BYTES = 4 << 30  # of saved files, for prompts whose save nodes ComfyUI takes from its cache
+SIGNS = {"progress", "progress_state", "executing", "executed", "execution_start", "execution_cached"}
+OVER = (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR)
+COUNTED = re.compile(r"(.+)_\d{5,}_?(\.\w+)")  # NAME_00012_.png
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the workers start their ComfyUI. Times in seconds."""
+
+    comfy: str | None  # its folder; None: COMFYUI_PATH, as each machine has it
+    python: str | None  # None: the one beside that ComfyUI
+    arguments: tuple[str, ...]
+    input_directory: str | None  # None: one of its own
+    timeout: float
+    start_timeout: float
+    cpus: int  # 0: a GPU
+
+
+class Server:
+    """A ComfyUI that listens on this machine only, with this pack and with folders of its own for what it writes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.process: subprocess.Popen | None = None
+        self.session: aiohttp.ClientSession | None = None
+        self.base = self.input = self.log = Path()  # start makes new ones
+        self.url, self.doing = "", ""
+
+    # ------------------------------------------------------------ the process
+
+    async def start(self) -> None:
+        """Start ComfyUI anew and wait until it answers. Raises ServerLost if it does not."""
+        await self.stop()
+        self.base = Path(tempfile.mkdtemp(prefix="montage-farm-"))
+        self.input, self.log = Path(self.settings.input_directory or self.base / "input"), self.base / "server.log"
+        port = _free_port()
+        command, variables = self._command(port)
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("guard.py")), str(self.base), *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=variables,
+            )
+        self.url, self.doing = f"http://127.0.0.1:{port}", "starting"
+        self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.settings.timeout))
+        deadline = time.monotonic() + self.settings.start_timeout
+        while not await self.answers(5):
+            if self.process.poll() is not None:
+                raise ServerLost(self._story(f"ComfyUI ended while starting (exit {self.process.returncode})"))
+            if time.monotonic() > deadline:
+                raise ServerLost(self._story(f"ComfyUI did not answer within {self.settings.start_timeout:.0f} s"))
+            await asyncio.sleep(0.5)
+        self.doing = ""
+
+    async def stop(self) -> None:
+        """Kill ComfyUI, hung or not, and remove its folders."""
+        if self.session:
+            await self.session.close()
+        if self.process:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+            await asyncio.to_thread(self.process.wait)
+            shutil.rmtree(self.base, ignore_errors=True)  # the guard does it, unless ComfyUI had died by itself
+        self.session = self.process = None
+
+    async def answers(self, seconds: float) -> bool:
+        """Whether the server answers within that time."""
+        if not self.session:
+            return False
+        try:
+            async with self.session.get(
+                f"{self.url}/system_stats", timeout=aiohttp.ClientTimeout(total=seconds)
+            ) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+            return False
+
+    def _command(self, port: int) -> tuple[list[str], dict[str, str]]:
+        """The command line of ComfyUI and its environment variables."""
+        import dev  # the checkout's own; a worker's current folder is the checkout
+
+        comfy = Path(self.settings.comfy) if self.settings.comfy else dev.existing_comfy()
+        if comfy is None or not (comfy / "main.py").is_file():
+            raise ServerLost(
+                f"There is no ComfyUI at {comfy} on {socket.gethostname()}: give --comfyui, or set COMFYUI_PATH there"
+                " before Ray is started"
+            )
+        python = self.settings.python or str(dev.python_of(comfy))
+        for name in ("output", "temp", "user", "input"):
+            (self.base / name).mkdir(exist_ok=True)
+        command = [python, str(comfy / "main.py"), "--listen", "127.0.0.1", "--port", str(port)]
+        command += ["--output-directory", str(self.base / "output"), "--temp-directory", str(self.base / "temp")]
+        command += ["--user-directory", str(self.base / "user"), "--input-directory", str(self.input)]
+        command += ["--database-url", "sqlite:///:memory:"]
+        if not _has_pack(comfy):
+            dev.link_pack(self.base)
+            paths = self.base / "paths.yaml"
+            paths.write_text(json.dumps({"farm": {"custom_nodes": str(self.base / "custom_nodes")}}), encoding="utf-8")
+            command += ["--extra-model-paths-config", str(paths)]
+        variables = dev.child_variables(dev.Environment(python, comfy, ours=False))
+        variables.pop("PYTHONPATH", None)  # Ray's: this pack's nodes/ must not stand for ComfyUI's nodes.py
+        if self.settings.cpus:
+            command.append("--cpu")
+            variables["OMP_NUM_THREADS"] = str(self.settings.cpus)
+        return [*command, *self.settings.arguments], variables
+
+    def _story(self, what: str) -> str:
+        """`what`, and the end of the server's log."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
+        return f"{what} on {socket.gethostname()}; its log ends: {' | '.join(lines[-5:])[-800:]}"
+
+    # ------------------------------------------------------------ a prompt
+
+    async def run(self, prompt: Prompt) -> dict[str, bytes]:
+        """Run a prompt: {name: content} of the files that it saved. Raises PromptFailed or ServerLost."""
+        try:
+            history = await self._history(prompt)
+            files = self._saved(history["outputs"])
+            if not all(path.is_file() for _, path in files):  # named by a cached save node, and pruned since
+                await self._post("/free", {"free_memory": True})
+                await asyncio.sleep(1)  # ComfyUI empties its caches between two prompts
+                files = self._saved((await self._history(prompt))["outputs"])
+            contents = {name: path.read_bytes() for name, path in files}
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            raise ServerLost(self._story(f"ComfyUI does not answer ({error or type(error).__name__})")) from error
+        self._prune({path for _, path in files})
+        return contents
+
+    async def _history(self, prompt: Prompt) -> dict[str, Any]:
+        """Queue a prompt and wait for its end."""
+        client = uuid.uuid4().hex
+        async with self.session.ws_connect(f"{self.url}/ws", params={"clientId": client}, max_msg_size=0) as messages:
+            queued = (await self._post("/prompt", {"prompt": prompt, "client_id": client}))["prompt_id"]
+            await self._end(messages, queued, prompt)
+        async with self.session.get(f"{self.url}/history/{queued}") as answer:
+            history = (await answer.json()).get(queued)
+        if not history:
+            raise ServerLost("ComfyUI has no record of the prompt")
+        if history["status"]["status_str"] != "success":
+            raise _error(history["status"]["messages"])
+        return history
+
+    async def _end(self, messages: aiohttp.ClientWebSocketResponse, queued: str, prompt: Prompt) -> None:
+        """Follow the server's messages until the prompt has ended, whichever way."""
+        deadline = time.monotonic() + self.settings.timeout
+        while True:
+            try:
+                message = await messages.receive(timeout=max(0.01, deadline - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise ServerLost(self._story(f"No progress for {self.settings.timeout:.0f} s ({self.doing})")) from None
+            if message.type in OVER:
+                raise ServerLost(self._story("ComfyUI died"))
+            if message.type is not aiohttp.WSMsgType.TEXT:
+                continue
+            event = json.loads(message.data)
+            kind, data = event["type"], event.get("data") or {}
+            if kind == "executing" and data.get("node") is None and data.get("prompt_id") == queued:
+                self.doing = ""
+                return
+            if kind in SIGNS:  # others come from a server whose execution hangs, too
+                deadline = time.monotonic() + self.settings.timeout
+                self.doing = _doing(kind, data, prompt) or self.doing
+
+    async def _post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
+        async with self.session.post(self.url + path, json=payload) as answer:
+            text = await answer.text()
+            if answer.status == 400:
+                raise PromptFailed(_refusal(text))
+            if answer.status >= 300:
+                raise ServerLost(f"ComfyUI answered {answer.status} to {path}: {text[:300]}")
+            return json.loads(text) if text else {}
+
+    def _saved(self, outputs: dict[str, Any]) -> list[tuple[str, Path]]:
+        """(name, path) of every file that a prompt saved. ComfyUI's counters are begun at 1 for each prompt: on a
+        server they depend on what it ran before.
+        """
+        found, counts = [], {}
+        for node in sorted(outputs, key=lambda key: (len(key), key)):
+            entries = [entry for values in outputs[node].values() if isinstance(values, list) for entry in values]
+            for entry in entries:
+                if not isinstance(entry, dict) or entry.get("type") != "output" or "filename" not in entry:
+                    continue
+                name = f"{entry.get('subfolder') or '.'}/{entry['filename']}".removeprefix("./").replace("\\", "/")
+                path = self.base / "output" / name
+                if counted := COUNTED.fullmatch(name):
+                    number = counts[counted.groups()] = counts.get(counted.groups(), 0) + 1
+                    name = f"{counted[1]}_{number:05d}_{counted[2]}"
+                found.append((name, path))
+        return found
+
+    def _prune(self, last: set[Path]) -> None:
+        """Delete the oldest saved files above KEEP_BYTES, the last prompt's excepted."""
+        files = sorted((p for p in (self.base / "output").rglob("*") if p.is_file()), key=lambda p: p.stat().st_mtime)
+        spare = sum(path.stat().st_size for path in files) - KEEP_BYTES
+        for path in files:
+            if spare > 0 and path not in last:
+                spare -= path.stat().st_size
+                path.unlink()
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file into the input folder, under a temporary name first: the folder may be shared."""
+        part = self.input / f".{name}-{uuid.uuid4().hex}"
+        part.write_bytes(content)
+        part.replace(self.input / name)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _has_pack(comfy: Path) -> bool:
+    """Whether the pack is installed in this ComfyUI: that one is used then, for two would claim the same nodes."""
+    named = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()[1]  # name = "montage"
+    return any(
+        named in path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for path in (comfy / "custom_nodes").glob("*/pyproject.toml")
+    )
+
+
+def _doing(kind: str, data: dict[str, Any], prompt: Prompt) -> str:
+    """What the server does, in a few words: "KSampler 12/20"."""
+    if kind == "progress":
+        node = prompt.get(str(data.get("node")), {}).get("class_type", "")
+        return f"{node} {data.get('value')}/{data.get('max')}".strip()
+    if kind == "executing" and data.get("node"):
+        return prompt.get(str(data["node"]), {}).get("class_type", "")
+    return ""
+
+
+def _error(messages: list[Any]) -> Exception:
+    """What a history's messages say of a prompt that did not succeed."""
+    for kind, data in messages:
+        if kind == "execution_error":
+            return PromptFailed(
+                f"{data['node_type']} (node {data['node_id']}): {data['exception_type']}:"
+                f" {str(data['exception_message']).strip()}"
+            )
+    return ServerLost("The prompt was interrupted")
+
+
+def _refusal(text: str) -> str:
+    """ComfyUI's reasons for refusing a prompt, in one line."""
+    try:
+        answer = json.loads(text)
+        reasons = [answer["error"]["message"]]
+        for node, found in (answer.get("node_errors") or {}).items():
+            reasons += [f"{found['class_type']} (node {node}): {e['message']}: {e['details']}" for e in found["errors"]]
+        return "; ".join(reasons)
+    except (ValueError, KeyError, TypeError):
+        return text[:1000]
