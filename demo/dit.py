@@ -23,7 +23,7 @@ TIME_CHANNELS = 256
 
 
 def rotations(height: int, width: int, words: int) -> tuple[Tensor, Tensor]:
-    """RoPE's cosines and sines, (words + height * width, 32) each. Text tokens stand at 0, image tokens at (0, y, x)."""
+    """RoPE's cosines and sines, (words + h * w, 32) each. Text tokens stand at 0, image tokens at (0, y, x)."""
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     image = torch.stack([torch.zeros_like(y), y, x], -1).flatten(0, 1)
     positions = torch.cat([torch.zeros(words, 3, dtype=image.dtype), image]).double()
