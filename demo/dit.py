@@ -114,7 +114,7 @@ class DoubleBlock(nn.Module):
         of_img, of_txt = self.img_mod(time), self.txt_mod(time)
         i = self.img_attn.norm.split(self.img_attn.qkv(normed(img) * (1 + of_img[1]) + of_img[0]))
         t = self.txt_attn.norm.split(self.txt_attn.qkv(normed(txt) * (1 + of_txt[1]) + of_txt[0]))
-        out = attend(*(torch.cat(pair, 2) for pair in zip(t, i, strict=True)), turn)
+        out = attend(*(torch.cat(pair, 2) for pair in zip(t, i)), turn)
         words = txt.shape[1]
         img = img + of_img[2] * self.img_attn.proj(out[:, words:])
         img = img + of_img[5] * self.img_mlp(normed(img) * (1 + of_img[4]) + of_img[3])

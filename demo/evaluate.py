@@ -190,7 +190,7 @@ class Evaluation:
         first, seconds = self._fed(models, captions)
         firsts = [self.main_object(picture) for picture in first]
         return {
-            name: _differing([(a, self.main_object(picture)) for a, picture in zip(firsts, pictures, strict=True)])
+            name: _differing([(a, self.main_object(picture)) for a, picture in zip(firsts, pictures)])
             for name, pictures in seconds.items()
         }
 
@@ -201,13 +201,19 @@ class Evaluation:
         return self._diversity(self.dit)
 
     def _diversity(self, models) -> dict:
-        """How often two pictures of one prompt differ in what the prompt names or leaves open, and what two renders of
-        the prompt would."""
-        scenes_asked = scenes.sample(max(1, self.args.pairs // 4), torch.Generator().manual_seed(HELD_OUT + 6), count=1)
-        result = {}
+        """How often two pictures of one prompt of one object differ in what the prompt names or leaves open; last, two
+        renders of the same shape whose all else is drawn by lot."""
+        generator = torch.Generator().manual_seed(HELD_OUT + 6)
+        asked = scenes.sample(max(1, self.args.pairs // 4), generator, count=1)
+        drawn = {}
         for name, without in OMISSIONS.items():
-            captions = [scenes.caption(scenes_asked, i, without=without) for i in range(len(scenes_asked.radius))]
-            pictures = self.draw([caption for caption in captions for _ in range(STACK)], HELD_OUT, models)
+            captions = [scenes.caption(asked, i, without=without) for i in range(len(asked.radius))]
+            drawn[name] = self.draw([caption for caption in captions for _ in range(STACK)], HELD_OUT, models)
+        lots = scenes.sample(STACK * len(asked.radius), generator, count=1)
+        lots.shape[:, 0] = asked.shape[:, 0].repeat_interleave(STACK)
+        drawn["all three, renders"] = scenes.render(lots, 128, generator).movedim(1, -1)
+        result = {}
+        for name, pictures in drawn.items():
             seen = [self.main_object(picture) for picture in pictures]
             stacks = [seen[i : i + STACK] for i in range(0, len(seen), STACK)]
             result[name] = _differing([pair for stack in stacks for pair in combinations(stack, 2)])
@@ -442,13 +448,12 @@ def tables(results: dict) -> dict[str, str]:
             f"{_score_table(score)}\n| {' | '.join(goals)} |\n\n{results[name]['seconds']:.2f} CPU-seconds an image."
         )
     for name, head in (("diversity", "left out"), ("carried", "fed")):
-        rows = [
-            [model, row, str(shares["pairs"]), *map(_percent, list(shares.values())[1:-1]), f"{shares['style']:.3f}"]
-            for model, key in (("UNet", name), ("DiT", f"dit_{name}"))
-            for row, shares in results.get(key, {}).items()
-        ]
-        if rows:
-            blocks[name] = _table(["", head, "pairs", "place", "colour", "texture", "shape", "style"], rows)
+        for section in {name, f"dit_{name}"} & results.keys():
+            rows = [
+                [row, str(shares["pairs"]), *map(_percent, list(shares.values())[1:-1]), f"{shares['style']:.3f}"]
+                for row, shares in results[section].items()
+            ]
+            blocks[section] = _table([head, "pairs", "place", "colour", "texture", "shape", "style"], rows)
     for name in ("swap", "dit_swap", "agreement"):
         if name in results:
             blocks[name] = _style_table(results[name])
@@ -504,8 +509,7 @@ def main() -> None:
         results[section] = getattr(evaluation, section)()
         args.results.parent.mkdir(parents=True, exist_ok=True)
         args.results.write_text(json.dumps(results, indent=1))
-        blocks = tables(results)
-        print(section, blocks.get(section) or blocks[section.removeprefix("dit_")], sep="\n", flush=True)
+        print(section, tables(results)[section], sep="\n", flush=True)
     if args.readme:
         write_readme(results)
 

@@ -277,11 +277,9 @@ class Trainer:
                 drawn,
                 row,
                 backwards < 0.5,
-                without=[
-                    part for part, left in zip(scenes.CAPTION_PARTS, leave, strict=True) if short < share and left < 0.5
-                ],
+                without=[part for part, left in zip(scenes.CAPTION_PARTS, leave) if short < share and left < 0.5],
             )
-            for row, (dropped, backwards, short, *leave) in zip(rows.tolist(), drawing, strict=True)
+            for row, (dropped, backwards, short, *leave) in zip(rows.tolist(), drawing)
         ]
         return tokenise(captions).to(self.device)
 
