@@ -268,12 +268,12 @@ class TextEncoder(nn.Module):
         nn.init.eye_(self.text_projection.weight).requires_grad_(False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(n, 77) rows of the vocabulary -> (n, 77, 64)."""
+        """(n, up to 77) rows of the vocabulary -> (n, as many, 64)."""
         return self.encode(self.text_model.embeddings["token_embedding"](ids))
 
     def encode(self, embedded: Tensor) -> Tensor:
-        """(n, 77, 64) token embeddings, a learned one among them -> (n, 77, 64)."""
-        x = embedded + self.text_model.embeddings["position_embedding"].weight
+        """(n, up to 77, 64) token embeddings, a learned one among them -> (n, as many, 64)."""
+        x = embedded + self.text_model.embeddings["position_embedding"].weight[: embedded.shape[1]]
         for layer in self.text_model.encoder["layers"]:
             x = layer(x)
         return self.text_model.final_layer_norm(x)

@@ -1,4 +1,4 @@
-"""Measures the demo model and writes the tables and pictures of demo/README.md: `python demo/evaluate.py`, with
+"""Measures the demo models and writes the tables and pictures of demo/README.md: `python demo/evaluate.py`, with
 ComfyUI's folder in COMFYUI_PATH.
 
 Everything is drawn by ComfyUI's own samplers with the shipped weights and judged by the reader, which is
@@ -9,6 +9,8 @@ import argparse
 import json
 import sys
 import time
+from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 
 if not __package__:  # started as a script: find the rest as the package that this folder is
@@ -25,18 +27,34 @@ HERE = Path(__file__).resolve().parent
 HELD_OUT = 900_001  # first of the seeds of scenes that no training draws
 TARGETS = {"background": 0.98, "colour": 0.95, "shape": 0.90, "texture": 0.85, "present": 0.85}
 SHOWN = tuple(name for name in scenes.STYLE if name != "tint")
+# What a caption leaves out, by the name of its row.
+OMISSIONS = {
+    "nothing": (),
+    "colour": ("colour",),
+    "texture": ("texture",),
+    "place": ("place",),
+    "all three": scenes.CAPTION_PARTS,
+}
+STACK = 6  # pictures of one prompt
 
 
 class Evaluation:
     def __init__(self, args):
         self.args = args
-        self.models = sampling.load(args.weights and Path(args.weights) / "demo-model.safetensors")
         self.weights = Path(args.weights) if args.weights else HERE / "weights"
         self.reader = detector.load(self.weights / "demo-reader.safetensors")
 
-    def draw(self, captions, first_seed: int, **kwargs) -> Tensor:
+    @cached_property
+    def models(self):
+        return sampling.load(self.weights / "demo-model.safetensors")
+
+    @cached_property
+    def dit(self):
+        return sampling.load(self.weights / "demo-dit.safetensors")
+
+    def draw(self, captions, first_seed: int, models=None, **kwargs) -> Tensor:
         seeds = range(first_seed, first_seed + len(captions))
-        return sampling.draw(self.models, captions, seeds, steps=self.args.steps, **kwargs)
+        return sampling.draw(models or self.models, captions, seeds, steps=self.args.steps, **kwargs)
 
     # --------------------------------------------------------------------------------------- the judge
 
@@ -91,24 +109,34 @@ class Evaluation:
     # ------------------------------------------------------------------------------------- the model
 
     def prompts(self) -> dict:
+        return self._prompts(self.models, "unpicked.jpg")
+
+    def dit_prompts(self) -> dict:
+        return self._prompts(self.dit, "dit-unpicked.jpg")
+
+    def _prompts(self, models, name: str) -> dict:
         """What it is told against what it draws, and the first 64 pictures as they came."""
         drawn = scenes.sample(self.args.n, torch.Generator().manual_seed(HELD_OUT + 1))
         captions = [scenes.caption(drawn, i) for i in range(self.args.n)]
         start = time.process_time()
-        pictures = self.draw(captions, HELD_OUT)
+        pictures = self.draw(captions, HELD_OUT, models)
         seconds = (time.process_time() - start) / len(captions)
-        save_grid(pictures[:64].movedim(-1, 1), self.args.pictures / "unpicked.jpg", 8)
+        save_grid(pictures[:64].movedim(-1, 1), self.args.pictures / name, 8)
         return {"score": self.score(drawn, pictures), "captions": captions[:64], "seconds": seconds}
 
     def swap(self) -> dict:
-        """Pairs of runs from the same prompt: the second is fed the first's self-attention inputs. How far is
-        the second's style from the first's, with and without?"""
-        drawn = self.striped(1, HELD_OUT + 2)
-        n, model = len(drawn.radius), self.models[0]
-        captions = [scenes.caption(drawn, i) for i in range(n)]
-        first, seconds = self.draw(captions, HELD_OUT), {"none": self.draw(captions, HELD_OUT + n)}
+        return self._swap(self.models, "swap.jpg")
+
+    def dit_swap(self) -> dict:
+        return self._swap(self.dit, "dit-swap.jpg")
+
+    def _fed(self, models, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Two runs of each caption, and the second again with the first's self-attention inputs: the first's
+        pictures, the second's by what it was fed."""
+        n = len(captions)
+        first, seconds = self.draw(captions, HELD_OUT, models), {"none": self.draw(captions, HELD_OUT + n, models)}
         for parts in ("kv", "qkv"):
-            patched = (sampling.swap_self_attention(model, parts), *self.models[1:])
+            patched = (sampling.swap_self_attention(models[0], parts), *models[1:])
             pictures = []
             for i in range(0, n, 8):
                 rows = slice(i, min(i + 8, n))
@@ -117,9 +145,14 @@ class Evaluation:
                     sampling.draw(patched, captions[rows] * 2, seeds, steps=self.args.steps)[rows.stop - i :]
                 )
             seconds[parts] = torch.cat(pictures)
-        save_grid(
-            torch.cat([x[:8] for x in (first, *seconds.values())]).movedim(-1, 1), self.args.pictures / "swap.jpg", 8
-        )
+        return first, seconds
+
+    def _swap(self, models, name: str) -> dict:
+        """Pairs of runs from the same prompt: the second is fed the first's self-attention inputs. How far is
+        the second's style from the first's, with and without?"""
+        drawn = self.striped(1, HELD_OUT + 2)
+        first, seconds = self._fed(models, [scenes.caption(drawn, i) for i in range(len(drawn.radius))])
+        save_grid(torch.cat([x[:8] for x in (first, *seconds.values())]).movedim(-1, 1), self.args.pictures / name, 8)
         errors = {name: self.apart(drawn, first, pictures) for name, pictures in seconds.items()}
         # Pair by pair, because pairs differ more from each other than what is fed changes them.
         changes = {
@@ -143,6 +176,53 @@ class Evaluation:
                 else {}
             )
         return errors
+
+    def carried(self) -> dict:
+        return self._carried(self.models)
+
+    def dit_carried(self) -> dict:
+        return self._carried(self.dit)
+
+    def _carried(self, models) -> dict:
+        """As swap, from prompts that leave colour and texture open: how often do they differ from the first run's?"""
+        drawn = scenes.sample(self.args.pairs, torch.Generator().manual_seed(HELD_OUT + 5), count=1)
+        captions = [scenes.caption(drawn, i, without=("colour", "texture")) for i in range(len(drawn.radius))]
+        first, seconds = self._fed(models, captions)
+        firsts = [self.main_object(picture) for picture in first]
+        return {
+            name: _differing([(a, self.main_object(picture)) for a, picture in zip(firsts, pictures)])
+            for name, pictures in seconds.items()
+        }
+
+    def diversity(self) -> dict:
+        return self._diversity(self.models)
+
+    def dit_diversity(self) -> dict:
+        return self._diversity(self.dit)
+
+    def _diversity(self, models) -> dict:
+        """How often two pictures of one prompt of one object differ in what the prompt names or leaves open; last, two
+        renders of the same shape whose all else is drawn by lot."""
+        generator = torch.Generator().manual_seed(HELD_OUT + 6)
+        asked = scenes.sample(max(1, self.args.pairs // 4), generator, count=1)
+        drawn = {}
+        for name, without in OMISSIONS.items():
+            captions = [scenes.caption(asked, i, without=without) for i in range(len(asked.radius))]
+            drawn[name] = self.draw([caption for caption in captions for _ in range(STACK)], HELD_OUT, models)
+        lots = scenes.sample(STACK * len(asked.radius), generator, count=1)
+        lots.shape[:, 0] = asked.shape[:, 0].repeat_interleave(STACK)
+        drawn["all three, renders"] = scenes.render(lots, 128, generator).movedim(1, -1)
+        result = {}
+        for name, pictures in drawn.items():
+            seen = [self.main_object(picture) for picture in pictures]
+            stacks = [seen[i : i + STACK] for i in range(0, len(seen), STACK)]
+            result[name] = _differing([pair for stack in stacks for pair in combinations(stack, 2)])
+        return result
+
+    def main_object(self, picture: Tensor) -> tuple[int, detector.Found] | None:
+        """(background, object the reader is surest of), None where it sees none."""
+        place, _, found = metrics.look(self.reader, picture)
+        return (place, found[0]) if found else None
 
     def agreement(self) -> dict:
         """Two striped objects in a picture: how far apart are their styles, when self-attention works, when
@@ -277,6 +357,21 @@ def _shares(verdicts: list[metrics.Verdict]) -> dict:
     }
 
 
+def _differing(pairs: list[tuple]) -> dict:
+    """Of pairs of main objects: shares that differ in place, colour, texture and shape, and mean error of the style."""
+    both = [(a, b) for a, b in pairs if a and b]
+    style = [metrics.style_errors(a[1], b[1]) for a, b in both]
+    return {
+        "pairs": len(both),
+        "place": _mean([a[0] != b[0] for a, b in both]),
+        **{
+            field: _mean([getattr(a[1], field) != getattr(b[1], field) for a, b in both])
+            for field in ("colour", "texture", "shape")
+        },
+        "style": _mean([_mean(list(errors.values())) for errors in style if errors]),
+    }
+
+
 def _means(errors: list[dict[str, float]]) -> dict:
     """Mean of every variable, and over all of SHOWN together, each with half the width of its 95 % confidence
     interval.
@@ -337,8 +432,10 @@ def tables(results: dict) -> dict[str, str]:
             + _style_table(judged["style"])
             + f"\n\nAutoencoder: {judged['autoencoder psnr']:.2f} dB PSNR on these renders."
         )
-    if "prompts" in results:
-        score = results["prompts"]["score"]
+    for name in ("prompts", "dit_prompts"):
+        if name not in results:
+            continue
+        score = results[name]["score"]
         goals = [
             "goal",
             "",
@@ -347,11 +444,17 @@ def tables(results: dict) -> dict[str, str]:
             "",
             "",
         ]
-        blocks["prompts"] = (
-            f"{_score_table(score)}\n| {' | '.join(goals)} |\n\n{results['prompts']['seconds']:.2f} CPU-seconds an"
-            " image."
+        blocks[name] = (
+            f"{_score_table(score)}\n| {' | '.join(goals)} |\n\n{results[name]['seconds']:.2f} CPU-seconds an image."
         )
-    for name in ("swap", "agreement"):
+    for name, head in (("diversity", "left out"), ("carried", "fed")):
+        for section in {name, f"dit_{name}"} & results.keys():
+            rows = [
+                [row, str(shares["pairs"]), *map(_percent, list(shares.values())[1:-1]), f"{shares['style']:.3f}"]
+                for row, shares in results[section].items()
+            ]
+            blocks[section] = _table([head, "pairs", "place", "colour", "texture", "shape", "style"], rows)
+    for name in ("swap", "dit_swap", "agreement"):
         if name in results:
             blocks[name] = _style_table(results[name])
     if "agreement" in results:
@@ -382,7 +485,10 @@ def write_readme(results: dict, path: Path = HERE / "README.md") -> None:
     path.write_text(text)
 
 
-SECTIONS = ("judge", "prompts", "swap", "agreement", "controlnet", "subject")
+SECTIONS = (
+    *("judge", "prompts", "dit_prompts", "swap", "dit_swap", "carried", "dit_carried"),
+    *("diversity", "dit_diversity", "agreement", "controlnet", "subject"),
+)
 
 
 def main() -> None:
@@ -403,7 +509,7 @@ def main() -> None:
         results[section] = getattr(evaluation, section)()
         args.results.parent.mkdir(parents=True, exist_ok=True)
         args.results.write_text(json.dumps(results, indent=1))
-        print(section, tables(results).get(section), sep="\n", flush=True)
+        print(section, tables(results)[section], sep="\n", flush=True)
     if args.readme:
         write_readme(results)
 

@@ -1,4 +1,4 @@
-"""Draws with the demo model in ComfyUI's own classes and samplers, many different prompts at once."""
+"""Draws with the demo models in ComfyUI's own classes and samplers, many different prompts at once."""
 
 import os
 import sys
@@ -6,7 +6,8 @@ import sys
 import torch
 from torch import Tensor
 
-STEPS, GUIDANCE, SAMPLER, SCHEDULER = 16, 3.0, "ddim", "normal"
+STEPS, GUIDANCE = 16, 3.0
+SAMPLERS = {"unet": ("ddim", "normal"), "dit": ("euler", "simple")}  # sampler and scheduler
 
 
 def start_comfyui(path: str | None = None) -> None:
@@ -23,13 +24,20 @@ def start_comfyui(path: str | None = None) -> None:
 
 
 def load(path=None):
-    """The demo model as ComfyUI's (MODEL, CLIP, VAE)."""
+    """A demo model, the UNet unless a file is named, as ComfyUI's (MODEL, CLIP, VAE)."""
     import comfy.sd
 
     from . import supported_model
 
     supported_model.register()
     return comfy.sd.load_checkpoint_guess_config(str(path or supported_model.WEIGHTS))[:3]
+
+
+def architecture(model) -> str:
+    """ "unet" or "dit"."""
+    from comfy.ldm.flux.model import Flux
+
+    return "dit" if isinstance(model.model.diffusion_model, Flux) else "unet"
 
 
 def encode(clip, captions: list[str]) -> list:
@@ -60,8 +68,7 @@ def sample(model, clip, captions: list[str], start: Tensor, control=None, steps:
         start,
         steps,
         GUIDANCE,
-        SAMPLER,
-        SCHEDULER,
+        *SAMPLERS[architecture(model)],
         positive,
         negative,
         torch.zeros_like(start),
@@ -84,19 +91,29 @@ def draw(models, captions: list[str], seeds, batch: int = 16, **kwargs) -> Tenso
 def swap_self_attention(model, parts: str):
     """A MODEL for batches of n sources followed by n targets: each target's self-attention inputs are replaced
     by its source's, only what feeds keys and values ("kv") or queries too ("qkv")."""
+    from . import supported_model
+
+    def swapped(x, halves):
+        x = x.unflatten(0, (halves, 2, -1)).clone()
+        x[:, 1] = x[:, 0]
+        return x.flatten(0, 2)
 
     def patch(q, k, v, extra_options):
         halves = len(extra_options["cond_or_uncond"])
+        return swapped(q, halves) if parts == "qkv" else q, swapped(k, halves), swapped(v, halves)
 
-        def swapped(x):
-            x = x.unflatten(0, (halves, 2, -1)).clone()
-            x[:, 1] = x[:, 0]
-            return x.flatten(0, 2)
-
-        return swapped(q) if parts == "qkv" else q, swapped(k), swapped(v)
+    def joint(q, k, v, extra_options, **_):
+        """The transformer's text tokens, which come first, keep their own."""
+        halves, words = len(extra_options["cond_or_uncond"]), supported_model.DIT_WORDS
+        named = {"q": q, "k": k, "v": v}
+        return {
+            name: torch.cat([rows[:, :, :words], swapped(rows[:, :, words:], halves)], 2)
+            for name, rows in named.items()
+            if name in parts
+        }
 
     patched = model.clone()
-    patched.set_model_attn1_patch(patch)
+    patched.set_model_attn1_patch(joint if architecture(model) == "dit" else patch)
     return patched
 
 

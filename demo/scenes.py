@@ -7,6 +7,7 @@ numbers, whatever the positions.
 """
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ BACKGROUNDS = {
     "snow": "on snow",
 }
 MOST_OBJECTS = 3
+CAPTION_PARTS = ("colour", "texture", "place")  # what a caption may leave out
 
 # Looks without words of their own (indices after those that have one): the personalised subject's, and a family
 # of others that captions only ever call "fancy", so that a denoiser can draw more than it can be told.
@@ -161,20 +163,30 @@ def photos(size: int = 128) -> tuple[Scenes, Tensor]:
 # ---------------------------------------------------------------------------------------------- words
 
 
-def phrase(scenes: Scenes, row: int, slot: int, name: str | None = None) -> str:
-    """'a red striped ball'; a name stands for colour and texture: 'a <name> ball'."""
+def phrase(scenes: Scenes, row: int, slot: int, name: str | None = None, without: Collection[str] = ()) -> str:
+    """'a red striped ball'; a name stands for colour and texture: 'a <name> ball'; without, of CAPTION_PARTS, leaves
+    words out ('fancy' is a colour and a texture)."""
     texture, colour = scenes.texture[row, slot].item(), scenes.colour[row, slot].item()
     if not name and colour >= len(COLOURS):
-        name = "fancy"
-    words = [name] if name else [list(COLOURS)[colour], *TEXTURES[1:][texture - 1 : texture]]
-    return " ".join(["an" if words[0][0] in "aeiou" else "a", *words, SHAPES[scenes.shape[row, slot]]])
+        words = [] if "colour" in without or "texture" in without else ["fancy"]
+    elif name:
+        words = [name]
+    else:
+        words = [] if "colour" in without else [list(COLOURS)[colour]]
+        words += [] if "texture" in without else TEXTURES[1:][texture - 1 : texture]
+    words = [*words, SHAPES[scenes.shape[row, slot]]]
+    return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
 
-def caption(scenes: Scenes, row: int, backwards: bool = False, name: str | None = None) -> str:
-    """'a red striped ball and a blue star on grass'; backwards names the objects in the other order."""
+def caption(
+    scenes: Scenes, row: int, backwards: bool = False, name: str | None = None, without: Collection[str] = ()
+) -> str:
+    """'a red striped ball and a blue star on grass'; backwards names the objects in the other order; without, of
+    CAPTION_PARTS, leaves out words of all objects or the place."""
     slots = [slot for slot in range(MOST_OBJECTS) if scenes.shape[row, slot] >= 0]
-    phrases = [phrase(scenes, row, slot, name) for slot in (reversed(slots) if backwards else slots)]
-    return f"{' and '.join(phrases)} {list(BACKGROUNDS.values())[scenes.background[row]]}"
+    phrases = [phrase(scenes, row, slot, name, without) for slot in (reversed(slots) if backwards else slots)]
+    place = [] if "place" in without else [list(BACKGROUNDS.values())[scenes.background[row]]]
+    return " ".join([" and ".join(phrases), *place])
 
 
 # --------------------------------------------------------------------------------------------- pixels

@@ -1,7 +1,7 @@
 """Trains the demo model from nothing: `python demo/train.py`.
 
-Autoencoder, denoiser with its text encoder, ControlNet, personalised subject, and the reader that judges
-them all. On a GPU when there is one (a few minutes), else on the CPU (hours). Checkpoints lie in demo/runs;
+Autoencoder, denoiser with its text encoder, diffusion transformer, ControlNet, personalised subject, and the reader
+that judges them all. On a GPU when there is one (a few minutes), else on the CPU (hours). Checkpoints lie in demo/runs;
 the same command goes on from the last one. The weights are written to demo/weights.
 """
 
@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # started as a script: find the rest as the package that this folder is
@@ -23,17 +24,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import autoencoder, auxiliary_head, detector, diffusion, scenes, subject
+from . import autoencoder, auxiliary_head, detector, diffusion, dit, scenes, subject
 from .training_loop import Budget, fit, ranks, restore, save_safely
 from .vocabulary import TOKEN_IDS, tokenise
 
 HERE = Path(__file__).resolve().parent
 # Share of the time for each part, in the order in which they are trained.
-PARTS = {"autoencoder": 0.14, "diffusion": 0.60, "controlnet": 0.12, "subject": 0.04, "reader": 0.10}
+PARTS = {"autoencoder": 0.12, "diffusion": 0.43, "dit": 0.24, "controlnet": 0.09, "subject": 0.04, "reader": 0.08}
 SHARD = 1024  # scenes in one file of cached latents
 GUIDANCE = 3.0
 FANCY = 0.12  # share of objects without words for their look
 ALIGNMENT = 0.1  # weight of the lesson on the side
+# Share of the transformer's captions that are short, and the share in the time after LATE.
+SHORTENED, SHORTENED_LATE, LATE = 0.25, 0.5, 2 / 3
 
 
 class Trainer:
@@ -51,16 +54,22 @@ class Trainer:
         self.text = self._place(diffusion.TextEncoder(len(TOKEN_IDS) + 1))
         self.controlnet = self._place(diffusion.ControlNet())
         self.heads = self._place(auxiliary_head.Heads())
+        self.dit = self._place(dit.DiT())
+        self.dit_heads = self._place(auxiliary_head.Heads(dit.HIDDEN))
         self.judge = self._place(detector.Reader())
         unet = {f"unet.{key}": value for key, value in self.unet.named_parameters()}
         text = {f"text.{key}": value for key, value in self.text.named_parameters() if value.requires_grad}
         heads = {f"heads.{key}": value for key, value in self.heads.named_parameters()}
+        transformer = {f"dit.{key}": value for key, value in self.dit.named_parameters()}
+        dit_heads = {f"heads.{key}": value for key, value in self.dit_heads.named_parameters()}
         self.parameters = {
             "autoencoder": dict(self.auto.named_parameters()),
             "diffusion": unet | text | heads,
+            "dit": transformer | dit_heads,
             "controlnet": dict(self.controlnet.named_parameters()),
             "reader": dict(self.judge.named_parameters()),
         }
+        self.shown: dict[str, int] = {}  # step of the last grid of samples, by name
         self.started: set[str] = set()  # parts that go on from earlier weights
         if args.init:
             self.load(Path(args.init))
@@ -120,7 +129,7 @@ class Trainer:
 
     def train_diffusion(self, budget: Budget) -> None:
         latents, tokens = self.latents()
-        drawn, owner = self.known_scenes()
+        drawn, owner = self.known_scenes(self.args.size // 8)
         empty = tokenise([""]).to(self.device)
         batch = self.args.batch
         seen = {}
@@ -138,6 +147,32 @@ class Trainer:
         self.fit("diffusion", self.parameters["diffusion"], loss_of, budget, self.args.lr, show=self.show)
         listener.remove()
         self.figures["diffusion"]["scenes"] = len(latents)
+
+    def train_dit(self, budget: Budget) -> None:
+        """The transformer, told by the text encoder that the denoiser has trained, which it leaves as it is."""
+        latents, _ = self.latents()
+        drawn, owner = self.known_scenes(self.args.size // 8 // dit.PATCH)
+        spoken = drawn.to("cpu")
+        batch = self.args.batch
+        network = torch.compile(self.dit) if self.args.compile else self.dit
+
+        def loss_of(generator):
+            rows = torch.randint(len(latents), (batch,), generator=generator, device=self.device)
+            ids = self._shortened(spoken, rows, SHORTENED_LATE if budget.spent > LATE else SHORTENED, generator)
+            x0 = latents[rows].float()
+            noise = torch.randn(x0.shape, generator=generator, device=self.device)
+            sigma = self._spread(batch, generator)
+            share = sigma.view(-1, 1, 1, 1)
+            with self.autocast():
+                with torch.no_grad():
+                    context = self.text(ids[:, : dit.WORDS])
+                velocity, features = network((1 - share) * x0 + share * noise, sigma, context)
+                maps = self.dit_heads(features)
+            lesson = auxiliary_head.loss(maps, drawn.take(rows), owner[rows])
+            return F.mse_loss(velocity.float(), noise - x0) + ALIGNMENT * lesson
+
+        self.fit("dit", self.parameters["dit"], loss_of, budget, 1.5 * self.args.lr, show=self.show_dit)
+        self.figures["dit"] |= {"scenes": len(latents), "samples": self.figures["dit"]["steps"] * batch * self.world}
 
     def train_controlnet(self, budget: Budget) -> None:
         latents, tokens = self.latents()
@@ -193,15 +228,11 @@ class Trainer:
             SHARD, torch.Generator().manual_seed(1_000_000 * (self.args.seed + 1) + number), fancy=FANCY
         )
 
-    def known_scenes(self) -> tuple[scenes.Scenes, Tensor]:
-        """What the cached latents show, and which object covers each of their places."""
+    def known_scenes(self, side: int) -> tuple[scenes.Scenes, Tensor]:
+        """What the cached latents show, and which object covers each of their side * side places."""
         drawn = [self.shard(number) for number in range(self.args.shards)]
         owner = torch.cat(
-            [
-                auxiliary_head.owners(part.to(self.device), self.args.size // 8)
-                for shard in drawn
-                for part in self._parts(shard)
-            ]
+            [auxiliary_head.owners(part.to(self.device), side) for shard in drawn for part in self._parts(shard)]
         )
         return scenes.Scenes(*map(torch.cat, zip(*drawn))).to(self.device), owner
 
@@ -235,6 +266,23 @@ class Trainer:
         dropped = torch.rand(rows.shape, generator=generator, device=self.device) < without
         return torch.where(dropped[:, None], empty, tokens[rows, order].long())
 
+    def _shortened(self, drawn: scenes.Scenes, rows: Tensor, share: float, generator) -> Tensor:
+        """(n, 77): the objects named in either order, some captions empty, a share of them short: without the colours,
+        without the textures and without the place, each in half of them."""
+        drawing = torch.rand(len(rows), 6, generator=generator, device=self.device).tolist()
+        captions = [
+            ""
+            if dropped < 0.1
+            else scenes.caption(
+                drawn,
+                row,
+                backwards < 0.5,
+                without=[part for part, left in zip(scenes.CAPTION_PARTS, leave) if short < share and left < 0.5],
+            )
+            for row, (dropped, backwards, short, *leave) in zip(rows.tolist(), drawing)
+        ]
+        return tokenise(captions).to(self.device)
+
     def latents(self) -> tuple[Tensor, Tensor]:
         """Cached latents (n, 4, h, w) half precision and captions (n, 2, 77) in both orders, as token rows."""
         paths = [self.runs / f"latents-{self.args.size}-{number:04d}.safetensors" for number in range(self.args.shards)]
@@ -256,13 +304,15 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------- diffusion
 
-    def denoising_loss(self, x0: Tensor, context_of, generator, hint: Tensor | None = None) -> Tensor:
-        """Mean squared error of v at times spread over the batch, twice as dense in the middle as on average: there the
-        objects' textures are decided, which the denoiser learns last."""
-        n = len(x0)
+    def _spread(self, n: int, generator) -> Tensor:
+        """(n,) times in [0, 1] spread over a batch, twice as dense in the middle as on average: there the objects'
+        textures are decided, which the denoiser learns last."""
         even = (torch.arange(n, device=self.device) + torch.rand(n, generator=generator, device=self.device)) / n
-        spread = even + (2 * math.pi * even).sin() / (4 * math.pi)
-        t = (spread * diffusion.TIMESTEPS).long().clamp(max=diffusion.TIMESTEPS - 1)
+        return even + (2 * math.pi * even).sin() / (4 * math.pi)
+
+    def denoising_loss(self, x0: Tensor, context_of, generator, hint: Tensor | None = None) -> Tensor:
+        """Mean squared error of v."""
+        t = (self._spread(len(x0), generator) * diffusion.TIMESTEPS).long().clamp(max=diffusion.TIMESTEPS - 1)
         noise = torch.randn(x0.shape, generator=generator, device=self.device)
         a, b = self.signal[t].view(-1, 1, 1, 1), self.noise[t].view(-1, 1, 1, 1)
         x = (a * x0 + b * noise).contiguous(memory_format=torch.channels_last)
@@ -290,14 +340,33 @@ class Trainer:
                 x = self.signal[then] * image + self.noise[then] * noise
             return self.auto.decode(x).float().clamp(0, 1)
 
+    @torch.no_grad()
+    def sample_dit(self, captions: list[str], seed: int, steps: int = 12) -> Tensor:
+        """(n, 3, s, s) by Euler's method with guidance; ComfyUI's samplers do the same with the shipped weights."""
+        n, side = len(captions), self.args.size // 8
+        x = torch.randn(n, dit.CHANNELS, side, side, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        sigmas = torch.linspace(1, 0, steps + 1, device=self.device)
+        with self.autocast():
+            context = self.text(tokenise(captions + [""] * n)[:, : dit.WORDS].to(self.device))
+            for now, then in zip(sigmas, sigmas[1:]):
+                told, free = self.dit(torch.cat([x, x]), now.expand(2 * n), context)[0].float().chunk(2)
+                x = x + (then - now) * (free + GUIDANCE * (told - free))
+            return self.auto.decode(x).float().clamp(0, 1)
+
     def show(self, step: int) -> None:
+        self._show(step, self.sample, "samples")
+
+    def show_dit(self, step: int) -> None:
+        self._show(step, self.sample_dit, "dit-samples")
+
+    def _show(self, step: int, sample: Callable[..., Tensor], name: str) -> None:
         """A grid of samples of the same 16 captions and noise, every few checkpoints."""
         drawn = scenes.sample(16, torch.Generator().manual_seed(12345))
-        if step - getattr(self, "shown", -(10**9)) < self.args.show_every:
+        if step - self.shown.get(name, -(10**9)) < self.args.show_every:
             return
-        self.shown = step
+        self.shown[name] = step
         save_grid(
-            self.sample([scenes.caption(drawn, i) for i in range(16)], seed=1), self.runs / f"samples-{step:06d}.jpg", 8
+            sample([scenes.caption(drawn, i) for i in range(16)], seed=1), self.runs / f"{name}-{step:06d}.jpg", 8
         )
         self.write()
 
@@ -312,37 +381,44 @@ class Trainer:
                     {k: v.float() for k, v in load_file(folder / f"demo-{name}.safetensors").items()}
                 )
                 self.started.add(name)
-        state = load_file(folder / "demo-model.safetensors" if folder else path)
 
-        def under(prefix):
+        def under(prefix, state):
             return {k[len(prefix) :]: v.float() for k, v in state.items() if k.startswith(prefix)}
 
-        self.unet.load_state_dict(under("model.diffusion_model."))
-        text = under("cond_stage_model.transformer.")
+        if folder and (folder / "demo-dit.safetensors").exists():
+            self.dit.load_state_dict(under("model.diffusion_model.", load_file(folder / "demo-dit.safetensors")))
+            self.started.add("dit")
+        state = load_file(folder / "demo-model.safetensors" if folder else path)
+        self.unet.load_state_dict(under("model.diffusion_model.", state))
+        text = under("cond_stage_model.transformer.", state)
         # By their numbers: earlier weights may know fewer words.
         rows = text.pop(table := "text_model.embeddings.token_embedding.weight")
         known = dict(zip(state["cond_stage_model.token_ids"].tolist(), rows))
         text[table] = torch.stack([known.get(token, rows[-1]) for token in TOKEN_IDS] + [rows[-1]])
         self.text.load_state_dict(text)
-        autoencoder.load_taesd(self.auto, under("first_stage_model."))
+        autoencoder.load_taesd(self.auto, under("first_stage_model.", state))
         # The denoiser knows these latents: of the autoencoder only the decoder learns on.
         self.auto.encoder.requires_grad_(False)
         self.parameters["autoencoder"] = dict(self.auto.decoder.named_parameters(prefix="decoder"))
 
     def write(self) -> None:
         """What has been trained as ComfyUI's loaders read it, in half precision."""
-        state = {f"model.diffusion_model.{k}": v for k, v in self.unet.state_dict().items()}
         words = {f"cond_stage_model.transformer.{k}": v for k, v in self.text.state_dict().items()}
         rows = words["cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"]
         rows[-1] = rows[:-1].mean(0)  # every word that no caption uses
-        state |= words | {f"first_stage_model.{k}": v for k, v in autoencoder.taesd_state(self.auto).items()}
-        state = {key: value.half() for key, value in state.items()}
-        # SD1.x's latents are scaled by 0.18215 on their way into the UNet: this undoes it.
-        state["first_stage_model.vae_scale"] = torch.tensor(0.18215)
-        state["first_stage_model.vae_shift"] = torch.tensor(0.0)
-        state["cond_stage_model.token_ids"] = torch.tensor(TOKEN_IDS, dtype=torch.int32)
-        state["v_pred"] = torch.tensor([])
-        self.save(state, "demo-model", "autoencoder", "diffusion")
+        shared = words | {f"first_stage_model.{k}": v for k, v in autoencoder.taesd_state(self.auto).items()}
+        shared = {key: value.half() for key, value in shared.items()}
+        # SD1.x's latents are scaled by 0.18215 on their way into the denoiser: this undoes it.
+        shared["first_stage_model.vae_scale"] = torch.tensor(0.18215)
+        shared["first_stage_model.vae_shift"] = torch.tensor(0.0)
+        shared["cond_stage_model.token_ids"] = torch.tensor(TOKEN_IDS, dtype=torch.int32)
+
+        def denoiser(network):
+            return {f"model.diffusion_model.{key}": value.half() for key, value in network.state_dict().items()}
+
+        v_pred = {"v_pred": torch.tensor([])}
+        self.save(denoiser(self.unet) | shared | v_pred, "demo-model", "autoencoder", "diffusion")
+        self.save(denoiser(self.dit) | shared, "demo-dit", "dit")
         for part, module in (("controlnet", self.controlnet), ("reader", self.judge)):
             self.save({key: value.half() for key, value in module.state_dict().items()}, f"demo-{part}", part)
 
@@ -396,6 +472,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=gpu,
         help="train in bfloat16: on a CPU, faster where it has AMX",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the transformer, which needs a C++ compiler: a third faster"
     )
     parser.add_argument("--runs", default=str(HERE / "runs"), help="checkpoints and caches")
     parser.add_argument("--weights", default=str(HERE / "weights"), help="the finished weights")

@@ -31,9 +31,11 @@ class Budget:
 
     def __init__(self, seconds: float, steps: int | None = None):
         self.seconds, self.steps = seconds, steps
+        self.spent = 0.0  # share of it, up to 1: `fit` keeps it
 
-    def spent(self, step: int, elapsed: float) -> float:
-        return step / self.steps if self.steps else elapsed / self.seconds
+    def advance(self, step: int, elapsed: float) -> float:
+        self.spent = step / self.steps if self.steps else elapsed / self.seconds
+        return self.spent
 
 
 def fit(
@@ -63,7 +65,7 @@ def fit(
     rank, world = ranks()
     start, saved = time.monotonic() - elapsed, time.monotonic()
 
-    while (spent := budget.spent(step, elapsed)) < 1:
+    while (spent := budget.advance(step, elapsed)) < 1:
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1, (step + 1) / warmup) * _cosine(max(0.0, 2 * spent - 1))
         loss = loss_of(torch.Generator(device).manual_seed((seed * 1_000_003 + step) * world + rank))

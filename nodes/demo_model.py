@@ -8,22 +8,37 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 
 class MontageDemoModel(io.ComfyNode):
+    NAME = "Montage Demo Model"
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="MontageDemoModel",
-            display_name="Montage Demo Model",
+            display_name=cls.NAME,
             category="montage",
             description=(
                 "Loads Montage's own small model, so that its example workflows run without a download: 128x128 scenes"
                 ' like "a red striped ball and a blue star on grass", in a second each on a CPU.'
             ),
             search_aliases=["tiny model", "test model"],
+            inputs=[
+                io.Combo.Input(
+                    "architecture",
+                    options=["unet", "dit"],
+                    default="unet",
+                    optional=True,
+                    tooltip=(
+                        "unet: SD1.x's structure, with a ControlNet. dit: a diffusion transformer of Flux's structure"
+                        " (rectified flow, CFG 3), without one."
+                    ),
+                ),
+            ],
             outputs=[
-                io.Model.Output("model", tooltip="A small UNet of SD1.x's structure."),
+                io.Model.Output("model", tooltip="A small UNet of SD1.x's structure, or a transformer of Flux's."),
                 io.Clip.Output(
                     "clip",
                     tooltip=(
@@ -34,22 +49,32 @@ class MontageDemoModel(io.ComfyNode):
                 io.Vae.Output("vae", tooltip="Its autoencoder."),
                 io.ControlNet.Output(
                     "control_net",
-                    tooltip="Its ControlNet. Hint: the objects' outlines, white on black, as Canny draws them.",
+                    tooltip=(
+                        "The UNet's ControlNet. Hint: the objects' outlines, white on black, as Canny draws them. The"
+                        " transformer has none."
+                    ),
                 ),
             ],
         )
 
     @classmethod
-    def execute(cls):
+    def execute(cls, architecture="unet"):
         from ..demo import supported_model
 
         supported_model.register()
+        path = supported_model.DIT_WEIGHTS if architecture == "dit" else supported_model.WEIGHTS
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-            str(supported_model.WEIGHTS), embedding_directory=folder_paths.get_folder_paths("embeddings")
+            str(path), embedding_directory=folder_paths.get_folder_paths("embeddings")
         )
-        control = comfy.controlnet.load_controlnet(
-            str(supported_model.WEIGHTS.with_name("demo-controlnet.safetensors"))
-        )
+        if architecture == "dit":
+            # ComfyUI shows the message when a node that this output is connected to would run.
+            control = ExecutionBlocker(
+                f'{cls.NAME}: there is no ControlNet for architecture "dit". Disconnect control_net, or choose "unet".'
+            )
+        else:
+            control = comfy.controlnet.load_controlnet(
+                str(supported_model.WEIGHTS.with_name("demo-controlnet.safetensors"))
+            )
         return io.NodeOutput(model, clip, vae, control)
 
 
