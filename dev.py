@@ -439,7 +439,7 @@ def lint_commands(folder: Path, env: Environment, fix: bool) -> dict[str, list[s
     """{name: command} of the linters installed in `folder`. fix: repair what can be repaired."""
     ruff = venv_python(folder / "venv").with_name("ruff.exe" if sys.platform == "win32" else "ruff")
     commands: dict[str, list[str | Path]] = {
-        "ruff check": [ruff, "check", "--quiet", *(["--fix"] if fix else []), "."],
+        "ruff check": [ruff, "check", "--quiet", "--output-format", "concise", *(["--fix"] if fix else []), "."],
         "ruff format": [ruff, "format", "--quiet", *([] if fix else ["--check"]), "."],
     }
     modules = folder / "node_modules"

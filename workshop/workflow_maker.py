@@ -65,7 +65,7 @@ def inputs_of(info: dict[str, Any], values: dict[str, Any]) -> Iterator[Input]:
 
 
 def widget_values(inputs: list[Input], values: dict[str, Any]) -> list[Any]:
-    """What the page keeps of a node's widgets: each one's value, and after some that of the menu or button next to it."""
+    """What the page keeps of a node's widgets: each one's value, after some with that of a menu or a button."""
     found = []
     for one in inputs:
         if not one.is_widget:
@@ -229,6 +229,8 @@ def main() -> None:
     parser.add_argument("workflow", type=Path, help="its API form, in example_workflows/api")
     parser.add_argument("--no-run", action="store_true", help="make no thumbnail")
     chosen = parser.parse_args()
+    if not chosen.workflow.is_file():
+        parser.error(f"there is no {chosen.workflow}: save its API form there first (Workflow > Export (API))")
     prompt = json.loads(chosen.workflow.read_text(encoding="utf-8"))
     page = chosen.workflow.resolve().parent.parent / chosen.workflow.name
     before = json.loads(page.read_text(encoding="utf-8")) if page.exists() else None
