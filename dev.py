@@ -7,6 +7,7 @@
     python dev.py comfy [ComfyUI args] a ComfyUI with this pack, to try by hand
     python dev.py evidence [--quick]   measures every paper's claims on the demo model and writes docs/evidence.md
     python dev.py benchmark NAME       what a method costs, as ratios to plain sampling
+    python dev.py workflow API.json    the page's form of an example workflow, its thumbnail, and words to translate
 
 A ComfyUI named by COMFYUI_PATH, or the one whose custom_nodes this pack lies in, is used as it is and nothing
 is installed into it. Otherwise a virtual environment and a pinned ComfyUI are made once, in the user's cache.
@@ -438,7 +439,7 @@ def lint_commands(folder: Path, env: Environment, fix: bool) -> dict[str, list[s
     """{name: command} of the linters installed in `folder`. fix: repair what can be repaired."""
     ruff = venv_python(folder / "venv").with_name("ruff.exe" if sys.platform == "win32" else "ruff")
     commands: dict[str, list[str | Path]] = {
-        "ruff check": [ruff, "check", "--quiet", *(["--fix"] if fix else []), "."],
+        "ruff check": [ruff, "check", "--quiet", "--output-format", "concise", *(["--fix"] if fix else []), "."],
         "ruff format": [ruff, "format", "--quiet", *([] if fix else ["--check"]), "."],
     }
     modules = folder / "node_modules"
@@ -497,6 +498,10 @@ def benchmark(arguments: list[str]) -> None:
     run_module(f"montage.evidence.benchmarks.{arguments[0]}", arguments[1:])
 
 
+def workflow(arguments: list[str]) -> None:
+    run_module("montage.workshop.workflow_maker", arguments)
+
+
 def comfy(arguments: list[str]) -> None:
     env = environment()
     base = cache_dir() / "comfy"
@@ -510,7 +515,15 @@ def comfy(arguments: list[str]) -> None:
 
 
 def main() -> None:
-    commands = {"demo": demo, "test": test, "lint": lint, "comfy": comfy, "evidence": evidence, "benchmark": benchmark}
+    commands = {
+        "demo": demo,
+        "test": test,
+        "lint": lint,
+        "comfy": comfy,
+        "evidence": evidence,
+        "benchmark": benchmark,
+        "workflow": workflow,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
