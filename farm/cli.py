@@ -30,7 +30,12 @@ def parser() -> argparse.ArgumentParser:
     add("--address", help="of the Ray cluster, or auto; none: this machine")
     add("--workers", type=int, help="how many ComfyUIs (default: as many as the cluster has GPUs, or cores for)")
     add("--cpus-per-worker", type=int, default=0, metavar="N", help="run without GPUs, each worker on N CPU cores")
-    add("--timeout", type=float, default=600, help="seconds without progress until a server counts as hung (%(default)s)")
+    add(
+        "--timeout",
+        type=float,
+        default=600,
+        help="seconds without progress until a server counts as hung (%(default)s)",
+    )
     add("--start-timeout", type=float, default=600, help="seconds that ComfyUI may take to start (%(default)s)")
     add("--attempts", type=int, default=3, help="workers that a run may lose before it is given up (%(default)s)")
     add("--retry-failed", action="store_true", help="run again what failed in an earlier batch")
@@ -77,7 +82,9 @@ def worker_count(options: argparse.Namespace) -> int:
         lacks = f"Ray has {has.get('CPU', 0):.0f} CPU cores, fewer than --cpus-per-worker {options.cpus_per_worker}."
     else:
         room = int(has.get("GPU", 0))
-        lacks = "Ray sees no GPU: give --cpus-per-worker to run on CPU cores, or --workers to wait for machines to join."
+        lacks = (
+            "Ray sees no GPU: give --cpus-per-worker to run on CPU cores, or --workers to wait for machines to join."
+        )
     if not room:
         raise Failure(lacks)
     return room

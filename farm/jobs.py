@@ -90,9 +90,7 @@ def find_node(prompt: Prompt, name: str) -> str:
     """The id of the node of this id, or of the only one with this title or class."""
     if name in prompt:
         return name
-    found = [
-        key for key, node in prompt.items() if name in (node["class_type"], node.get("_meta", {}).get("title"))
-    ]
+    found = [key for key, node in prompt.items() if name in (node["class_type"], node.get("_meta", {}).get("title"))]
     if len(found) != 1:
         raise Failure(
             f"The table names the node {name}, and the workflow has {len(found) or 'none'} of that name: use one of"

@@ -88,7 +88,9 @@ def _lock(path: Path) -> Any:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Failure(f"Another batch is writing into {path.parent}: wait for it, or name another folder.") from None
+            raise Failure(
+                f"Another batch is writing into {path.parent}: wait for it, or name another folder."
+            ) from None
         except OSError:
             pass  # a network file system without locks
     return held

@@ -76,7 +76,10 @@ TOUCHES = {
 ALLOWED = {  # (file, function): what it touches
     ("nodes/previews.py", "keep"): "ComfyUI's temp folder, under a name made of a hash",
     ("nodes/demo_model.py", "execute"): "the pack's own weights",
-    ("nodes/textual_inversion.py", "path"): "the folder in which the CLIP looks for embeddings; it may not be there yet",
+    (
+        "nodes/textual_inversion.py",
+        "path",
+    ): "the folder in which the CLIP looks for embeddings; it may not be there yet",
     ("patching/textual_inversion.py", "save"): "an embedding there, of a name without folders",
     ("patching/textual_inversion.py", "learn"): "the same, on the way",
     ("patching/textual_inversion.py", "load"): "an embedding there, tensors only",
