@@ -79,6 +79,18 @@ class Doubled(Halved):
         ]
 
 
+class Projected(Halved):
+    """The same, with V doubled after its projection."""
+
+    node = "Projected"
+
+    def attend(self, context, target, sources, grid):
+        def doubled(q, k, v):
+            return q, k, 2 * v
+
+        return [term._replace(projected=doubled) for term in super().attend(context, target, sources, grid)]
+
+
 def window(model=None, start=0.0, end=1.0, part=slice(None)):
     return Window(start, end, sites_of(model or random_model("sd15-small"))[part])
 
@@ -96,6 +108,10 @@ def test_a_split_attention_is_the_plain_one(separate, monkeypatch):
     assert (
         sample(split_model(Doubled), empty(2))["samples"] - sample(random_model("sd15-small"), empty(2))["samples"]
     ).abs().max() > 0.05
+
+
+def test_a_recipe_may_act_on_what_is_projected():
+    close(sample(split_model(Projected), empty(2))["samples"], sample(split_model(Doubled), empty(2))["samples"])
 
 
 @pytest.mark.parametrize("neighbour", [scaled_queries, replaced_attention])
