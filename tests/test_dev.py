@@ -1,6 +1,7 @@
 """The workbench: which ComfyUI it uses, and what it says when it cannot."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from montage import dev
+from montage.workshop import package_contents
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -113,16 +115,27 @@ def test_nothing_is_installed_into_an_existing_comfyui(tmp_path, monkeypatch):
         dev.with_test_requirements(dev.Environment(sys.executable, tmp_path, ours=False))
 
 
-def test_imports_go_one_way():
-    """nodes -> patching -> kernels; kernels know nothing of ComfyUI."""
-    import re
+ROOMS = {  # folder: the folders of this pack that it may import
+    "kernels": {"kernels"},
+    "patching": {"patching", "kernels"},
+    "methods": {"methods", "patching", "kernels"},
+    "localize": {"localize"},
+    "nodes": {"nodes", "methods", "patching", "kernels", "localize", "demo"},
+}
 
-    def imported(folder):
-        text = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / folder).glob("*.py"))
-        return set(re.findall(r"^\s*(?:from|import) (\S+)", text, re.M))
 
-    assert not any(name.startswith(("comfy", "nodes", "..", "folder_paths")) for name in imported("kernels"))
-    assert not any(name.startswith(("..nodes", "nodes", "..localize")) for name in imported("patching"))
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_one_way(room):
+    """nodes -> methods -> patching -> kernels; kernels know nothing of ComfyUI."""
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        ours = {place.relative_to(ROOT).parts[0] for place in package_contents.imported(path) if place != ROOT}
+        assert {name for name in ours if (ROOT / name).is_dir()} <= ROOMS[room], path.name
+        others = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.M))
+        assert room == "nodes" or "nodes" not in others, path.name
+        if room == "kernels":
+            assert not [name for name in others if name.startswith(("comfy", "folder_paths"))], path.name
 
 
 def test_every_node_has_a_help_page_and_the_montages_appear_in_a_workflow():

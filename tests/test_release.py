@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from montage.workshop import release
 from montage.workshop.package_contents import ROOT, archive, git, schemas, shipped_modules
 
 try:
@@ -16,6 +17,7 @@ except ImportError:  # Python 3.10
     import tomli as tomllib
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 LANGUAGES = ["zh", "ja"]
 
 
@@ -43,6 +45,7 @@ def test_the_archive_has_nothing_else():
         if name.endswith(".py"):
             assert name in known or name.partition("/")[0] in (
                 "nodes",
+                "methods",
                 "patching",
                 "kernels",
                 "localize",
@@ -85,7 +88,7 @@ def test_the_pack_loads_from_its_archive_alone(tmp_path):
 
 
 def test_version_changelog_and_requirements_agree():
-    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1]
+    newest = re.search(r"^## (\S+)", CHANGELOG, re.M)[1]
     assert PROJECT["project"]["version"] == newest
     assert (
         PROJECT["project"]["dependencies"] == [] and not (ROOT / "requirements.txt").exists()
@@ -98,6 +101,56 @@ def test_ci_runs_the_suite_on_every_python():
     assert re.search(r'python: \["3.10", "3.11", "3.12", "3.13"\]', workflow) and "python dev.py test" in workflow
     lowest = PROJECT["project"]["requires-python"]
     assert lowest == ">=3.10"
+    assert "python dev.py lint" in workflow
+
+
+# ---------------------------------------------------------------- a release
+
+TAG = f"v{PROJECT['project']['version']}"
+ADDRESS = "https://example.org/someone/montage"
+
+
+def with_address():
+    return tomllib.loads(release.with_address((ROOT / "pyproject.toml").read_text(encoding="utf-8"), ADDRESS))
+
+
+def dated():
+    return re.sub(r"^(## \S+) - \S+$", r"\1 - 2030-01-02", CHANGELOG, count=1, flags=re.M)
+
+
+def test_nothing_is_missing_but_what_the_page_says_must_be_filled_in():
+    """The repository's address, which is not known yet, and the day of the release."""
+    assert release.missing(TAG, with_address(), dated()) == []
+    page = (ROOT / "docs" / "releasing.md").read_text(encoding="utf-8")
+    assert "workshop/release.py --address" in page and "YYYY-MM-DD" in page
+    assert set(release.missing(TAG, PROJECT, CHANGELOG)) <= {
+        "pyproject.toml has no address: run  python workshop/release.py --address https://...",
+        f'CHANGELOG.md has no date for {TAG[1:]}: write "## {TAG[1:]} - YYYY-MM-DD".',
+    }
+
+
+def test_a_release_that_contradicts_itself_is_refused():
+    project = with_address()
+    assert "The tag is v9.9.9" in release.missing("v9.9.9", project, dated())[0]
+    assert "CHANGELOG.md begins with 9.9.9" in release.missing(TAG, project, f"## 9.9.9 - 2030-01-02\n{dated()}")[0]
+    project["tool"]["comfy"]["Icon"] = "https://example.org/another.png"
+    assert "Icon in pyproject.toml is not" in release.missing(TAG, project, dated())[0]
+
+
+@pytest.mark.parametrize("address", ["example.org/montage", "https://example.org/montage/", 'https://a"b', ""])
+def test_what_is_no_address_is_not_written(address):
+    with pytest.raises(ValueError, match="is not an address"):
+        release.with_address("", address)
+
+
+def test_publishing_asks_first_and_the_icon_is_square():
+    workflow = (ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8")
+    assert (
+        workflow.index("needs: suite") < workflow.index("workshop/release.py") < workflow.index("publish-node-action")
+    )
+    icon = (ROOT / release.ICON).read_text(encoding="utf-8")
+    width, height = (int(re.search(rf'{side}="(\d+)"', icon)[1]) for side in ("width", "height"))
+    assert width == height <= 400  # the registry's limit
 
 
 # ---------------------------------------------------------------- words
