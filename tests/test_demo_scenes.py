@@ -54,6 +54,26 @@ def test_captions_tell_objects_in_either_order_and_no_style():
 
 
 @pytest.mark.parametrize(
+    "without, told",
+    [
+        (["colour"], "a striped ball and a star by a brick wall"),
+        (["texture"], "a red ball and an orange star by a brick wall"),
+        (["place"], "a red striped ball and an orange star"),
+        (["colour", "texture", "place"], "a ball and a star"),
+    ],
+)
+def test_a_caption_can_leave_words_out(without, told):
+    drawn = sample(1, seed=11, count=2)
+    drawn.background[0] = list(scenes.BACKGROUNDS).index("brick")
+    drawn.colour[0, :2], drawn.texture[0, :2] = torch.tensor([0, 5]), torch.tensor([1, 0])
+    drawn.shape[0, :2] = torch.tensor([0, 2])
+    assert scenes.caption(drawn, 0, without=without) == told
+    drawn.colour[0, 1], drawn.texture[0, 1] = len(scenes.COLOURS) + 1, len(scenes.TEXTURES)
+    fancy = told.replace("an orange star", "a fancy star" if without == ["place"] else "a star")
+    assert scenes.caption(drawn, 0, without=without) == fancy
+
+
+@pytest.mark.parametrize(
     "name, inside, outside",
     [
         ("hue", True, False),

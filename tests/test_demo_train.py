@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from montage.demo import autoencoder, auxiliary_head, detector, diffusion, scenes, subject, train, training_loop
+from montage.demo import autoencoder, auxiliary_head, detector, diffusion, dit, scenes, subject, train, training_loop
 
-PARTS = ["autoencoder", "diffusion", "controlnet", "subject", "reader"]
+PARTS = ["autoencoder", "diffusion", "dit", "controlnet", "subject", "reader"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,7 @@ def test_everything_is_trained_and_comfyui_loads_it(trained):
 
     assert sorted(file.name for file in trained.iterdir()) == [
         "demo-controlnet.safetensors",
+        "demo-dit.safetensors",
         "demo-model.safetensors",
         "demo-reader.safetensors",
         "demo-subject-embedding.safetensors",
@@ -80,6 +81,9 @@ def test_everything_is_trained_and_comfyui_loads_it(trained):
         )
         hint = scenes.layout(scenes.sample(1, torch.Generator().manual_seed(0)), 128).movedim(1, -1)
         assert sampling.draw(models, ["a red ball"], [0], control=(net, hint), steps=1).shape == (1, 128, 128, 3)
+        transformer = sampling.load(trained / "demo-dit.safetensors")
+        assert sampling.architecture(transformer[0]) == "dit"
+        assert sampling.draw(transformer, ["a red ball"], [0], steps=1).shape == (1, 128, 128, 3)
         keys = comfy.lora.model_lora_keys_unet(model.model, {})
         lora = load_file(trained / "demo-subject-lora.safetensors")
         assert len(comfy.lora.load_lora(lora, keys)) == len(lora) / 3 == 16 * 2 * 4
@@ -91,6 +95,7 @@ def test_everything_is_trained_and_comfyui_loads_it(trained):
 def test_a_file_tells_how_it_was_trained(trained):
     for name, parts in (
         ("demo-model", {"autoencoder", "diffusion"}),
+        ("demo-dit", {"dit"}),
         ("demo-subject-lora", {"lora"}),
         ("demo-reader", {"reader"}),
     ):
@@ -104,8 +109,9 @@ def test_a_file_tells_how_it_was_trained(trained):
         )
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
-    part = "autoencoder"
+@pytest.mark.parametrize("part, file", [("autoencoder", "demo-model"), ("dit", "demo-dit")])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, monkeypatch, part, file):
+    monkeypatch.setattr(train, "SHARD", 32)
     whole = command(tmp_path / "whole", 3, [part])
 
     step = training_loop.torch.optim.AdamW.step
@@ -122,9 +128,8 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
         command(tmp_path / "cut", 3, [part])
     again = command(tmp_path / "cut", 3, [part])
 
-    assert [file.name for file in (tmp_path / "whole" / "weights").iterdir()] == ["demo-model.safetensors"], (
-        "only what was trained"
-    )
+    written = [path.name for path in (tmp_path / "whole" / "weights").iterdir()]
+    assert written == [f"{file}.safetensors"], "only what was trained"
     assert again.figures[part]["steps"] == whole.figures[part]["steps"] == 3
     for key, value in whole.parameters[part].items():
         assert torch.equal(value, again.parameters[part][key]), key
@@ -139,6 +144,72 @@ def test_further_training_keeps_the_latents_that_the_denoiser_knows(tmp_path):
     after = command(tmp_path, 1, ["autoencoder"], "--init", str(train.HERE / "weights")).auto.state_dict()
     changed = {key.split(".")[0] for key, value in before.items() if not torch.equal(value, after[key])}
     assert changed == {"decoder"}
+
+
+def test_further_training_starts_from_the_transformer_that_is_there(tmp_path, monkeypatch, trained):
+    monkeypatch.setattr(train, "SHARD", 32)
+    made = load_file(trained / "demo-dit.safetensors")
+    again = train.Trainer(train.arguments(["--device", "cpu", "--init", str(trained), "--runs", str(tmp_path)]))
+    for key, value in again.dit.state_dict().items():
+        assert torch.equal(value, made[f"model.diffusion_model.{key}"].float()), key
+
+
+def test_the_transformer_learns_and_leaves_the_text_encoder_alone(tmp_path, monkeypatch, trained):
+    """From one set of scenes, whose noised latents it must do better than say nothing about."""
+    monkeypatch.setattr(train, "SHARD", 32)
+    before = train.Trainer(train.arguments(["--device", "cpu", "--init", str(trained), "--runs", str(tmp_path)]))
+    after = command(tmp_path, 40, ["dit"], "--init", str(trained), "--lr", "3e-3")
+    words = train.tokenise(["a red striped ball and a fancy star on grass"])
+    assert torch.equal(before.text(words), after.text(words))
+    latents, _ = after.latents()
+    context = after.text(train.tokenise([""] * len(latents)))[:, : dit.WORDS]
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
+    sigma = torch.full((len(latents),), 0.7)
+    x0 = latents.float()
+
+    def error(trainer):
+        velocity, _ = trainer.dit(0.3 * x0 + 0.7 * noise, sigma, context)
+        return (velocity - (noise - x0)).square().mean()
+
+    assert error(after) < 0.9 * error(before)
+
+
+def test_a_share_of_the_captions_leaves_words_out(tmp_path):
+    trainer = train.Trainer(train.arguments(["--device", "cpu", "--runs", str(tmp_path)]))
+    drawn = scenes.sample(1, torch.Generator().manual_seed(0), count=1)
+    drawn.colour[0, 0], drawn.texture[0, 0], drawn.shape[0, 0], drawn.background[0] = 0, 1, 0, 1
+    rows = torch.zeros(4000, dtype=torch.long)
+    for share in (0.0, 0.5):
+        captions = trainer._shortened(drawn, rows, share, torch.Generator().manual_seed(1))
+
+        def part(words, captions=captions):
+            return (captions == train.tokenise([words])).all(1).float().mean().item()
+
+        assert abs(part("") - 0.1) < 0.02
+        assert abs(part("a red striped ball on grass") - 0.9 * (1 - share * 7 / 8)) < 0.03
+        for shorter in (
+            "a striped ball on grass",
+            "a red ball on grass",
+            "a red striped ball",
+            "a ball on grass",
+            "a ball",
+        ):
+            assert abs(part(shorter) - 0.9 * share / 8) < 0.02, shorter
+
+
+def test_the_transformer_in_bfloat16_is_the_same():
+    """On a CPU it goes through an attention of its own."""
+    torch.manual_seed(0)
+    network = dit.DiT()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    x, context = torch.randn(2, 4, 8, 6), torch.randn(2, dit.WORDS, 64)
+    sigma = torch.tensor([0.2, 0.9])
+    velocity, features = network(x, sigma, context)
+    assert velocity.shape == x.shape and features.shape == (2, dit.HIDDEN, 4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough, _ = network(x, sigma, context)
+    assert torch.nn.functional.cosine_similarity(velocity.flatten(), rough.float().flatten(), dim=0) > 0.999
 
 
 @pytest.mark.slow
