@@ -72,9 +72,13 @@ def stroke_costs(strokes, count, unmarked=None, edges=None):
     painted = (strokes >= 0)[..., None]
     costs = STROKE_COST * (painted & (labels != strokes[..., None])).astype(np.int64)
     if unmarked is not None:
-        mean = np.concatenate([w.ravel() for w in edges]).mean()
-        costs += max(1, int(4 * mean / max(strokes.shape))) * (~painted & (labels != unmarked))
+        costs += preference(edges, max(strokes.shape)) * (~painted & (labels != unmarked))
     return costs
+
+
+def preference(edges: tuple[np.ndarray, np.ndarray], side: int) -> int:
+    """What an unpainted cell pays for another label than the unmarked one; side: the longer of the grid, in cells."""
+    return max(1, int(4 * np.concatenate([w.ravel() for w in edges]).mean() / side))
 
 
 def energy(labels, costs, edges):

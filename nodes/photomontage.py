@@ -2,8 +2,11 @@
 keys, and one image sampled with the attention composed of theirs."""
 
 import logging
+import zlib
 
+import numpy as np
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..kernels import graphcut, labels
@@ -15,7 +18,10 @@ from ..patching.streams import check_together, streams_of
 from . import previews
 from .inputs import image_of, mask_of, numbers
 
+Tensor = torch.Tensor
+
 STACK = 32  # inputs of a stack; each may be a batch
+UNMARKED_AUTO, UNMARKED_AS_SET = "auto", "as unmarked_is_base"  # what decides about unpainted areas
 COLOURS = [
     "#{:02x}{:02x}{:02x}".format(*tuple(colour)) for colour in (labels.palette(2 * STACK) * 255).round().int().tolist()
 ]  # for the stroke editor
@@ -87,8 +93,8 @@ class GraphCutMontage(io.ComfyNode):
                     "unmarked_is_base",
                     default=False,
                     tooltip=(
-                        "Lets what you did not paint lean to the base image. Turn it on when the base has no stroke of"
-                        " its own."
+                        "Unpainted areas always come from the base image. Off, they follow the strokes around them,"
+                        " unless `unmarked` decides otherwise."
                     ),
                 ),
                 io.Float.Input(
@@ -103,14 +109,14 @@ class GraphCutMontage(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "sigma",
-                    default=10.0,
+                    default=0.0,
                     min=0.0,
                     max=1000.0,
                     step=0.1,
                     advanced=True,
                     tooltip=(
-                        "Feature distance that counts as an edge (paper: 10, for SD1.5). 0 measures it: the median"
-                        " distance between neighbours, right for SDXL and other models."
+                        "Feature distance that counts as an edge. 0 measures it: the median distance between"
+                        " neighbours, right for every model (paper: 10, for SD1.5)."
                     ),
                 ),
                 io.Int.Input(
@@ -131,6 +137,17 @@ class GraphCutMontage(io.ComfyNode):
                         " used for research only; auto takes it when it is installed."
                     ),
                 ),
+                io.Combo.Input(
+                    "unmarked",
+                    options=[UNMARKED_AUTO, UNMARKED_AS_SET],
+                    default=UNMARKED_AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "auto: unpainted areas come from the base image when the base has no strokes of its own. as"
+                        " unmarked_is_base: only that switch decides (workflows saved before this input)."
+                    ),
+                ),
             ],
             outputs=[
                 io.Mask.Output(
@@ -140,24 +157,26 @@ class GraphCutMontage(io.ComfyNode):
                 io.Image.Output(
                     "paste", tooltip="The images' pixels pasted along the seams: a preview of what will be composed."
                 ),
+                io.Int.Output("base", tooltip="The base image, for cut_base of Composite Attention Inject."),
             ],
         )
 
     @classmethod
     def execute(
         cls,
-        latents,
-        images,
-        base,
-        lam,
-        sigma,
-        components,
-        solver,
-        unmarked_is_base,
-        strokes="",
-        stroke_masks=None,
-        stroke_picture=None,
-    ):
+        latents: dict[str, dict],
+        images: dict[str, Tensor],
+        base: int,
+        lam: float,
+        sigma: float,
+        components: int,
+        solver: str,
+        unmarked_is_base: bool,
+        strokes: str = "",
+        stroke_masks: Tensor | None = None,
+        stroke_picture: Tensor | None = None,
+        unmarked: str = UNMARKED_AS_SET,
+    ) -> io.NodeOutput:
         numbers(cls.NAME, lam=lam, sigma=sigma)
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack)
@@ -170,8 +189,10 @@ class GraphCutMontage(io.ComfyNode):
         sigma = sigma or graphcut.median_distance(distances) or 1.0
         edges = graphcut.edge_weights(distances, lam, sigma)
         cells = labels.pool(marks, grid).numpy()
-        if (cells >= 0).any():
-            costs = graphcut.stroke_costs(cells, count, base if unmarked_is_base else None, edges)
+        painted = bool((cells >= 0).any())
+        if painted:
+            from_base = unmarked_is_base or (unmarked == UNMARKED_AUTO and not (cells == base).any())
+            costs = graphcut.stroke_costs(cells, count, base if from_base else None, edges)
             owner = torch.from_numpy(graphcut.cut(costs, edges, solver))
         else:
             logging.info("%s: nothing is painted, so everything is kept from the base image.", cls.NAME)
@@ -185,8 +206,23 @@ class GraphCutMontage(io.ComfyNode):
             "montage_images": [previews.photograph(picture) for picture in pictures],
             "montage_regions": [previews.diagram(regions)],
             "montage_size": [pictures.shape[2], pictures.shape[1]],
+            "montage_strokes": [zlib.crc32(strokes.encode())],  # which strokes this run and its result are of
         }
-        return io.NodeOutput(masks, regions[None], paste[None], ui=shown)
+        if stroke_masks is None and stroke_picture is None:  # the editor knows all strokes, and can cut again itself
+            shown["montage_cut"] = [cls.live_cut(edges, grid)]
+        return io.NodeOutput(masks, regions[None], paste[None], base, ui=shown)
+
+    @staticmethod
+    def live_cut(edges: tuple[np.ndarray, np.ndarray], grid: tuple[int, int]) -> dict:
+        """What the editor needs to repeat the cut: the grid, the weights' file (right, then down, as little-endian
+        uint32, exactly those that were cut with) and what an unpainted cell pays for leaving the base.
+        """
+        weights = np.concatenate([w.ravel() for w in edges]).astype("<u4")
+        return {
+            "grid": list(grid),
+            "weights": previews.numbers(weights.tobytes()),
+            "preference": graphcut.preference(edges, max(grid)),
+        }
 
     @classmethod
     def pictures(cls, images, stack):
@@ -267,8 +303,8 @@ def keys_of(stream):
     return keys[:2]
 
 
-def check_base(node, base, count):
-    if base >= count:
+def check_base(node: str, base: int, count: int) -> None:
+    if not 0 <= base < count:
         raise ValueError(f"{node}: base is image {base}, and there are {count} images (0 to {count - 1}).")
 
 
@@ -304,7 +340,7 @@ class CompositeAttentionInject(io.ComfyNode):
                     max=999,
                     tooltip=(
                         "The base image, counted from 0: the composite starts from its noise. Give the sampler its"
-                        " prompt and ControlNet."
+                        " prompt and ControlNet. Only for masks of your own: with cut_base connected, leave it at 0."
                     ),
                 ),
                 io.Float.Input(
@@ -357,6 +393,18 @@ class CompositeAttentionInject(io.ComfyNode):
                         " or the running model's own."
                     ),
                 ),
+                io.Int.Input(
+                    "cut_base",
+                    default=0,
+                    min=0,
+                    max=999,
+                    optional=True,
+                    force_input=True,
+                    tooltip=(
+                        "The base output of Graph Cut Montage: the composite then follows the base chosen there, and"
+                        " the number above does not count."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -373,8 +421,21 @@ class CompositeAttentionInject(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latents, masks, base, start, end, sites, base_q, kv):
+    def execute(
+        cls,
+        model: ModelPatcher,
+        latents: dict[str, dict],
+        masks: Tensor,
+        base: int,
+        start: float,
+        end: float,
+        sites: str,
+        base_q: str,
+        kv: str,
+        cut_base: int | None = None,
+    ) -> io.NodeOutput:
         numbers(cls.NAME, start=start, end=end)
+        base = cls.base(base, cut_base)
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack, model)
         check_base(cls.NAME, base, len(stack))
@@ -390,6 +451,18 @@ class CompositeAttentionInject(io.ComfyNode):
         if run.denoise_mask is not None:
             latent["noise_mask"] = run.denoise_mask[row : row + 1, :1]
         return io.NodeOutput(install(model, recipe), latent)
+
+    @classmethod
+    def base(cls, base: int, cut_base: int | None) -> int:
+        """The cut's base where it is connected. Raises ValueError where the own number was set to another image."""
+        if cut_base is None:
+            return base
+        if base not in (0, cut_base):
+            raise ValueError(
+                f"{cls.NAME}: its own base is image {base}, but Graph Cut Montage was cut for base {cut_base}. Set base"
+                f" of {cls.NAME} to 0 (cut_base decides), or disconnect cut_base."
+            )
+        return cut_base
 
 
 NODES = [GraphCutMontage, CompositeAttentionInject]

@@ -7,6 +7,7 @@ downloaded once, and the names tell the editor whether its strokes were painted 
 import hashlib
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
@@ -43,6 +44,13 @@ def cutout(picture):
     return name
 
 
+def numbers(data: bytes) -> str:
+    """Keep numbers for the editor's own arithmetic as they are; return their name."""
+    name = hashlib.sha1(data, usedforsecurity=False).hexdigest()[:20]
+    put(f"{name}.bin", lambda passing: passing.write_bytes(data))
+    return name
+
+
 def shrunk(picture, resampling):
     image = Image.fromarray((picture.clamp(0, 1) * 255).round_().to(torch.uint8).numpy())
     image.thumbnail((LONG_SIDE, LONG_SIDE), resampling)
@@ -56,11 +64,20 @@ def name_of(image):
 
 
 def keep(name, image, side=LONG_SIDE, **options):
-    """Write the file unless it is there; under a passing name first, so that nobody is ever served half of it."""
+    """Write a picture unless it is there."""
+
+    def write(passing: Path) -> None:
+        image.thumbnail((side, side))
+        image.save(passing, **options)
+
+    put(name, write)
+
+
+def put(name: str, write: Callable[[Path], object]) -> None:
+    """Have a file written unless it is there; to a temporary name first, so that no client reads a partial file."""
     folder = Path(folder_paths.get_temp_directory()) / FOLDER
     if not (folder / name).exists():
         folder.mkdir(parents=True, exist_ok=True)
         passing = folder / f"{uuid.uuid4().hex}-{name}"
-        image.thumbnail((side, side))
-        image.save(passing, **options)
+        write(passing)
         os.replace(passing, folder / name)

@@ -129,7 +129,7 @@ def cut(
     pictures = {f"image{number}": image for number, image in enumerate(images)}
     return GraphCutMontage.execute(
         stack(*latents), pictures, base, lam, sigma, components, solver, unmarked_is_base, strokes, **marks
-    ).args
+    ).args[:3]
 
 
 SAMPLERS = ["euler", "ddim", "uni_pc", "dpmpp_2m", "heun", "dpm_2", "euler_ancestral", "dpmpp_2s_ancestral", "lcm"]
