@@ -29,23 +29,23 @@ class CollageLayer(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "One layer of a collage: a cut-out with its words, its place, and how freely it may change (Collage"
-                " Diffusion). Chain layers from back to front and end in Collage Canvas."
+                "One layer of a collage: a cut-out with its prompt words, its place, and its denoise (Collage "
+                "Diffusion). Chain layers from back to front and end with Collage Canvas."
             ),
-            search_aliases=["collage diffusion", "cutout", "place image", "layered"],
+            search_aliases=["collage diffusion", "cutout", "place image", "layer", "paste image", "regional prompt"],
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="The layer's picture. With four channels its alpha cuts it out (Join Image with Alpha).",
+                    tooltip="The picture of the layer. An alpha channel cuts it out (Join Image with Alpha).",
                 ),
                 io.String.Input(
                     "text",
                     multiline=True,
                     default="",
                     tooltip=(
-                        "What the layer shows, as it stands in the canvas's prompt, word for word: a red ball. Empty:"
-                        " the layer has no words to steer."
+                        "The prompt words of this layer, exactly as they occur in Collage Canvas's prompt: a red "
+                        "ball. Empty: this layer has no words to bind."
                     ),
                 ),
                 io.Float.Input(
@@ -55,7 +55,7 @@ class CollageLayer(io.ComfyNode):
                     max=3.0,
                     step=0.001,
                     round=False,
-                    tooltip="Its centre: 0 is the canvas's left edge, 1 the right one.",
+                    tooltip="Horizontal centre: 0 is the canvas's left edge, 1 the right edge.",
                 ),
                 io.Float.Input(
                     "y",
@@ -64,7 +64,7 @@ class CollageLayer(io.ComfyNode):
                     max=3.0,
                     step=0.001,
                     round=False,
-                    tooltip="Its centre: 0 is the canvas's top edge, 1 the bottom.",
+                    tooltip="Vertical centre: 0 is the canvas's top edge, 1 the bottom edge.",
                 ),
                 io.Float.Input(
                     "scale",
@@ -73,17 +73,23 @@ class CollageLayer(io.ComfyNode):
                     max=10.0,
                     step=0.001,
                     round=False,
-                    tooltip="Its size: 1 is as large as the canvas contains it.",
+                    tooltip="Size: 1 fits the layer into the canvas.",
                 ),
                 io.Float.Input(
-                    "rotation", default=0.0, min=-360.0, max=360.0, step=0.1, round=False, tooltip="Degrees, clockwise."
+                    "rotation",
+                    default=0.0,
+                    min=-360.0,
+                    max=360.0,
+                    step=0.1,
+                    round=False,
+                    tooltip="Rotation in degrees, clockwise.",
                 ),
                 io.Int.Input(
                     "depth",
                     default=0,
                     min=-999,
                     max=999,
-                    tooltip="Nearer layers have larger numbers. Equal ones lie in the order of the chain.",
+                    tooltip="Higher layers cover lower ones. Layers of equal depth lie in the order of the chain.",
                 ),
                 io.Float.Input(
                     "w_pos",
@@ -92,8 +98,8 @@ class CollageLayer(io.ComfyNode):
                     max=5.0,
                     step=0.01,
                     tooltip=(
-                        "How much the layer's words are drawn to where it is seen. Paper: 0.2 to 0.6, the more the"
-                        " smaller the layer; 0 is off."
+                        "Attract: strengthens this layer's prompt words inside its visible area. Paper: 0.2 to "
+                        "0.6, more for small layers; 0 is off."
                     ),
                 ),
                 io.Float.Input(
@@ -103,7 +109,8 @@ class CollageLayer(io.ComfyNode):
                     max=5.0,
                     step=0.01,
                     tooltip=(
-                        "How much the layer's words are kept away from everywhere else. Paper: 0.4 to 0.9; 0 is off."
+                        "Repel: suppresses this layer's prompt words outside its visible area. Paper: 0.4 to 0.9; "
+                        "0 is off."
                     ),
                 ),
                 io.Float.Input(
@@ -113,8 +120,8 @@ class CollageLayer(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "How freely it may change: 0 stays as it is, 0.4 keeps shape and colours, 0.8 keeps little but"
-                        " the place. For Collage Noise."
+                        "Denoise of this layer: 0 unchanged, 0.4 keeps shape and colours, 0.8 keeps only the "
+                        "place. Used by Collage Noise."
                     ),
                 ),
                 io.Float.Input(
@@ -123,15 +130,17 @@ class CollageLayer(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Factor of a ControlNet's strength where the layer is seen. For Collage Control.",
+                    tooltip=(
+                        "Multiplies the ControlNet strength in this layer's visible area. Used by Collage Control."
+                    ),
                 ),
                 io.Boolean.Input(
                     "trim",
                     default=True,
                     advanced=True,
                     tooltip=(
-                        "Cuts transparent borders away, so that place and size are those of what is seen. Off for a"
-                        " picture made for its place on a canvas."
+                        "Crops transparent borders, so that x, y and scale refer to what is visible. Turn it off "
+                        "for a picture made for its place on a canvas."
                     ),
                 ),
                 LAYERS.Input("collage", optional=True, tooltip="The layers behind this one."),
@@ -139,8 +148,8 @@ class CollageLayer(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip=(
-                        "1 where the layer is, instead of the picture's alpha: from Subject Localize, for instance. "
-                        "Load Image's MASK is the opposite: invert it."
+                        "White where the layer is; used instead of the image's alpha. From Subject Localize, for "
+                        "example. Load Image's MASK is the inverse: invert it first."
                     ),
                 ),
             ],
@@ -148,7 +157,7 @@ class CollageLayer(io.ComfyNode):
                 LAYERS.Output(
                     "layers",
                     display_name="collage",
-                    tooltip="All layers so far, for the next Collage Layer or Collage Canvas.",
+                    tooltip="All layers so far, for the next Collage Layer or for Collage Canvas.",
                 )
             ],
         )
@@ -187,8 +196,8 @@ class CollageLayer(io.ComfyNode):
         trimmed = kernel.trim(picture)
         if trimmed is None:
             raise ValueError(
-                f"{cls.NAME}: nothing of the layer can be seen, its {'alpha' if mask is None else 'mask'} is 0"
-                " everywhere. A mask is 1 where the layer is; Load Image's MASK is the opposite and needs Invert Mask."
+                f"{cls.NAME}: the layer is invisible, its {'alpha' if mask is None else 'mask'} is 0 everywhere."
+                " A mask is white where the layer is; Load Image's MASK is the inverse and needs Invert Mask."
             )
         return trimmed.contiguous() if trim else picture
 
@@ -213,27 +222,35 @@ class CollageCanvas(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "Lays the layers of a collage over each other: the composite to start from, who is seen where, and how"
-                " freely each place may change (Collage Diffusion)."
+                "Composites the layers of a collage and shows them in the node, where they can be moved, scaled "
+                "and rotated: gives the image to start from, each layer's visible area, and the denoise map "
+                "(Collage Diffusion)."
             ),
             is_output_node=True,  # its own run button: see the collage without sampling
             has_intermediate_output=True,  # a cached run still shows its pictures
-            search_aliases=["collage diffusion", "composite layers", "layout"],
+            search_aliases=[
+                "collage diffusion",
+                "composite layers",
+                "image composite",
+                "layout",
+                "layer editor",
+                "regional prompting",
+            ],
             inputs=[
-                LAYERS.Input("collage", tooltip="The last Collage Layer: the nearest one."),
-                io.Int.Input("width", default=512, min=64, max=8192, step=8, tooltip="Of the canvas, in pixels."),
-                io.Int.Input("height", default=512, min=64, max=8192, step=8, tooltip="Of the canvas, in pixels."),
+                LAYERS.Input("collage", tooltip="The last Collage Layer of the chain, the topmost one."),
+                io.Int.Input("width", default=512, min=64, max=8192, step=8, tooltip="Size of the canvas, in pixels."),
+                io.Int.Input("height", default=512, min=64, max=8192, step=8, tooltip="Size of the canvas, in pixels."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     default="",
                     tooltip=(
-                        "The whole image in words, the text of every layer in it, word for word. Empty: the layers'"
-                        " texts, joined with commas."
+                        "Prompt for the whole image. It must contain the text of every layer, word for word. "
+                        "Empty: the layers' texts, joined with commas."
                     ),
                 ),
                 io.String.Input(
-                    "background", default="#969696", tooltip="Colour where no layer is, #rrggbb (paper: grey, #969696)."
+                    "background", default="#969696", tooltip="Background colour, #rrggbb (paper: grey, #969696)."
                 ),
                 io.Float.Input(
                     "background_noise",
@@ -242,8 +259,8 @@ class CollageCanvas(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "How freely the background may change. Paper: as the freest layer. 0 keeps it: for a"
-                        " background_image that is finished."
+                        "Denoise of the background. Paper: that of the layer with the highest. 0 keeps it, for a "
+                        "finished background_image."
                     ),
                 ),
                 io.Float.Input(
@@ -253,14 +270,14 @@ class CollageCanvas(io.ComfyNode):
                     max=500.0,
                     step=0.5,
                     tooltip=(
-                        "How softly noise passes from one layer to the next: Gaussian blur of the noise map, in pixels"
-                        " of the canvas (paper: 10 at 512)."
+                        "Softness of the transition between the layers' denoise values: Gaussian blur of the "
+                        "denoise map, in pixels of the canvas (paper: 10 at 512)."
                     ),
                 ),
                 io.Image.Input(
                     "background_image",
                     optional=True,
-                    tooltip="A picture behind all layers instead of the colour, scaled to cover the canvas.",
+                    tooltip="Picture behind all layers, instead of the colour; scaled to cover the canvas.",
                 ),
             ],
             outputs=[
@@ -269,17 +286,21 @@ class CollageCanvas(io.ComfyNode):
                     display_name="collage",
                     tooltip="For Collage Cross Attention, Collage Noise, Collage Control and Learn Layer Token.",
                 ),
-                io.Image.Output("image", tooltip="The composite. Encode it, and sample from it."),
+                io.Image.Output(
+                    "image", tooltip="The composited layers. Encode this image with the VAE and sample from it."
+                ),
                 io.Mask.Output(
                     "masks",
                     tooltip=(
-                        "Where each layer is seen, one mask for each from back to front. Together with the background's"
-                        " they sum to one."
+                        "Visible area of each layer, one mask per layer from back to front. Together with the "
+                        "background's they sum to one."
                     ),
                 ),
-                io.Mask.Output("noise_map", tooltip="How freely each place may change, 0 to 1."),
+                io.Mask.Output("noise_map", tooltip="The denoise map: how much each place may change, 0 to 1."),
                 io.String.Output(
-                    "full_prompt", display_name="prompt", tooltip="The prompt, for nodes that need it as text."
+                    "full_prompt",
+                    display_name="prompt",
+                    tooltip="The prompt as text, for nodes that encode it themselves.",
                 ),
             ],
         )
@@ -328,7 +349,7 @@ class CollageCanvas(io.ComfyNode):
         if image is None:
             if not re.fullmatch(r"#[0-9a-fA-F]{6}", colour.strip()):
                 raise ValueError(
-                    f'{cls.NAME}: background "{colour}" is no colour. Write it as #rrggbb: #969696 is grey.'
+                    f'{cls.NAME}: background "{colour}" is not a colour. Write it as #rrggbb: grey is #969696.'
                 )
             rgb = torch.tensor([int(colour.strip()[i : i + 2], 16) for i in (1, 3, 5)]) / 255
             return rgb[:, None, None].expand(3, height, width)
@@ -354,21 +375,28 @@ class CollageCrossAttn(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "Draws the words of each layer to where the layer is seen, and keeps them away from everywhere else"
-                " (Collage Diffusion). Sample its MODEL with its CONDITIONING as positive."
+                "Regional prompting: binds each layer's words to its visible area (Collage Diffusion). Sample its "
+                "MODEL with its CONDITIONING as positive."
             ),
-            search_aliases=["collage diffusion", "regional prompt", "layout control", "attention couple"],
+            search_aliases=[
+                "collage diffusion",
+                "regional prompt",
+                "regional prompting",
+                "layout control",
+                "attention couple",
+                "attention mask",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL."),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to it."),
-                COLLAGE.Input("collage", tooltip="From Collage Canvas: its prompt is what is encoded."),
+                io.Model.Input("model", tooltip="The model to sample with."),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                COLLAGE.Input("collage", tooltip="From Collage Canvas, whose prompt is encoded."),
                 io.Float.Input(
                     "strength",
                     default=1.0,
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Factor of every layer's w_pos and w_neg; 0 is off.",
+                    tooltip="Multiplies every layer's w_pos and w_neg; 0 is off.",
                 ),
                 io.Combo.Input(
                     "growth",
@@ -376,8 +404,9 @@ class CollageCrossAttn(io.ComfyNode):
                     default="log log",
                     advanced=True,
                     tooltip=(
-                        "How the bias depends on the noise sigma. log log: log(log(sigma + 1.01) + 1), the authors'"
-                        " default. log: log(sigma + 1.01), stronger at the first steps. constant: 1 at every step."
+                        "How the bias depends on the noise level sigma. log log: log(log(sigma + 1.01) + 1), the "
+                        "authors' default. log: log(sigma + 1.01), stronger in the first steps. constant: 1 at "
+                        "every step."
                     ),
                 ),
                 io.Float.Input(
@@ -387,7 +416,7 @@ class CollageCrossAttn(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Where in the schedule it begins: 0 is the first step.",
+                    tooltip="Start, as a fraction of the schedule: 0 is the first step.",
                 ),
                 io.Float.Input(
                     "end",
@@ -396,23 +425,21 @@ class CollageCrossAttn(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Where in the schedule it ends: 1 is after the last step.",
+                    tooltip="End, as a fraction of the schedule: 1 is after the last step.",
                 ),
                 io.String.Input(
                     "sites",
                     default="all",
                     advanced=True,
                     tooltip=(
-                        "The cross-attention blocks: all (paper), encoder, middle, decoder, or a list like"
-                        " d0-3,m0,u2-5."
+                        "Cross-attention blocks: all (paper), encoder, middle, decoder, or a list such as d0-3,m0,u2-5."
                     ),
                 ),
                 io.Conditioning.Input(
                     "conditioning",
                     optional=True,
                     tooltip=(
-                        "The canvas's prompt, if another node has encoded it already: CLIP Text Encode SDXL, for"
-                        " instance."
+                        "The canvas's prompt, if another node has encoded it already, such as CLIP Text Encode SDXL."
                     ),
                 ),
             ],
@@ -420,10 +447,12 @@ class CollageCrossAttn(io.ComfyNode):
                 io.Model.Output(
                     "biased_model",
                     display_name="MODEL",
-                    tooltip="The model that heeds the bias. It acts on this node's CONDITIONING only.",
+                    tooltip="The model with regional prompting. It acts on this node's CONDITIONING only.",
                 ),
                 io.Conditioning.Output(
-                    "biased", display_name="CONDITIONING", tooltip="The canvas's prompt, for the sampler's positive."
+                    "biased",
+                    display_name="CONDITIONING",
+                    tooltip="The encoded prompt, for the sampler's positive input.",
                 ),
             ],
         )
@@ -470,8 +499,8 @@ class CollageNoise(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "Lets each place of a collage change as freely as its layer's noise says: 0 stays exactly as it is"
-                " (Collage Diffusion, per-layer harmonisation). Sample the encoded image of Collage Canvas."
+                "Per-layer denoise: each layer changes as much as its noise value says, and 0 stays exactly as it "
+                "is (Collage Diffusion, per-layer harmonisation). Sample the encoded image of Collage Canvas."
             ),
             search_aliases=[
                 "collage diffusion",
@@ -479,11 +508,13 @@ class CollageNoise(io.ComfyNode):
                 "harmonise",
                 "differential diffusion",
                 "per-region denoise",
+                "regional denoise",
+                "inpaint",
                 "img2img",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="From Collage Cross Attention, or any."),
-                COLLAGE.Input("collage", tooltip="From Collage Canvas: its noise map is what is followed."),
+                io.Model.Input("model", tooltip="From Collage Cross Attention, or any model."),
+                COLLAGE.Input("collage", tooltip="From Collage Canvas, whose denoise map is followed."),
                 io.Float.Input(
                     "dilation",
                     default=4.0,
@@ -492,8 +523,8 @@ class CollageNoise(io.ComfyNode):
                     step=0.5,
                     advanced=True,
                     tooltip=(
-                        "Latent pixels by which what is not yet free is grown while the noise is strong (paper: 4 at"
-                        " 512 px; 0 is off)."
+                        "Latent pixels by which the still locked area grows while the noise is strong (paper: 4 at "
+                        "512 px; 0 is off)."
                     ),
                 ),
             ],
@@ -501,9 +532,9 @@ class CollageNoise(io.ComfyNode):
                 io.Model.Output(
                     "harmonising_model",
                     display_name="MODEL",
-                    tooltip="The model that follows the noise map. A noise_mask in the latent acts too.",
+                    tooltip="The model that follows the denoise map. A noise_mask in the latent acts as well.",
                 ),
-                io.Float.Output("denoise", tooltip="For the sampler's denoise: the largest noise of the map."),
+                io.Float.Output("denoise", tooltip="For the sampler's denoise: the highest value of the denoise map."),
             ],
         )
 
@@ -525,12 +556,12 @@ class CollageControl(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "Makes ControlNets act on each place as strongly as the control of the layer that is seen there says"
-                " (Collage Diffusion). Apply them to the conditioning as always."
+                "Regional ControlNet strength: each layer's control value scales ControlNets in its visible area "
+                "(Collage Diffusion). Apply the ControlNets to the conditioning as usual."
             ),
-            search_aliases=["collage diffusion", "controlnet mask", "regional controlnet"],
+            search_aliases=["collage diffusion", "controlnet mask", "regional controlnet", "controlnet strength"],
             inputs=[
-                io.Model.Input("model", tooltip="From Collage Cross Attention, or any."),
+                io.Model.Input("model", tooltip="From Collage Cross Attention, or any model."),
                 COLLAGE.Input("collage", tooltip="From Collage Canvas."),
                 io.Float.Input(
                     "background",
@@ -538,14 +569,14 @@ class CollageControl(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="The same for where no layer is (paper: 0).",
+                    tooltip="Multiplies the ControlNet strength where there is no layer (paper: 0).",
                 ),
             ],
             outputs=[
                 io.Model.Output(
                     "controlled_model",
                     display_name="MODEL",
-                    tooltip="The model that weighs what ControlNets add, in both CFG halves.",
+                    tooltip="The model that scales what ControlNets add, in both CFG halves.",
                 )
             ],
         )

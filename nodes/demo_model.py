@@ -21,8 +21,8 @@ class MontageDemoModel(io.ComfyNode):
             display_name=cls.NAME,
             category="montage",
             description=(
-                "Loads Montage's own small model, so that its example workflows run without a download: 128x128 scenes"
-                ' like "a red striped ball and a blue star on grass", in a second each on a CPU.'
+                "Loads Montage's own small model, so that the example workflows run without a download: 128x128 "
+                'scenes such as "a red striped ball and a blue star on grass", about a second each on a CPU.'
             ),
             search_aliases=["tiny model", "test model"],
             inputs=[
@@ -88,8 +88,8 @@ class MontageDemoCutout(io.ComfyNode):
             display_name=cls.NAME,
             category="montage",
             description=(
-                "Draws one object of the demo model's world as a cut-out with alpha, so that the example workflows of"
-                " collages run without a download."
+                "Draws one object of the demo model's world as a cut-out with alpha, so that the example collages "
+                "run without a download."
             ),
             search_aliases=["test picture", "sample image"],
             inputs=[
@@ -107,8 +107,8 @@ class MontageDemoCutout(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFF,
                     tooltip=(
-                        "What words do not say: brightness, light, outline, the texture's direction and size. Another"
-                        " number, another look."
+                        "Seed of what words do not describe: brightness, light, outline, direction and size of the "
+                        "texture."
                     ),
                 ),
             ],
@@ -150,14 +150,14 @@ class MontageDemoSubject(io.ComfyNode):
             display_name=cls.NAME,
             category="montage",
             description=(
-                "Teaches the demo model a subject of its own, a ball with a swirl that no word names, and shows a photo"
-                ' of it, so that the example workflows of personal subjects run without a download. Say "sks" for it: a'
-                " sks ball on grass."
+                "Applies a LoRA of a personal subject (a ball with a swirl) to the demo model, and outputs a photo "
+                "of it, so that the example workflows of personal subjects run without a download. The word for it "
+                'is "sks": a sks ball on grass.'
             ),
             search_aliases=["test lora", "personal subject"],
             inputs=[
                 io.Model.Input("model", tooltip="The demo model."),
-                io.Int.Input("photo", default=0, min=0, max=7, tooltip="Which of the eight photos it was taught from."),
+                io.Int.Input("photo", default=0, min=0, max=7, tooltip="Which of the eight training photos to output."),
             ],
             outputs=[
                 io.Model.Output("personal_model", display_name="MODEL", tooltip="The model with the subject's LoRA."),

@@ -1,4 +1,4 @@
-"""Pictures, masks and numbers as they come in: checked once, for every node that takes them."""
+"""Images, masks and numbers as they come in: checked once, for every node that takes them."""
 
 import math
 
@@ -8,8 +8,8 @@ import torch
 def image_of(node, name, image):
     """IMAGE [B, H, W, C] with 3 or 4 channels -> the same, float32 on the CPU.
 
-    node: the display name for messages. Raises ValueError for another shape, for one with nothing in it, and for values
-    that are no numbers.
+    node: the display name for messages. Raises ValueError for another shape, for one with nothing in it, and for NaN or
+    infinite values.
     """
     if image.ndim != 4 or image.shape[-1] not in (3, 4) or not image.numel():
         raise ValueError(
@@ -32,11 +32,11 @@ def mask_of(node, name, mask):
 
 
 def finite(node, name, tensor):
-    """The same tensor. Raises ValueError for values that are no numbers."""
+    """The same tensor. Raises ValueError for NaN or infinite values."""
     if not torch.isfinite(tensor).all():
         raise ValueError(
-            f"{node}: {name} holds {int((~torch.isfinite(tensor)).sum())} values that are no numbers (NaN or infinite)."
-            " A VAE in half precision makes such pictures: start ComfyUI with --fp32-vae or use another VAE."
+            f"{node}: {name} holds {int((~torch.isfinite(tensor)).sum())} values that are NaN or infinite."
+            " A VAE in half precision can cause this: start ComfyUI with --fp32-vae or use another VAE."
         )
     return tensor
 
@@ -45,4 +45,4 @@ def numbers(node, **values):
     """Raises ValueError for a value that is NaN: ComfyUI's bounds let one from the API through."""
     for name, value in values.items():
         if math.isnan(value):
-            raise ValueError(f"{node}: {name} is NaN, which is no number. Give a number.")
+            raise ValueError(f"{node}: {name} is NaN. Enter a number.")

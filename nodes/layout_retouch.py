@@ -1,4 +1,4 @@
-"""Layout-and-Retouch (arXiv 2407.09779): a personal subject in a layout of the plain model.
+"""Layout-and-Retouch (arXiv 2407.09779): a personalised subject in compositions of the base model.
 
 Stage one lets the plain model lay the picture out and the personalised one finish it (Step Blend Sampler); stage two
 samples it again from there, with the subject's look fed from a photo and the surroundings from stage one (Multi Source
@@ -34,23 +34,32 @@ class StepBlendSampler(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "Lets one model begin an image and another finish it, in one run of one sampler: the plain model lays"
-                " the picture out, the personalised one fills it (Layout-and-Retouch, stage one). Connect its GUIDER to"
-                " SamplerCustomAdvanced."
+                "Starts an image with one model and finishes it with another, within one sampling run: the base "
+                "model decides the composition, the personalised model draws your subject (Layout-and-Retouch, "
+                "stage one). Connect its GUIDER to SamplerCustomAdvanced."
             ),
-            search_aliases=["layout and retouch", "switch model", "two models", "refiner", "step blended denoising"],
+            search_aliases=[
+                "layout and retouch",
+                "switch model",
+                "two models",
+                "refiner",
+                "step blended denoising",
+                "dreambooth",
+                "lora schedule",
+            ],
             inputs=[
                 io.Guider.Input(
                     "first",
                     tooltip=(
-                        "Who begins: the plain model with the class noun in its prompt (CFG Guider). Another Step Blend"
-                        " Sampler makes it three or more."
+                        "The guider that starts: the base model with the class noun in its prompt (CFG Guider). "
+                        "Connect another Step Blend Sampler to use three models or more."
                     ),
                 ),
                 io.Guider.Input(
                     "then",
                     tooltip=(
-                        "Who takes over: the personalised model with the subject's word in its prompt (CFG Guider)."
+                        "The guider that takes over: the personalised model with the subject's word in its prompt "
+                        "(CFG Guider)."
                     ),
                 ),
                 io.Float.Input(
@@ -60,8 +69,9 @@ class StepBlendSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "Where in the schedule the second takes over, lambda 1 of the paper: 0.1 is after 5 of 50 steps"
-                        " (paper: 5; 3 for hard prompts). 0 is the second alone, 1 the first alone."
+                        "When the second model takes over, as a fraction of the schedule (lambda 1 of the paper): "
+                        "0.1 is after 5 of 50 steps (paper: 5; 3 for hard prompts). 0 is the second alone, 1 the "
+                        "first alone."
                     ),
                 ),
                 io.Float.Input(
@@ -72,8 +82,9 @@ class StepBlendSampler(io.ComfyNode):
                     step=0.01,
                     advanced=True,
                     tooltip=(
-                        "Over which part of the schedule both predictions are mixed from there, the second's share"
-                        " growing. 0 switches at once (paper). Costs both models' evaluations while it lasts."
+                        "Length of a gradual transition, as a fraction of the schedule: both predictions are "
+                        "mixed, the second's share growing. 0 switches at once (paper). Both models are evaluated "
+                        "while it lasts."
                     ),
                 ),
             ],
@@ -81,7 +92,7 @@ class StepBlendSampler(io.ComfyNode):
                 io.Guider.Output(
                     "guider",
                     display_name="GUIDER",
-                    tooltip="Both, for SamplerCustomAdvanced or another Step Blend Sampler.",
+                    tooltip="The combined guider, for SamplerCustomAdvanced or another Step Blend Sampler.",
                 )
             ],
         )
@@ -122,21 +133,28 @@ class TokenAttentionMap(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "Measures where a model looks for some words of its prompt while it samples: the running mean of its"
-                " cross-attention maps. Nodes behind it on the MODEL read the map during the run; the sampled LATENT"
-                " carries the finished one."
+                "Records the cross-attention map of some prompt words while a model samples: where those words act "
+                "in the picture. Nodes after it on the MODEL can use the map during the run; the sampled LATENT "
+                "carries the final map."
             ),
-            search_aliases=["cross attention map", "attention heatmap", "daam", "layout and retouch"],
+            search_aliases=[
+                "cross attention map",
+                "attention heatmap",
+                "attention mask",
+                "daam",
+                "mask from text",
+                "layout and retouch",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.x, SD2.x or SDXL model. It samples as before, bit for bit."),
+                io.Model.Input("model", tooltip="The model to sample with. Its pictures do not change."),
                 io.Latent.Input("latent", tooltip="The latent that the sampler starts from."),
                 io.Clip.Input("clip", tooltip="The model's text encoder."),
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True, tooltip="The positive prompt."),
                 io.String.Input(
                     "words",
                     tooltip=(
-                        "What to look for, as it stands in the prompt. Several phrases, separated by commas, count"
-                        " together; so do all occurrences of one."
+                        "Words to map, exactly as they occur in the prompt. Several phrases, separated by commas, "
+                        "count together; so do all occurrences of one."
                     ),
                 ),
                 io.String.Input(
@@ -144,8 +162,8 @@ class TokenAttentionMap(io.ComfyNode):
                     default="d@2-4,u@2-4",
                     advanced=True,
                     tooltip=(
-                        "The cross-attention blocks to look at. d@2-4,u@2-4: down and up path at 1/2 and 1/4 of the"
-                        " latent."
+                        "Cross-attention blocks to use. d@2-4,u@2-4: the down and up path at 1/2 and 1/4 of the "
+                        "latent's resolution."
                     ),
                 ),
             ],
@@ -153,22 +171,22 @@ class TokenAttentionMap(io.ComfyNode):
                 io.Model.Output(
                     "measuring_model",
                     display_name="MODEL",
-                    tooltip="The model that measures. Connect it to one sampler.",
+                    tooltip="The measuring model. Connect it to one sampler.",
                 ),
                 io.Latent.Output(
                     "measuring_latent",
                     display_name="LATENT",
                     tooltip=(
-                        "The same latent. Connect it to the same sampler: what that returns carries the map to Adaptive"
-                        " Mask Blend."
+                        "The same latent. Connect it to the same sampler: the LATENT that the sampler returns "
+                        "carries the map to Adaptive Mask Blend."
                     ),
                 ),
                 io.Conditioning.Output(
                     "conditioning",
                     display_name="CONDITIONING",
                     tooltip=(
-                        "The prompt, encoded. Connect it to the same sampler's positive: only where it acts is"
-                        " measured."
+                        "The encoded prompt. Connect it to the same sampler's positive input: the map is measured "
+                        "for this conditioning only."
                     ),
                 ),
             ],
@@ -206,10 +224,10 @@ class AdaptiveMaskBlend(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "A soft mask of an object out of where the model looked for its words and a segmentation: 1 where the"
-                " words are, falling to a half at the object's edge, 0 outside (Layout-and-Retouch)."
+                "Combines a cross-attention map and a segmentation mask into a soft object mask: 1 where the words "
+                "act, falling to a half at the object's edge, 0 outside (Layout-and-Retouch)."
             ),
-            search_aliases=["layout and retouch", "attention mask", "soft mask"],
+            search_aliases=["layout and retouch", "attention mask", "soft mask", "mask from text", "sam"],
             inputs=[
                 io.Float.Input(
                     "threshold",
@@ -218,8 +236,8 @@ class AdaptiveMaskBlend(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "Of the map, which runs from 0 to 1: from where on a place counts. 0.1 takes much; 0.3 the"
-                        " core."
+                        "Threshold of the attention map, which runs from 0 to 1. 0.1 selects a large area, 0.3 the "
+                        "core."
                     ),
                 ),
                 io.Float.Input(
@@ -229,7 +247,7 @@ class AdaptiveMaskBlend(io.ComfyNode):
                     max=1.0,
                     step=0.001,
                     advanced=True,
-                    tooltip="Pieces of less than this part of the picture are noise and left out.",
+                    tooltip="Regions smaller than this fraction of the picture are treated as noise and removed.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -237,41 +255,46 @@ class AdaptiveMaskBlend(io.ComfyNode):
                     default="or",
                     advanced=True,
                     tooltip=(
-                        "What the object is: or (the words or the segmentation, paper), and (where both agree), sam or"
-                        " cross (one alone)."
+                        "How the two are combined: or (either one, paper), and (where both agree), sam or cross "
+                        "(one of them alone)."
                     ),
                 ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="What a sampler behind Token Attention Map returned. Without it, no words count.",
+                    tooltip=(
+                        "The LATENT of a sampler behind Token Attention Map. Without it the segmentation alone is used."
+                    ),
                 ),
                 io.Mask.Input(
                     "sam_mask",
                     optional=True,
                     tooltip=(
-                        "The object in the layout picture: from Subject Localize, or painted. Without it, the words"
-                        " alone count."
+                        "Segmentation of the object in the layout image: from Subject Localize, or painted. "
+                        "Without it the attention map alone is used."
                     ),
                 ),
             ],
             outputs=[
                 io.Mask.Output(
-                    "mask", tooltip="The mask, of the segmentation's size or else the picture's. For Multi Source Swap."
+                    "mask",
+                    tooltip=(
+                        "The soft mask, in the size of the segmentation or else of the picture. For Multi Source Swap."
+                    ),
                 ),
                 RUNNING.Output(
                     "running",
                     display_name="running mask",
                     tooltip=(
-                        "The same rule, with the map as it is at every step of the run that reads it. For Multi Source"
-                        " Swap, instead of mask."
+                        "The same rule, applied at every step to the attention map of the run that uses it. For "
+                        "Multi Source Swap, instead of mask."
                     ),
                 ),
                 io.Image.Output(
                     "pictures",
                     tooltip=(
-                        "How it came about, six pictures for each image: map, thresholded, without small pieces,"
-                        " object, depth inside it, mask."
+                        "The steps of the computation, six pictures per image: map, threshold, small regions "
+                        "removed, object, depth inside it, mask."
                     ),
                 ),
             ],
@@ -322,23 +345,36 @@ class MultiSourceSwap(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "Samples a layout again with the look of a personal subject: the layout's trajectory first, then the"
-                " subject's keys and values in the self-attention, and around the object the layout itself"
-                " (Layout-and-Retouch, stage two)."
+                "Samples a layout image again with the appearance of your subject: first the layout's own latents, "
+                "then the subject's keys and values in the self-attention, and around the object the layout itself "
+                "(Layout-and-Retouch, stage two)."
             ),
-            search_aliases=["layout and retouch", "masactrl", "dreammatcher", "appearance transfer", "subject"],
+            search_aliases=[
+                "layout and retouch",
+                "masactrl",
+                "dreammatcher",
+                "appearance transfer",
+                "style transfer",
+                "character swap",
+                "face swap",
+                "dreambooth",
+                "reference image",
+                "personalized subject",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="The personalised model that the layout was finished with."),
+                io.Model.Input("model", tooltip="The personalised model that finished the layout image."),
                 io.Latent.Input(
                     "layout",
                     tooltip=(
-                        "The layout with its history: a recorded sampler output (Feature Recorder on the personalised"
-                        " MODEL), or a picture from Invert Image. A batch of N is N layouts for N images."
+                        "The layout image with its recording: a recorded sampler output (Feature Recorder on the "
+                        "personalised MODEL), or Invert Image. A batch of N gives N images."
                     ),
                 ),
                 io.Latent.Input(
                     "reference",
-                    tooltip="A photo of the subject with its history, from Invert Image. One, or one for each layout.",
+                    tooltip=(
+                        "The reference image of the subject, from Invert Image. One for all layouts, or one for each."
+                    ),
                 ),
                 io.Float.Input(
                     "layout_end",
@@ -347,8 +383,8 @@ class MultiSourceSwap(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "How long everything is the layout's, lambda 2 of the paper: 0.2 is 10 of 50 steps. They cost"
-                        " nothing. 1 returns the layout."
+                        "Until when the layout is followed exactly, as a fraction of the schedule (lambda 2 of the "
+                        "paper): 0.2 is 10 of 50 steps. These steps cost nothing. 1 returns the layout."
                     ),
                 ),
                 io.Float.Input(
@@ -358,8 +394,8 @@ class MultiSourceSwap(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "From where on the mask blends the layout in around the object: 0.6 is after 30 of 50 steps"
-                        " (paper)."
+                        "When the mask starts to keep the layout around the object, as a fraction of the schedule: "
+                        "0.6 is after 30 of 50 steps (paper)."
                     ),
                 ),
                 io.Float.Input(
@@ -369,23 +405,26 @@ class MultiSourceSwap(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Where the subject's keys and values end. 1 is after the last step (paper).",
+                    tooltip=(
+                        "When the subject's keys and values stop, as a fraction of the schedule. 1 is after "
+                        "the last step (paper)."
+                    ),
                 ),
                 io.String.Input(
                     "sites",
                     default="u@1-2",
                     advanced=True,
                     tooltip=(
-                        "The self-attention blocks that are fed: u@1-2 is the up path at the latent's resolution and at"
-                        " half of it (layers 10 to 15 of SD1.5)."
+                        "Self-attention blocks that read the reference: u@1-2 is the up path at the latent's "
+                        "resolution and at half of it (layers 10 to 15 of SD1.5)."
                     ),
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip=(
-                        "Where the object is, softly, from Adaptive Mask Blend or painted; one, or one for each layout."
-                        " Without it nothing is blended."
+                        "Soft mask of the object, from Adaptive Mask Blend or painted; one for all layouts, or one "
+                        "for each. Without it nothing is blended."
                     ),
                 ),
                 RUNNING.Input(
@@ -396,14 +435,17 @@ class MultiSourceSwap(io.ComfyNode):
                 io.Conditioning.Input(
                     "layout_prompt",
                     optional=True,
-                    tooltip="The prompt that the layout is read with, for one that was inverted with an empty prompt.",
+                    tooltip=(
+                        "Prompt for reading the layout's attention, for a layout that was inverted with an "
+                        "empty prompt."
+                    ),
                 ),
                 io.Conditioning.Input(
                     "reference_prompt",
                     optional=True,
                     tooltip=(
-                        "The prompt that the photo is read with (paper: a photo of the subject's word). Without it the"
-                        " one of Invert Image, which costs half."
+                        "Prompt for reading the reference's attention (paper: a photo of the subject's word). "
+                        "Without it, that of Invert Image, which costs half."
                     ),
                 ),
             ],
@@ -412,14 +454,14 @@ class MultiSourceSwap(io.ComfyNode):
                     "retouching_model",
                     display_name="MODEL",
                     tooltip=(
-                        "The model that retouches. Sample it with the sampler settings of the layout and the subject's"
-                        " prompt."
+                        "The retouching model. Sample it with the sampler settings of the layout and the subject's "
+                        "prompt."
                     ),
                 ),
                 io.Latent.Output(
                     "start_latent",
                     display_name="LATENT",
-                    tooltip="Where the layout started. Any seed will do: the noise is the layout's.",
+                    tooltip="The start latent of the layout. Any seed will do: the noise is the layout's.",
                 ),
             ],
         )
@@ -473,7 +515,7 @@ class MultiSourceSwap(io.ComfyNode):
         for run, _ in (*layouts, *references):
             if run.weights.family != family:
                 raise ValueError(
-                    f"{cls.NAME}: the MODEL is {family} and a history was made with {run.weights}. Use models of one"
+                    f"{cls.NAME}: the MODEL is {family} and a recording was made with {run.weights}. Use models of one"
                     " family."
                 )
         for run in dict.fromkeys(run for run, _ in layouts):

@@ -1,4 +1,4 @@
-"""SubjectLocalize: from words to a mask. Grounding DINO finds the phrase, Segment Anything cuts it out.
+"""SubjectLocalize: a mask from text. Grounding DINO detects the phrase, Segment Anything segments it.
 
 Whoever has boxes or points from elsewhere (RT-DETR, SAM 3, a hand) gives them to SubjectSegment; whoever has
 a mask needs nothing of this file.
@@ -42,8 +42,8 @@ class SubjectLocalizeLoader(io.ComfyNode):
             display_name="Load Subject Localizer",
             category=CATEGORY,
             description=(
-                "Loads Grounding DINO, which finds words in a picture, and Segment Anything, which cuts out what was"
-                " found."
+                "Loads Grounding DINO, which detects objects from text, and Segment Anything (SAM), which segments "
+                "them."
             ),
             search_aliases=["GroundingDINO", "grounding dino loader", "segment anything loader", "SAM loader"],
             inputs=[
@@ -51,16 +51,16 @@ class SubjectLocalizeLoader(io.ComfyNode):
                     "detector",
                     options=files.offered(files.DETECTORS),
                     tooltip=(
-                        "Grounding DINO checkpoint in models/grounding-dino: swint is the smaller, swinb finds more."
-                        " none if you only segment boxes or points."
+                        "Grounding DINO checkpoint in models/grounding-dino: swint is smaller, swinb finds more. "
+                        "none if you only segment boxes or points."
                     ),
                 ),
                 io.Combo.Input(
                     "segmenter",
                     options=files.offered(files.SEGMENTERS),
                     tooltip=(
-                        "Segment Anything checkpoint in models/sams: vit_b is the fastest, vit_h the most exact. none"
-                        " if boxes are enough."
+                        "Segment Anything checkpoint in models/sams: vit_b is the fastest, vit_h the most "
+                        "accurate. none if boxes are enough."
                     ),
                 ),
                 io.Combo.Input(
@@ -68,15 +68,15 @@ class SubjectLocalizeLoader(io.ComfyNode):
                     options=["auto", "fp32", "fp16"],
                     advanced=True,
                     tooltip=(
-                        "Of the segmenter's image encoder. auto: fp16 on GPUs that are good at it, fp32 elsewhere. The"
-                        " detector always computes in fp32."
+                        "Precision of the segmenter's image encoder. auto: fp16 on GPUs that support it well, fp32 "
+                        "elsewhere. The detector always runs in fp32."
                     ),
                 ),
             ],
             outputs=[
-                DETECTOR.Output("detector", tooltip="Finds words in a picture: for Subject Localize."),
+                DETECTOR.Output("detector", tooltip="Detects objects from text: for Subject Localize."),
                 SEGMENTER.Output(
-                    "segmenter", tooltip="Cuts out boxes and points: for Subject Localize and Subject Segment."
+                    "segmenter", tooltip="Segments boxes and points: for Subject Localize and Subject Segment."
                 ),
             ],
         )
@@ -97,8 +97,8 @@ def choice_inputs(default: str) -> list:
             options=boxes.CHOICES,
             default=default,
             tooltip=(
-                "Which of the boxes with the same label are cut out: the one with the best score, the largest, all, or"
-                " the one at index."
+                "Which of the boxes with the same label to segment: the one with the best score, the largest, all, "
+                "or the one at index."
             ),
         ),
         io.Int.Input(
@@ -124,8 +124,8 @@ def mask_inputs() -> list:
             "if_nothing_found",
             options=[EMPTY, ERROR],
             tooltip=(
-                "empty mask: an image without the subject gets a black mask and a warning in the log. error: the run"
-                " stops and says why."
+                "empty mask: an image without the subject gets a black mask and a warning in the log. error: the "
+                "run stops with a message."
             ),
         ),
     ]
@@ -135,11 +135,11 @@ def outputs() -> list:
     return [
         io.Mask.Output(
             "subject_mask",
-            tooltip="What was cut out, one mask for each image. For MCA-Ctrl, of the subject image: M_S.",
+            tooltip="Segmentation of the subject, one mask per image. For MCA-Ctrl: M_S of the reference image.",
         ),
         io.Mask.Output(
             "edit_mask",
-            tooltip="subject_mask grown by dilation: the editable region. For MCA-Ctrl, of the condition image: M_C.",
+            tooltip="subject_mask grown by dilation: the region to edit. For MCA-Ctrl: M_C of the image to edit.",
         ),
         io.BoundingBox.Output("boxes", tooltip="The chosen boxes of each image, in pixels, with label and score."),
         io.Image.Output(
@@ -159,9 +159,12 @@ class SubjectLocalize(io.ComfyNode):
             node_id="SubjectLocalize",
             display_name="Subject Localize",
             category=CATEGORY,
-            description="From words to a mask: finds the phrases in each image and cuts them out.",
+            description="Mask from text: detects the phrases in each image (Grounding DINO) and segments them (SAM).",
             search_aliases=[
                 "text to mask",
+                "mask from text",
+                "sam",
+                "segment",
                 "GroundingDINO",
                 "grounding dino sam",
                 "segment anything",
@@ -176,8 +179,8 @@ class SubjectLocalize(io.ComfyNode):
                     multiline=True,
                     default="a cat",
                     tooltip=(
-                        "What to find. Several things at once: one a line, or separated by full stops; the mask is"
-                        " their union."
+                        "What to find. Several phrases: one per line, or separated by full stops; the mask is "
+                        "their union."
                     ),
                 ),
                 io.Float.Input(
@@ -187,8 +190,8 @@ class SubjectLocalize(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "The least score of a box, which is that of its best word. 0.25 to 0.35 is usual; lower finds"
-                        " more, and more that is wrong."
+                        "Minimum score of a box (that of its best word). 0.25 to 0.35 is usual; lower finds more, "
+                        "and more false detections."
                     ),
                 ),
                 io.Float.Input(
@@ -198,8 +201,8 @@ class SubjectLocalize(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "The least score that the best of a phrase's own words must have in a box for the box to count"
-                        " as that phrase."
+                        "Minimum score that the best word of a phrase must have in a box for the box to get that "
+                        "phrase as its label."
                     ),
                 ),
                 *choice_inputs("best score"),
@@ -211,8 +214,8 @@ class SubjectLocalize(io.ComfyNode):
                     max=1333,
                     advanced=True,
                     tooltip=(
-                        "The short side in pixels at which an image is searched. 800 is the detector's own; MCA-Ctrl"
-                        " uses 400: faster, but misses small things."
+                        "Detection resolution: short side in pixels. 800 is the detector's own; MCA-Ctrl uses 400, "
+                        "which is faster but misses small objects."
                     ),
                 ),
                 io.Float.Input(
@@ -223,8 +226,8 @@ class SubjectLocalize(io.ComfyNode):
                     step=0.01,
                     advanced=True,
                     tooltip=(
-                        "Of boxes with the same label that overlap by more than this (IoU) only the best stays. 1 keeps"
-                        " all."
+                        "Non-maximum suppression: of boxes with the same label that overlap by more than this "
+                        "(IoU), only the best is kept. 1 keeps all."
                     ),
                 ),
                 SEGMENTER.Input(
@@ -288,9 +291,9 @@ class SubjectSegment(io.ComfyNode):
             display_name="Subject Segment",
             category=CATEGORY,
             description=(
-                "Cuts out boxes or points that come from elsewhere: RT-DETR, SAM 3, another detector, or your hand."
+                "Segments boxes or points from elsewhere (SAM): from RT-DETR, SAM 3, another detector, or typed in."
             ),
-            search_aliases=["segment anything", "SAM", "box to mask", "points to mask", "RT-DETR"],
+            search_aliases=["segment anything", "SAM", "box to mask", "points to mask", "mask from box", "RT-DETR"],
             inputs=[
                 SEGMENTER.Input("segmenter", tooltip="From Load Subject Localizer."),
                 io.Image.Input("image", tooltip="One image or a batch; every image gets its own mask."),
@@ -307,15 +310,15 @@ class SubjectSegment(io.ComfyNode):
                     optional=True,
                     force_input=True,
                     tooltip=(
-                        'Points on the subject, in pixels, as JSON: [{"x": 120, "y": 80}]. Points in a box help that'
-                        " box; those in none make one more mask."
+                        'Points on the subject, in pixels, as JSON: [{"x": 120, "y": 80}]. Points inside a box '
+                        "refine that box; points outside all boxes give one more mask."
                     ),
                 ),
                 io.String.Input(
                     "negative_coords",
                     optional=True,
                     force_input=True,
-                    tooltip='Points beside the subject, in pixels, as JSON: [{"x": 20, "y": 10}].',
+                    tooltip='Points outside the subject, in pixels, as JSON: [{"x": 20, "y": 10}].',
                 ),
             ],
             outputs=outputs(),

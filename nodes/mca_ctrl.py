@@ -1,6 +1,4 @@
-"""MCA-Ctrl (arXiv 2505.01428): a subject of one picture in a region of another, by self-attention over their masked
-tokens.
-"""
+"""MCA-Ctrl (arXiv 2505.01428): the subject of one image in a region of another, by masked self-attention."""
 
 import torch
 from comfy_api.latest import io
@@ -37,7 +35,7 @@ def window_inputs(name, start, end):
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip=f"Where in the schedule {name} begins: 0 is the first step.",
+            tooltip=f"Start of {name}, as a fraction of the schedule: 0 is the first step.",
         ),
         io.Float.Input(
             f"{name.lower()}_end",
@@ -45,13 +43,16 @@ def window_inputs(name, start, end):
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip=f"Where in the schedule {name} ends: 1 is after the last step. At or below its start: no {name}.",
+            tooltip=(
+                f"End of {name}, as a fraction of the schedule: 1 is after the last step. "
+                f"At or below its start: no {name}."
+            ),
         ),
         io.String.Input(
             f"{name.lower()}_sites",
             default="all" if name == "SAGI" else LATE,
             tooltip=(
-                f"The self-attention blocks of {name}: all, encoder, middle, decoder, or a list like d0-3,m0,u2-. "
+                f"Self-attention blocks of {name}: all, encoder, middle, decoder, or a list such as d0-3,m0,u2-. "
                 f"The paper: all for SAGI, {LATE} for SALQ when editing and all when generating."
             ),
         ),
@@ -69,8 +70,9 @@ class CollaborativeAttention(io.ComfyNode):
             display_name=cls.NAME,
             category="montage",
             description=(
-                "Makes a model sample the subject of one picture into a region of another, or into a new picture, by"
-                " attending to both while it samples (MCA-Ctrl): swap a subject, add one, or generate with one."
+                "Subject-driven editing: places the subject of one image into a region of another, or into a new "
+                "image, by attending to both while sampling (MCA-Ctrl). Swap a subject, insert one, or generate "
+                "with one."
             ),
             search_aliases=[
                 "mca-ctrl",
@@ -79,36 +81,42 @@ class CollaborativeAttention(io.ComfyNode):
                 "subject driven",
                 "masactrl",
                 "mutual self-attention",
+                "character swap",
+                "face swap",
+                "object replacement",
+                "insert subject",
+                "inpaint with reference",
+                "reference image",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="The model that the pictures were inverted or recorded with."),
+                io.Model.Input("model", tooltip="The model that the images were inverted or recorded with."),
                 io.Latent.Input(
                     "subject",
-                    tooltip="The picture that the subject is in, with its history: from Invert Image, or recorded.",
+                    tooltip="The image with the subject (reference image), from Invert Image or recorded.",
                 ),
-                io.Mask.Input("subject_mask", tooltip="The subject in its picture (M_S)."),
+                io.Mask.Input("subject_mask", tooltip="Mask of the subject in its own image (M_S)."),
                 io.Latent.Input(
                     "condition",
                     optional=True,
                     tooltip=(
-                        "The picture to edit, with its history, of the same size. Leave it out to generate a new one:"
-                        " the running picture is then its own background."
+                        "The image to edit, from Invert Image or recorded, in the same size. Leave it out to "
+                        "generate a new image: the running image then serves as its own background."
                     ),
                 ),
                 io.Mask.Input(
                     "edit_mask",
                     optional=True,
                     tooltip=(
-                        "Where the subject goes (M_C): the object to replace, or an empty place. Leave it out to take"
-                        " it from a Token Attention Map on the MODEL: where the prompt's words for the subject draw."
+                        "Where the subject goes (M_C): the object to replace, or an empty place. Leave it out to "
+                        "take it from a Token Attention Map on the MODEL."
                     ),
                 ),
                 io.DynamicCombo.Input(
                     "preset",
                     options=[*(io.DynamicCombo.Option(name, []) for name in PRESETS), custom],
                     tooltip=(
-                        "When SAGI (attention outputs injected) and SALQ (keys and values offered) act. notebook: as in"
-                        " the released notebooks; paper: as printed; custom: your own numbers."
+                        "When SAGI (injects attention outputs) and SALQ (reads keys and values) act. notebook: as "
+                        "in the released notebooks; paper: as printed; custom: your own numbers."
                     ),
                 ),
                 io.Int.Input(
@@ -116,23 +124,25 @@ class CollaborativeAttention(io.ComfyNode):
                     default=5,
                     min=0,
                     max=256,
-                    tooltip="Grows edit_mask, in pixels of the picture (5 in the code, 1 in the paper, at 512 pixels).",
+                    tooltip=(
+                        "Grows edit_mask, in pixels of the image (at 512 px: 5 in the authors' code, 1 in the paper)."
+                    ),
                 ),
                 io.Boolean.Input(
                     "background_lock",
                     default=True,
                     tooltip=(
-                        "Holds everything outside the edited area at the condition, exactly. Needs condition and"
-                        " edit_mask; without them it does nothing."
+                        "Keeps everything outside the edited area exactly as in the image to edit. Needs condition "
+                        "and edit_mask; without them it does nothing."
                     ),
                 ),
                 io.Boolean.Input(
                     "fresh_noise",
                     default=False,
                     tooltip=(
-                        "Begins the edited area with the sampler's own noise (its seed matters then) instead of the"
-                        " condition's. For adding to an empty place of an inverted picture, whose noise leads back to"
-                        " the empty place. Needs condition and edit_mask."
+                        "Starts the edited area from the sampler's noise (its seed then matters) instead of the "
+                        "inverted noise. For inserting into an empty place of an inverted image, whose own noise "
+                        "leads back to the empty place. Needs condition and edit_mask."
                     ),
                 ),
                 io.Combo.Input(
@@ -140,7 +150,7 @@ class CollaborativeAttention(io.ComfyNode):
                     options=[FORWARD, REVERSE],
                     default=FORWARD,
                     advanced=True,
-                    tooltip="SALQ first is the paper's ablation: the two exchange their windows.",
+                    tooltip="SALQ first is the paper's ablation: the two swap their parts of the schedule.",
                 ),
                 io.Float.Input(
                     "map_share",
@@ -150,8 +160,8 @@ class CollaborativeAttention(io.ComfyNode):
                     step=0.01,
                     advanced=True,
                     tooltip=(
-                        "Without edit_mask: the share of the picture, where the words draw most, that is the subject's"
-                        " alone (code: 0.3)."
+                        "Without edit_mask: the fraction of the image, where the words act most, that belongs to "
+                        "the subject alone (authors' code: 0.3)."
                     ),
                 ),
                 io.Combo.Input(
@@ -160,21 +170,21 @@ class CollaborativeAttention(io.ComfyNode):
                     default="soft",
                     advanced=True,
                     tooltip=(
-                        "Without edit_mask: outside that share the subject acts as strongly as the map says (soft), or"
-                        " not at all (hard)."
+                        "Without edit_mask: outside that fraction the subject acts as strongly as the attention "
+                        "map says (soft), or not at all (hard)."
                     ),
                 ),
                 io.Conditioning.Input(
                     "subject_positive",
                     optional=True,
                     tooltip=(
-                        "Evaluates the subject's picture with its own prompt, as the paper does, instead of the one it"
-                        " was inverted with. Costs a second evaluation for each step."
+                        "Reads the subject's image with a prompt of its own, as the paper does, instead of the "
+                        "prompt of its inversion. Costs a second evaluation per step."
                     ),
                 ),
-                io.Conditioning.Input("condition_positive", optional=True, tooltip="The same for the condition."),
+                io.Conditioning.Input("condition_positive", optional=True, tooltip="The same for the image to edit."),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="The negative prompt to go with them (paper: the sampler's)."
+                    "negative", optional=True, tooltip="Negative prompt for these two (paper: the sampler's)."
                 ),
             ],
             outputs=[
@@ -230,7 +240,7 @@ class CollaborativeAttention(io.ComfyNode):
         subject_mask = cls.mask("subject_mask", subject_mask, size)
         if not subject_mask.any():
             raise ValueError(
-                f"{cls.NAME}: subject_mask is empty: nothing of the subject's picture is selected. Paint the subject,"
+                f"{cls.NAME}: subject_mask is empty: nothing of the subject's image is selected. Paint the subject,"
                 " or lower the thresholds of what finds it."
             )
         if edit_mask is not None:
@@ -265,7 +275,7 @@ class CollaborativeAttention(io.ComfyNode):
         streams = streams_of(f"{cls.NAME}: {name}", [latent])
         if len(streams) > 1:
             raise ValueError(
-                f"{cls.NAME}: {name} is a batch of {len(streams)}, and one picture was expected. Pick one with Latent"
+                f"{cls.NAME}: {name} is a batch of {len(streams)}, and one image was expected. Pick one with Latent"
                 " From Batch."
             )
         return streams[0]
@@ -295,8 +305,8 @@ class CollaborativeAttention(io.ComfyNode):
             )
         if abs(height / width - h / w) > 8 / min(h, w):
             raise ValueError(
-                f"{cls.NAME}: {name} is {width}x{height} and the pictures are {w}x{h}, another shape. Use a mask of the"
-                " picture."
+                f"{cls.NAME}: {name} is {width}x{height} and the pictures are {w}x{h}, another aspect ratio. Use a mask"
+                " of the image."
             )
         return grid_masks.at_size(mask[0], size)
 

@@ -1,5 +1,5 @@
-"""Generative Photomontage (arXiv 2408.07116): strokes on a stack of images, a graph cut in the space of self-attention
-keys, and one image sampled with the attention composed of theirs."""
+"""Generative Photomontage (arXiv 2408.07116): strokes on an image stack, a graph cut in the space of self-attention
+keys, and one image sampled with self-attention composed from all of them."""
 
 import logging
 import zlib
@@ -45,17 +45,30 @@ class GraphCutMontage(io.ComfyNode):
             display_name=cls.NAME,
             category="montage",
             description=(
-                "Decides which image of a recorded stack owns which pixel: your strokes say what to keep from each, and"
-                " a graph cut lays the seams where all images have an edge (Generative Photomontage)."
+                "Decides which image each pixel comes from: paint on each recorded image what to keep, and a graph "
+                "cut places the seams where they are least visible (Generative Photomontage)."
             ),
             is_output_node=True,  # its own run button: cut again without sampling again
             has_intermediate_output=True,  # a cached run still shows its pictures, after a reload for one
-            search_aliases=["generative photomontage", "graph cut", "brush strokes", "scribble labels"],
+            search_aliases=[
+                "generative photomontage",
+                "graph cut",
+                "graphcut",
+                "seam",
+                "brush strokes",
+                "paint mask",
+                "combine images",
+                "merge images",
+                "inpaint",
+            ],
             inputs=[
                 stack_input(
                     io.Latent,
                     "latent",
-                    "Sampled latents with their recordings (Feature Recorder). Batches count as several images.",
+                    (
+                        "Recorded latents (from a sampler behind Feature Recorder, or Invert Image). A batch counts as "
+                        "several images."
+                    ),
                 ),
                 stack_input(io.Image, "image", "The same images, decoded, in the same order."),
                 io.Int.Input(
@@ -63,7 +76,9 @@ class GraphCutMontage(io.ComfyNode):
                     default=0,
                     min=0,
                     max=999,
-                    tooltip="The base image, counted from 0: its prompt, noise and composition carry the result.",
+                    tooltip=(
+                        "The base image, counted from 0: the composite uses its prompt, its noise and its composition."
+                    ),
                 ),
                 io.String.Input(
                     "strokes",
@@ -72,21 +87,21 @@ class GraphCutMontage(io.ComfyNode):
                     optional=True,
                     extra_dict={"widgetType": "MONTAGE_STROKES", "colours": COLOURS},
                     tooltip=(
-                        "What to keep, painted in the node. As text:"
-                        ' {"v":1,"base":0,"strokes":[{"k":image,"r":radius,"p":[x,y,...]}]}, all lengths in 1/10000 of'
-                        " the picture."
+                        "What to keep, painted in the node. As text: "
+                        '{"v":1,"base":0,"strokes":[{"k":image,"r":radius,"p":[x,y,...]}]}, all lengths in 1/10000 '
+                        "of the picture."
                     ),
                 ),
                 io.Mask.Input(
                     "stroke_masks",
                     optional=True,
-                    tooltip="What to keep, as masks: one for each image, in their order and size.",
+                    tooltip="What to keep, as masks: one per image, in the same order and size as the images.",
                 ),
                 io.Image.Input(
                     "stroke_picture",
                     optional=True,
                     tooltip=(
-                        "What to keep, as one picture in the colours of the label picture; dark pixels are unmarked."
+                        "What to keep, as one picture in the colours of the labels output; dark pixels are unpainted."
                     ),
                 ),
                 io.Boolean.Input(
@@ -105,7 +120,7 @@ class GraphCutMontage(io.ComfyNode):
                     max=1000.0,
                     step=1.0,
                     advanced=True,
-                    tooltip="Weight of a seam where nothing changes (paper: 100).",
+                    tooltip="How strongly seams avoid smooth areas; higher follows edges more (paper: 100).",
                 ),
                 io.Float.Input(
                     "sigma",
@@ -125,7 +140,7 @@ class GraphCutMontage(io.ComfyNode):
                     min=1,
                     max=64,
                     advanced=True,
-                    tooltip="Principal components of the keys, for each CFG half (paper: 10).",
+                    tooltip="Number of principal components of the attention keys (paper: 10).",
                 ),
                 io.Combo.Input(
                     "solver",
@@ -133,8 +148,8 @@ class GraphCutMontage(io.ComfyNode):
                     default="auto",
                     advanced=True,
                     tooltip=(
-                        "Both reach the same energy. gco is faster and needs the package gco-wrapper, whose core may be"
-                        " used for research only; auto takes it when it is installed."
+                        "Both find a cut of the same cost. gco is faster and needs the package gco-wrapper, whose "
+                        "core is for research use only; auto uses it when it is installed."
                     ),
                 ),
                 io.Combo.Input(
@@ -151,11 +166,11 @@ class GraphCutMontage(io.ComfyNode):
             ],
             outputs=[
                 io.Mask.Output(
-                    "masks", tooltip="One mask for each image, in their order. Together they cover every pixel once."
+                    "masks", tooltip="One mask per image, in the same order. Together they cover every pixel once."
                 ),
-                io.Image.Output("labels", tooltip="Who owns which pixel, each image in its colour."),
+                io.Image.Output("labels", tooltip="Which image each pixel comes from, each image in its colour."),
                 io.Image.Output(
-                    "paste", tooltip="The images' pixels pasted along the seams: a preview of what will be composed."
+                    "paste", tooltip="The images' pixels pasted together along the seams: a preview of the composite."
                 ),
                 io.Int.Output("base", tooltip="The base image, for cut_base of Composite Attention Inject."),
             ],
@@ -243,8 +258,8 @@ class GraphCutMontage(io.ComfyNode):
         (height, width), (h, w) = pictures.shape[1:3], stack[0].run.size
         if height * w != width * h:
             raise ValueError(
-                f"{cls.NAME}: the images are {width}x{height} pixels and the latents {w}x{h}, another shape. Connect"
-                " the decoded latents."
+                f"{cls.NAME}: the images are {width}x{height} pixels and the latents {w}x{h}, another aspect ratio."
+                " Connect the decoded latents."
             )
         return pictures
 
@@ -318,19 +333,28 @@ class CompositeAttentionInject(io.ComfyNode):
             display_name=cls.NAME,
             category="montage",
             description=(
-                "Makes a model sample one seamless image whose self-attention is composed of several recorded ones,"
-                " region by region (Generative Photomontage). Sample its MODEL and LATENT with the base image's prompt,"
-                " ControlNet and sampler settings."
+                "Samples one seamless image from several recorded ones, by composing their self-attention region "
+                "by region (Generative Photomontage). Sample its MODEL and LATENT with the base image's prompt, "
+                "ControlNet and sampler settings."
             ),
-            search_aliases=["generative photomontage", "compose images", "attention composite"],
+            search_aliases=[
+                "generative photomontage",
+                "combine images",
+                "merge images",
+                "blend images",
+                "seamless composite",
+                "attention composite",
+                "inpaint",
+                "seam",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model that the images were recorded with."),
                 stack_input(io.Latent, "latent", "The recorded latents, in the same order as for Graph Cut Montage."),
                 io.Mask.Input(
                     "masks",
                     tooltip=(
-                        "One mask for each image: from Graph Cut Montage, or your own. The largest wins, and uncovered"
-                        " pixels belong to the base."
+                        "One mask per image, from Graph Cut Montage or your own. Where masks overlap the larger "
+                        "value wins; uncovered pixels come from the base."
                     ),
                 ),
                 io.Int.Input(
@@ -350,7 +374,7 @@ class CompositeAttentionInject(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Where in the schedule composing begins: 0 is the first step.",
+                    tooltip="Start, as a fraction of the schedule: 0 is the first step.",
                 ),
                 io.Float.Input(
                     "end",
@@ -360,8 +384,8 @@ class CompositeAttentionInject(io.ComfyNode):
                     step=0.01,
                     advanced=True,
                     tooltip=(
-                        "Where in the schedule composing ends: 1 is after the last step. 0.8 leaves the last fifth to"
-                        " the plain model."
+                        "End, as a fraction of the schedule: 1 is after the last step. 0.8 leaves the last fifth "
+                        "to the model alone."
                     ),
                 ),
                 io.String.Input(
@@ -369,8 +393,8 @@ class CompositeAttentionInject(io.ComfyNode):
                     default="all",
                     advanced=True,
                     tooltip=(
-                        "The self-attention blocks to compose: all (paper), encoder, middle, decoder, or a list like"
-                        " d0-3,m0,u2-5."
+                        "Self-attention blocks to compose: all (paper), encoder, middle, decoder, or a list such "
+                        "as d0-3,m0,u2-5."
                     ),
                 ),
                 io.Combo.Input(
@@ -379,8 +403,8 @@ class CompositeAttentionInject(io.ComfyNode):
                     default="model",
                     advanced=True,
                     tooltip=(
-                        "Queries of the base's region: from the running composite (paper), which lets it adapt at"
-                        " seams, or from the recorded base."
+                        "Queries in the base's region: from the running composite (paper), which lets it adapt at "
+                        "the seams, or from the recorded base."
                     ),
                 ),
                 io.Combo.Input(
@@ -389,8 +413,8 @@ class CompositeAttentionInject(io.ComfyNode):
                     default="composite",
                     advanced=True,
                     tooltip=(
-                        "Keys and values: composed (paper); or, as in the paper's ablation, all images' side by side,"
-                        " or the running model's own."
+                        "Keys and values: composite (paper); or, as in the paper's ablations, concat (those of all "
+                        "images together) or model (the running model's own)."
                     ),
                 ),
                 io.Int.Input(
@@ -410,12 +434,12 @@ class CompositeAttentionInject(io.ComfyNode):
                 io.Model.Output(
                     "composing_model",
                     display_name="MODEL",
-                    tooltip="The model that composes. Sample it with the settings of the recording.",
+                    tooltip="The composing model. Sample it with the settings of the recording.",
                 ),
                 io.Latent.Output(
                     "start_latent",
                     display_name="LATENT",
-                    tooltip="Where the base image started. KSampler may use any seed: the noise is the base's own.",
+                    tooltip="The start latent of the base image. Any seed will do: the noise is the base's own.",
                 ),
             ],
         )

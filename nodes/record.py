@@ -1,4 +1,4 @@
-"""Histories: recording what a sampler does, and finding the one that an existing image could have had."""
+"""Recordings: of a sampling run, and of an existing image by inversion."""
 
 from pathlib import Path
 
@@ -25,17 +25,22 @@ class FeatureRecorder(io.ComfyNode):
             display_name="Feature Recorder",
             category="montage",
             description=(
-                "Records how a sampler makes its images, so that Graph Cut Montage and Composite Attention Inject "
-                "can build one image out of them. Wire MODEL and LATENT through it into one sampler; what that sampler "
-                "returns carries the recording."
+                "Records a sampling run (its latents and attention features), so that Composite Attention Inject "
+                "can combine several images into one. Connect MODEL and LATENT through this node into one sampler; "
+                "the LATENT that the sampler returns carries the recording."
             ),
-            search_aliases=["record attention", "generative photomontage", "stack", "montage recorder"],
+            search_aliases=[
+                "record attention",
+                "generative photomontage",
+                "image stack",
+                "save attention features",
+                "combine images",
+                "seam",
+            ],
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="An SD1.x, SD2.x or SDXL model, with whatever patches the images are to have."
-                ),
+                io.Model.Input("model", tooltip="The model to sample with, including its LoRAs and other patches."),
                 io.Latent.Input(
-                    "latent", tooltip="The latent that the sampler starts from. A batch of N is a stack of N images."
+                    "latent", tooltip="The latent that the sampler starts from. A batch of N is recorded as N images."
                 ),
                 io.Int.Input(
                     "cache_mb",
@@ -44,16 +49,16 @@ class FeatureRecorder(io.ComfyNode):
                     max=1_000_000,
                     step=64,
                     tooltip=(
-                        "Main memory that attention features may take, in MiB. Inside it a composite costs little more"
-                        " than a plain run; beyond it (or at 0) the images are replayed, which gives the same picture,"
-                        " stores a few MB and costs one more model evaluation per image and step. SD1.5 at 512x512:"
-                        " about 44 MiB per image and step in fp16."
+                        "RAM for recorded attention features, in MiB. Images that fit make a composite nearly as "
+                        "fast as a plain run. Images beyond that (all of them at 0) are replayed: same picture, a "
+                        "few MB, but one more model evaluation per image and step. SD1.5 at 512x512: about 44 MiB "
+                        "per image and step in fp16."
                     ),
                 ),
             ],
             outputs=[
                 io.Model.Output(
-                    "recorded_model", display_name="MODEL", tooltip="The model that records. Connect it to one sampler."
+                    "recorded_model", display_name="MODEL", tooltip="The recording model. Connect it to one sampler."
                 ),
                 io.Latent.Output(
                     "recorded_latent",
@@ -79,22 +84,20 @@ class InvertImage(io.ComfyNode):
             display_name=cls.NAME,
             category="montage",
             description=(
-                "Gives an existing picture a history: DDIM inversion finds the noise and the latents of every step that"
-                " lead to it, so that it can stand in a stack beside generated images."
+                "Inverts an image (DDIM inversion) so that it can be used like a recorded one: finds the noise, "
+                "and the latents of every step, from which the model would sample it."
             ),
-            search_aliases=["ddim inversion", "unsampler", "real image"],
+            search_aliases=["ddim inversion", "inversion", "unsampler", "real image editing", "image to noise"],
             inputs=[
-                io.Model.Input("model", tooltip="The SD1.x, SD2.x or SDXL model that will sample with it."),
-                io.Latent.Input("latent", tooltip="The picture, encoded by the VAE. A batch of N is N images."),
+                io.Model.Input("model", tooltip="The model that will sample with the inverted image."),
+                io.Latent.Input("latent", tooltip="The image, encoded by the VAE. A batch of N is N images."),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip=(
-                        "The schedule of the runs that it will be used in (Basic Scheduler, denoise 1), ending in 0."
-                    ),
+                    tooltip="The schedule of the runs that will use it (Basic Scheduler, denoise 1), ending in 0.",
                 ),
                 io.Conditioning.Input(
                     "conditioning",
-                    tooltip="An empty prompt (the papers' choice), or the picture's own description. Used at CFG 1.",
+                    tooltip="An empty prompt (as in the papers), or a description of the image. Used at CFG 1.",
                 ),
                 io.Int.Input(
                     "iterations",
@@ -104,22 +107,21 @@ class InvertImage(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Evaluations of the model for each step: more come nearer to the exact inverse (fixed-point"
-                        " iterations). 0: one for SD models (DDIM inversion), three for rectified flows, where one"
-                        " loses the picture."
+                        "Model evaluations per step: more come closer to the exact inverse (fixed-point "
+                        "iteration). 0 chooses: one for SD models (DDIM inversion), three for rectified-flow "
+                        "models, which lose the image with one."
                     ),
                 ),
             ],
             outputs=[
                 io.Latent.Output(
-                    "image_latent", display_name="LATENT", tooltip="The picture's latent, carrying its history."
+                    "image_latent", display_name="LATENT", tooltip="The latent of the image, carrying its recording."
                 ),
                 io.Latent.Output(
                     "noise_latent",
                     display_name="noise",
                     tooltip=(
-                        "The noise it came from. Sample it without adding noise (KSampler Advanced, add_noise"
-                        " disabled)."
+                        "The inverted noise. Sample it without adding noise (KSampler Advanced, add_noise disabled)."
                     ),
                 ),
             ],

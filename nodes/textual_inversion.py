@@ -39,26 +39,32 @@ class LearnLayerToken(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "Learns a word for what one layer of a collage looks like, so that it keeps its looks while it is"
-                " harmonised (textual inversion, Collage Diffusion). Kept as an embedding; a cancelled run is gone on"
-                " with."
+                "Trains a textual-inversion embedding of one layer of a collage, so that it keeps its look at a "
+                "high denoise (Collage Diffusion). Saved as an ordinary embedding; cancelled runs resume."
             ),
             is_output_node=True,  # its own run button: learn without sampling
-            search_aliases=["collage diffusion", "textual inversion", "train embedding", "personalize", "dreambooth"],
+            search_aliases=[
+                "collage diffusion",
+                "textual inversion",
+                "train embedding",
+                "personalize",
+                "dreambooth",
+                "style transfer",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL, as it is loaded. It is not changed."),
-                io.Clip.Input("clip", tooltip="The text encoder that belongs to it. It is not changed."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to it."),
+                io.Model.Input("model", tooltip="The model as loaded from its checkpoint. It is not changed."),
+                io.Clip.Input("clip", tooltip="The model's text encoder. It is not changed."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
                 COLLAGE.Input(
                     "collage", tooltip="From Collage Canvas, or another Learn Layer Token for the next layer."
                 ),
-                io.Int.Input("layer", default=0, min=0, max=999, tooltip="Which layer: 0 is the rearmost."),
+                io.Int.Input("layer", default=0, min=0, max=999, tooltip="Which layer to train on: 0 is at the back."),
                 io.String.Input(
                     "name",
                     default="my-layer",
                     tooltip=(
-                        "Of the embedding: it is kept as NAME.safetensors in the embeddings folder, and embedding:NAME"
-                        " stands for it in every prompt."
+                        "Name of the embedding: saved as NAME.safetensors in the embeddings folder, and used in "
+                        "any prompt as embedding:NAME."
                     ),
                 ),
                 io.Int.Input(
@@ -67,7 +73,8 @@ class LearnLayerToken(io.ComfyNode):
                     min=1,
                     max=100000,
                     tooltip=(
-                        "How many in all, those of earlier runs included (paper: 250). 1 takes what is there already."
+                        "Training steps in total, including those of earlier runs (paper: 250). 1 uses what is "
+                        "there already."
                     ),
                 ),
                 io.Float.Input(
@@ -84,14 +91,14 @@ class LearnLayerToken(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    tooltip="Of everything that is drawn. Another seed learns another token, from the start.",
+                    tooltip="Random seed of the training. Another seed trains another embedding from the start.",
                 ),
                 io.Int.Input(
                     "preview_every",
                     default=50,
                     min=0,
                     max=100000,
-                    tooltip="Draws a picture with the token each time after so many steps. 0: never.",
+                    tooltip="Samples a preview with the embedding every so many steps. 0: never.",
                 ),
                 io.Int.Input(
                     "batch",
@@ -100,8 +107,8 @@ class LearnLayerToken(io.ComfyNode):
                     max=64,
                     advanced=True,
                     tooltip=(
-                        "Samples for each step, one after the other: time, not memory. Paper: 4, for a quieter way"
-                        " down."
+                        "Gradient accumulation: samples per step, one after the other, for a smoother loss. Costs "
+                        "time, not memory (paper: 4)."
                     ),
                 ),
                 io.Int.Input(
@@ -110,10 +117,10 @@ class LearnLayerToken(io.ComfyNode):
                     min=1,
                     max=32,
                     advanced=True,
-                    tooltip="Tokens that the embedding takes in the prompt (paper: 1). More hold more.",
+                    tooltip="Number of tokens of the embedding (paper: 1). More hold more detail.",
                 ),
                 io.String.Input(
-                    "init", default="a", advanced=True, tooltip="Words whose embeddings it begins with (paper: a)."
+                    "init", default="a", advanced=True, tooltip="Words to initialise the embedding from (paper: a)."
                 ),
                 io.String.Input(
                     "templates",
@@ -121,8 +128,8 @@ class LearnLayerToken(io.ComfyNode):
                     multiline=True,
                     advanced=True,
                     tooltip=(
-                        "The sentences it is learned in, one a line; {} is the embedding and the layer's text. Each"
-                        " sample takes one of them."
+                        "Prompt templates of the training, one per line; {} is replaced by the embedding and the "
+                        "layer's text. Each sample uses one of them."
                     ),
                 ),
                 io.Boolean.Input(
@@ -130,8 +137,8 @@ class LearnLayerToken(io.ComfyNode):
                     default=True,
                     advanced=True,
                     tooltip=(
-                        "Goes on with the file of an earlier run of the same picture, text, seed, vectors, init and"
-                        " checkpoint. Off: always from the start."
+                        "Resumes an earlier run of the same picture, text, seed, vectors, init and checkpoint. "
+                        "Off: always trains from the start."
                     ),
                 ),
             ],
@@ -139,15 +146,14 @@ class LearnLayerToken(io.ComfyNode):
                 COLLAGE.Output(
                     "learned",
                     display_name="collage",
-                    tooltip="The collage with embedding:NAME before the layer's text, there and in the prompt.",
+                    tooltip=(
+                        "The collage with embedding:NAME inserted before the layer's text, in the layer and in "
+                        "the prompt."
+                    ),
                 ),
-                io.String.Output("embedding", tooltip="embedding:NAME, for other prompts."),
-                io.Image.Output(
-                    "loss_picture", display_name="loss", tooltip="The loss of every step, and its running mean."
-                ),
-                io.Image.Output(
-                    "pictures", tooltip="What it learns from, and after it what was drawn with the token on the way."
-                ),
+                io.String.Output("embedding", tooltip="embedding:NAME as text, for other prompts."),
+                io.Image.Output("loss_picture", display_name="loss", tooltip="Loss per step, and its running mean."),
+                io.Image.Output("pictures", tooltip="The training picture, followed by the previews."),
             ],
         )
 
@@ -222,8 +228,8 @@ class LearnLayerToken(io.ComfyNode):
         )
         if not folders:
             raise ValueError(
-                f"{cls.NAME}: this CLIP was loaded without a folder of embeddings, so that it could not use what is"
-                " learned. Load it with Load Checkpoint or another of ComfyUI's loaders."
+                f"{cls.NAME}: this CLIP was loaded without a folder of embeddings, so that it could not use"
+                " the embedding. Load it with Load Checkpoint or another of ComfyUI's loaders."
             )
         folder = Path(folders if isinstance(folders, str) else folders[0])
         folder.mkdir(parents=True, exist_ok=True)
@@ -251,8 +257,8 @@ class LearnLayerToken(io.ComfyNode):
         places = list(re.finditer(words, collage.prompt, re.IGNORECASE))
         if len(places) != len(runs):
             raise ValueError(
-                f'{cls.NAME}: "{layer.text}" (layer {number}) is in the prompt "{collage.prompt}" with weights or other'
-                " signs in between. Write it there as it stands in the layer."
+                f'{cls.NAME}: "{layer.text}" (layer {number}) occurs in the prompt "{collage.prompt}" with weights or'
+                " other characters in between. Write it there exactly as in the layer."
             )
         prompt = collage.prompt
         for place, run in reversed(list(zip(places, runs))):
@@ -271,8 +277,8 @@ class LearnLayerToken(io.ComfyNode):
         wrong = [line for line in lines if "{}" not in line]
         if wrong or not lines:
             raise ValueError(
-                f'{cls.NAME}: the template "{"".join(wrong[:1])}" has no {{}}, where the layer\'s words go: a photo of'
-                " {}."
+                f'{cls.NAME}: the template "{"".join(wrong[:1])}" has no {{}} for the layer\'s words. Write it like: a'
+                " photo of {}."
             )
         return [line.replace("{}", text) for line in lines]
 
@@ -283,7 +289,7 @@ class LearnLayerToken(io.ComfyNode):
         mask = collage.place(number)[3]
         if not mask.any():
             raise ValueError(
-                f"{cls.NAME}: layer {number} (node {collage.layers[number].node}) lies outside of the canvas. Move it"
+                f"{cls.NAME}: layer {number} (node {collage.layers[number].node}) lies outside the canvas. Move it"
                 " back."
             )
         return picture, mask
@@ -301,7 +307,7 @@ class LearnLayerToken(io.ComfyNode):
             found = textual_inversion.Token.load(path)
             if found is None:
                 raise ValueError(
-                    f"{cls.NAME}: there is an embedding {path.name} already, which this node did not make. Choose"
+                    f"{cls.NAME}: an embedding {path.name} exists already that this node did not make. Choose"
                     " another name."
                 )
         if resume and found and found.belongs == belongs:

@@ -205,7 +205,7 @@ def test_what_the_editor_gets(tmp_path, monkeypatch):
         (lambda: layer(plain(RED, alpha=0.0)), "its alpha is 0 everywhere"),
         (
             lambda: canvas(layer(noisy(8, 8)), background="grey"),
-            'Collage Canvas: background "grey" is no colour. Write it as #rrggbb',
+            'Collage Canvas: background "grey" is not a colour. Write it as #rrggbb',
         ),
         (
             lambda: canvas(layer(noisy(8, 8)), background_image=noisy(8, 8, 3).repeat(3, 1, 1, 1)),

@@ -705,7 +705,7 @@ def test_a_running_mask(monkeypatch):
         ({"source": empty()}, "Multi Source Swap: layout: latent 0 was not recorded"),
         (
             {"model": random_model("sdxl-small")},
-            "the MODEL is SDXL and a history was made with SD15. Use models of one family",
+            "the MODEL is SDXL and a recording was made with SD15. Use models of one family",
         ),
         ({"running_mask": LiveMask(torch.zeros(3, *SIZE), 0.1, 0.01, "or")}, "3 masks for 1 layouts"),
     ],

@@ -598,11 +598,11 @@ def test_other_families_and_shapes(name, size):
     [
         (lambda a, b: collaborate(empty(), b), "subject: latent 0 was not recorded.*InvertImage"),
         (lambda a, b: collaborate(a, empty()), "condition: latent 0 was not recorded"),
-        (lambda a, b: collaborate(record(latent=empty(2)), b), "subject is a batch of 2, and one picture was expected"),
+        (lambda a, b: collaborate(record(latent=empty(2)), b), "subject is a batch of 2, and one image was expected"),
         (lambda a, b: collaborate(a, b, subject_mask=torch.zeros(2, 64, 64)), "subject_mask is a batch of 2"),
         (
             lambda a, b: collaborate(a, b, edit_mask=torch.zeros(64, 128)),
-            "edit_mask is 128x64 and the pictures are 64x64, another shape",
+            "edit_mask is 128x64 and the pictures are 64x64, another aspect ratio",
         ),
         (lambda a, b: collaborate(a, b, edit_mask=None), "no edit_mask, and no Token Attention Map on the MODEL"),
         (lambda a, b: collaborate(a, b, salq_sites="u2-9"), 'salq_sites: "u2-9": this model has no u9'),

@@ -363,7 +363,7 @@ def test_the_layer_lies_on_top_of_what_is_behind_it():
         ({"init": " "}, "init is empty"),
         ({"one": collage(("", "a blue box"))}, "layer 0 .node 1. has no text"),
         ({"one": collage(("a tree", "a blue box"))}, '"a tree" is not in the prompt'),
-        ({"one": collage(prompt="a (red:1.3) ball, a blue box")}, "with weights or other signs in between"),
+        ({"one": collage(prompt="a (red:1.3) ball, a blue box")}, "with weights or other characters in between"),
     ],
 )
 def test_what_does_not_fit_is_refused(clip, change, message):
@@ -376,12 +376,12 @@ def test_other_peoples_embeddings_and_clips_are_left_alone(clip, tmp_path):
     before = (tmp_path / "red.safetensors").read_bytes()
     with pytest.raises(
         ValueError,
-        match="Learn Layer Token: there is an embedding red.safetensors already, which this node did not make",
+        match="Learn Layer Token: an embedding red.safetensors exists already that this node did not make",
     ):
         learn(clip)
     assert (tmp_path / "red.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match="Learn Layer Token: this CLIP was loaded without a folder of embeddings"):
         learn(text_encoder("sd15-small"))
     outside = collage()
-    with pytest.raises(ValueError, match="Learn Layer Token: layer 0 .node 1. lies outside of the canvas"):
+    with pytest.raises(ValueError, match="Learn Layer Token: layer 0 .node 1. lies outside the canvas"):
         learn(clip, outside._replace(layers=(outside.layers[0]._replace(x=3.0), outside.layers[1])), name="blue")
