@@ -1,5 +1,6 @@
 """Gives jobs to workers until every job has ended, whatever happens to the workers."""
 
+import contextlib
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -155,10 +156,8 @@ class Batch:
             if hand.beat is None:
                 hand.beat = hand.actor.beat.remote()
             if ray.wait([hand.beat], timeout=0)[0]:
-                try:
+                with contextlib.suppress(ray.exceptions.RayActorError):  # its call tells
                     hand.doing, hand.heard = ray.get(hand.beat), time.monotonic()
-                except ray.exceptions.RayActorError:
-                    pass  # its call tells
                 hand.beat = None
             elif time.monotonic() - hand.heard > self.settings.timeout + 10 * BEAT_SECONDS:
                 ray.kill(hand.actor)

@@ -9,12 +9,12 @@ from .cluster import connect
 from .errors import Failure
 from .jobs import load_workflow, make_jobs, parse_seeds, read_table
 
-EPILOG = """A table is a CSV (the first line names the columns) or JSON Lines file; a column is node.input, where node is a
-node's id, or its title or class where only one has it. A column "name" names the run. Values that name pictures beside
-the table, beside the workflow or in --pictures are sent to the machines; so is any file written as @path.
+EPILOG = """A table is a CSV (the first line names the columns) or JSON Lines file; a column is node.input, where node
+is a node's id, or its title or class where only one has it. A column "name" names the run. Values that name pictures
+beside the table, beside the workflow or in --pictures are sent to the machines; so is any file written as @path.
 
-A killed batch goes on with the same command: what the output folder's manifest.jsonl calls done is not run again. A prompt
-that ComfyUI refuses, or in which a node raises an error, is reported once; --retry-failed runs it again."""
+A killed batch goes on with the same command: what the output folder's manifest.jsonl calls done is not run again. A
+prompt that ComfyUI refuses, or in which a node raises an error, is reported once; --retry-failed runs it again."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,8 +1,8 @@
 """Runs a command until it ends or this process's standard input closes: `python guard.py FOLDER COMMAND...`.
 
-A worker that is killed cannot stop its ComfyUI any more, and a ComfyUI that nobody owns would hold its GPU for ever. The
-worker holds the other end of this process's standard input, which the system closes for it, however it dies. FOLDER, the
-command's own, is removed then.
+A worker that is killed cannot stop its ComfyUI any more, and a ComfyUI that nobody owns would hold its GPU for ever.
+The worker holds the other end of this process's standard input, which the system closes for it, however it dies.
+FOLDER, the command's own, is removed then.
 """
 
 import contextlib

@@ -8,14 +8,37 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VIEWS = {
-    "view", "_unsafe_view", "reshape", "transpose", "permute", "expand", "slice", "select", "split", "chunk",
-    "unsqueeze", "squeeze", "t", "detach", "alias", "as_strided", "split_with_sizes", "unbind", "unfold", "_reshape_alias",
-    "narrow", "lift_fresh", "diagonal", "movedim", "unsafe_split",
-}  # fmt: skip
+VIEWS = set(
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "transpose",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "split",
+        "chunk",
+        "unsqueeze",
+        "squeeze",
+        "t",
+        "detach",
+        "alias",
+        "as_strided",
+        "split_with_sizes",
+        "unbind",
+        "unfold",
+        "_reshape_alias",
+        "narrow",
+        "lift_fresh",
+        "diagonal",
+        "movedim",
+        "unsafe_split",
+    ]
+)
 WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select"}
 
 
@@ -39,9 +62,10 @@ class Dispatches(TorchDispatchMode):
 def of_a_step(run: Callable[[int], Any], few: int = 4, many: int = 8) -> tuple[float, float, Counter[str]]:
     """(operations, waits, operations by name) of a step: what a run of many steps has more than one of few, by step.
 
-    run: (steps) -> anything; called once before, so that what is made once is not counted.
+    run: (steps) -> anything; called before, so that what is made once is not counted.
     """
-    run(few)
+    for steps in (few, many):
+        run(steps)
     counted = []
     for steps in (few, many):
         with Dispatches() as dispatches:
