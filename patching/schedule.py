@@ -1,7 +1,8 @@
 """When a recipe acts: windows over the steps of a schedule, and names for the evaluations of a run."""
 
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 
 class Window(NamedTuple):
@@ -11,17 +12,17 @@ class Window(NamedTuple):
 
     start: float
     end: float
-    sites: tuple
+    sites: tuple[Any, ...]
 
     @property
-    def is_empty(self):
+    def is_empty(self) -> bool:
         return self.start >= self.end
 
-    def has(self, position):
+    def has(self, position: float) -> bool:
         return self.start <= position < self.end
 
 
-def step_of(sigma, sigmas):
+def step_of(sigma: float, sigmas: Sequence[float]) -> int:
     """The step of a schedule that an evaluation is part of, counted from 0.
 
     sigmas: of the schedule, descending, one more than steps. An evaluation between two of them (the middle of a DPM-2
@@ -30,12 +31,12 @@ def step_of(sigma, sigmas):
     return max(sum(s >= sigma for s in sigmas[:-1]) - 1, 0)
 
 
-def position(sigma, sigmas):
+def position(sigma: float, sigmas: Sequence[float]) -> float:
     """Where in a schedule an evaluation lies: i / n for step i of n, in [0, 1)."""
     return step_of(sigma, sigmas) / (len(sigmas) - 1)
 
 
-def in_words(sigmas):
+def in_words(sigmas: Sequence[float]) -> str:
     """A schedule, for messages."""
     return (
         f"{len(sigmas) - 1} steps from sigma {sigmas[0]:.4g} through {sigmas[len(sigmas) // 2]:.4g} to {sigmas[-1]:.4g}"
@@ -49,10 +50,10 @@ class Visits:
     and both restart anywhere in the schedule.
     """
 
-    def __init__(self):
-        self.seen = Counter()
+    def __init__(self) -> None:
+        self.seen: Counter[float] = Counter()
 
-    def next(self, sigma):
+    def next(self, sigma: float) -> tuple[float, int]:
         key = (sigma, self.seen[sigma])
         self.seen[sigma] += 1
         return key

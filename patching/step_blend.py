@@ -8,27 +8,31 @@ comes.
 """
 
 import copy
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.samplers
 import torch
-from comfy.model_patcher import create_model_options_clone
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from .internals import KEY
 from .schedule import step_of
 
+Tensor = torch.Tensor
+
 
 class Stage(NamedTuple):
     """A guider and its part of the schedule. start: where it takes over, 0 (first step) to 1 (after the last). ramp:
-    the part of the schedule over which its share of the prediction grows."""
+    the part of the schedule over which its share of the prediction grows.
+    """
 
     guider: Any
     start: float
     ramp: float
 
-    def share(self, step, steps):
+    def share(self, step: int, steps: int) -> float:
         """Of this stage at a step, in [0, 1]; what is left goes to the stages before."""
         inside = [i for i in range(steps) if i / steps >= self.start]
         if step not in inside:
@@ -37,9 +41,10 @@ class Stage(NamedTuple):
         return min(1.0, (step - inside[0] + 1) / (ramped + 1))
 
 
-def shares(stages, step, steps):
+def shares(stages: Sequence[Stage], step: int, steps: int) -> dict[int, float]:
     """{number: share} of the stages that an evaluation needs; they sum to 1."""
-    left, found = 1.0, {}
+    left = 1.0
+    found: dict[int, float] = {}
     for number, stage in reversed(list(enumerate(stages))):
         share = left * (stage.share(step, steps) if number else 1.0)
         left -= share
@@ -51,46 +56,60 @@ def shares(stages, step, steps):
 class StepBlend:
     """A GUIDER of several: what a sampler needs of one. stages: tuple of Stage, the first from the start."""
 
-    def __init__(self, stages):
-        self.stages = stages
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = tuple(stages)
 
     @property
-    def model_patcher(self):
+    def model_patcher(self) -> ModelPatcher:
         return self.stages[0].guider.model_patcher
 
     def sample(
-        self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None
-    ):
+        self,
+        noise: Tensor,
+        latent_image: Tensor,
+        sampler: comfy.samplers.Sampler,
+        sigmas: Tensor,
+        denoise_mask: Tensor | None = None,
+        callback: Callable | None = None,
+        disable_pbar: bool = False,
+        seed: int | None = None,
+    ) -> Tensor:
         """As CFGGuider.sample; noise and latent_image: [B, C, h, w]."""
         if len(sigmas) == 0:
             return latent_image
         steps = max(len(sigmas) - 1, 1)
         needed = set().union(*(shares(self.stages, step, steps) for step in range(steps)))
         stages = [stage for number, stage in enumerate(self.stages) if number in needed]
-        return Blend(stages, sampler, latent_image, sigmas, denoise_mask, seed).enter(
-            0, noise, sigmas, callback, disable_pbar
-        )
+        run = BlendRun(stages, sampler, latent_image, sigmas, denoise_mask, seed)
+        return run.enter(0, noise, sigmas, callback, disable_pbar)
 
 
-class Blend:
+class BlendRun:
     """One such run, and the model that the sampler sees: it has what samplers read of a guider."""
 
-    def __init__(self, stages, sampler, latent_image, sigmas, denoise_mask, seed):
-        self.stages, self.sampler, self.latent_image, self.denoise_mask, self.seed = (
-            stages,
-            sampler,
-            latent_image,
-            denoise_mask,
-            seed,
-        )
-        self.schedule = sigmas.tolist()  # the whole, of which a node on the first MODEL may leave steps out
-        self.guiders = [self.guest(number, stage.guider) for number, stage in enumerate(stages)]
-        self.loads = {}  # number -> what loads its model, as ComfyUI would have before sampling
-        self.options = {}  # number -> the model options of its run
-        self.turn = None  # whose model is loaded last
-        self.samples = None
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        sampler: comfy.samplers.Sampler,
+        latent_image: Tensor,
+        sigmas: Tensor,
+        denoise_mask: Tensor | None,
+        seed: int | None,
+    ) -> None:
+        self.stages, self.sampler, self.seed = stages, sampler, seed
+        self.latent_image, self.denoise_mask = latent_image, denoise_mask
+        self.schedule: list[float] = (
+            sigmas.tolist()
+        )  # the whole, of which a node on the first MODEL may leave steps out
+        self.guiders = [self.deferred_guider(number, stage.guider) for number, stage in enumerate(stages)]
+        self.loads: dict[
+            int, Callable[[], None]
+        ] = {}  # number -> what loads its model, as ComfyUI would have before sampling
+        self.options: dict[int, dict] = {}  # number -> the model options of its run
+        self.turn: int | None = None  # whose model is loaded last
+        self.samples: Tensor | None = None
 
-    def guest(self, number, guider):
+    def deferred_guider(self, number: int, guider: Any) -> Any:
         """A copy of a guider, whose model is loaded when its turn comes."""
         guider = copy.copy(guider)
         guider.model_options = create_model_options_clone(guider.model_options)
@@ -99,11 +118,20 @@ class Blend:
         )
         return guider
 
-    def prepare(self, number, executor, model, noise_shape, conds, model_options, **kwargs):
+    def prepare(
+        self,
+        number: int,
+        executor: Callable,
+        model: ModelPatcher,
+        noise_shape: Sequence[int],
+        conds: dict,
+        model_options: dict,
+        **kwargs: Any,
+    ) -> tuple[Any, dict, list]:
         """The PREPARE_SAMPLING wrapper: loads the first model, and notes how to load the others."""
-        loaded = []  # ControlNets and the like, for ComfyUI to clean up
+        loaded: list = []  # ControlNets and the like, for ComfyUI to clean up
 
-        def load():
+        def load() -> None:
             loaded[:] = executor(model, noise_shape, conds, model_options=model_options, **kwargs)[2]
 
         self.loads[number] = load
@@ -111,19 +139,33 @@ class Blend:
             self.take_turn(0, model)
         return model.model, conds, loaded
 
-    def take_turn(self, number, patcher):
+    def take_turn(self, number: int, patcher: ModelPatcher) -> None:
         if number != self.turn:
             self.loads[number]()
             self.turn = number
         patcher.model.current_patcher = patcher  # two MODELs may share their weights and differ in LoRAs
 
-    def enter(self, number, noise, sigmas, callback=None, disable_pbar=True):
+    def enter(
+        self, number: int, noise: Tensor, sigmas: Tensor, callback: Callable | None = None, disable_pbar: bool = True
+    ) -> Tensor:
+        """Sample with a guider, whose sampler goes on inside its environment."""
+        nested = NestedSampler(self, number)
         return self.guiders[number].sample(
-            noise, self.latent_image, Inside(self, number), sigmas, self.denoise_mask, callback, disable_pbar, self.seed
+            noise, self.latent_image, nested, sigmas, self.denoise_mask, callback, disable_pbar, self.seed
         )
 
-    def go(self, number, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar):
-        """A guider's environment stands: enter the next one's, or sample."""
+    def sample_or_enter_next(
+        self,
+        number: int,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback: Callable | None,
+        noise: Tensor,
+        latent_image: Tensor | None,
+        denoise_mask: Tensor | None,
+        disable_pbar: bool,
+    ) -> Tensor:
+        """The environment of a guider stands: enter the next one's, or sample in the innermost."""
         self.options[number] = extra_args["model_options"]
         if number == 0:
             self.arguments = sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
@@ -141,22 +183,22 @@ class Blend:
     # ------------------------------------------------------------ what the sampler sees
 
     @property
-    def inner_model(self):
+    def inner_model(self) -> Any:
         return self.guiders[0].inner_model
 
     @property
-    def model_patcher(self):
+    def model_patcher(self) -> ModelPatcher:
         return self.guiders[0].model_patcher
 
     @property
-    def conds(self):
+    def conds(self) -> dict:
         return self.guiders[0].conds
 
     @property
-    def cfg(self):
+    def cfg(self) -> float:
         return self.guiders[0].cfg
 
-    def __call__(self, x, sigma, model_options={}, seed=None):  # noqa: B006  ComfyUI's own signature
+    def __call__(self, x: Tensor, sigma: Tensor, model_options: dict = {}, seed: Any = None) -> Tensor:  # noqa: B006  ComfyUI's
         """The denoised latent [B, C, h, w] at sigma [B]: one guider's prediction, or on a ramp the mean of several by
         their shares.
         """
@@ -169,30 +211,38 @@ class Blend:
             result = prediction if result is None else result + prediction
         return result
 
-    def predict(self, number, x, sigma, model_options, seed):
+    def predict(self, number: int, x: Tensor, sigma: Tensor, model_options: dict, seed: Any) -> Tensor:
+        """One guider's denoised latent."""
         guider = self.guiders[number]
         self.take_turn(number, guider.model_patcher)
-        return guider(
-            x, sigma, model_options=options_for(self.options[number], model_options, self.options[0]), seed=seed
-        )
+        options = options_for(self.options[number], model_options, self.options[0])
+        return guider(x, sigma, model_options=options, seed=seed)
 
 
-class Inside(comfy.samplers.Sampler):
-    """The sampler that a guider is given: it goes on inside."""
+class NestedSampler(comfy.samplers.Sampler):
+    """Passed to each guider as its sampler: enters the next guider, or runs the real sampler in the innermost."""
 
-    def __init__(self, blend, number):
-        self.blend, self.number = blend, number
-        self.sampler_function = getattr(
-            blend.sampler, "sampler_function", blend.sampler
-        )  # by whose name a recording calls it
+    def __init__(self, run: BlendRun, number: int) -> None:
+        self.run, self.number = run, number
+        # by whose name a recording calls it
+        self.sampler_function = getattr(run.sampler, "sampler_function", run.sampler)
 
     def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ):
-        return self.blend.go(self.number, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback: Callable | None,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        given = sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
+        return self.run.sample_or_enter_next(self.number, *given)
 
 
-def options_for(own, given, first):
+def options_for(own: dict, given: dict, first: dict) -> dict:
     """A guider's own model options, with what the sampler added to those of the first (CFG++ adds functions)."""
     if own is first:
         return given
