@@ -44,7 +44,8 @@ class Collage(NamedTuple):
 
     def place(self, number: int) -> Tensor:
         """A layer where it lies on the canvas, [4, H, W], premultiplied."""
-        return placed(self.layers[number], self.masks.shape[1:])
+        _, height, width = self.masks.shape
+        return placed(self.layers[number], (height, width))
 
 
 def placed(layer: Layer, size: tuple[int, int]) -> Tensor:
@@ -62,7 +63,8 @@ class CollageBias(Bias):
 
     def __init__(self, window: Window, collage: Collage, owned: Owned, strength: float, growth: str) -> None:
         """growth: of kernels.collage.GROWTH."""
-        super().__init__(window, tuple(collage.masks.shape[1:]))
+        _, height, width = collage.masks.shape
+        super().__init__(window, (height, width))
         self.collage, self.owned, self.strength, self.growth = collage, owned, strength, kernel.GROWTH[growth]
 
     def prepare(self, grid: tuple[int, int], tokens: int, copies: int, like: Tensor) -> tuple[Tensor, Tensor]:

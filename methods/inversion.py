@@ -37,7 +37,7 @@ def invert(
     latent: [B, C, h, w], encoded pictures. sigmas: descending, ending in 0. iterations: evaluations of each step; 0 is
     one, or for rectified flows as many as keep the picture. Sampled at CFG 1.
     """
-    sampling = model.get_model_object("model_sampling")
+    sampling: Any = model.get_model_object("model_sampling")
     is_flow = isinstance(sampling, CONST)
     iterations = iterations or (MOST_AUTOMATIC if is_flow else 1)
     lowest = min(float(sampling.sigma_min), float(sigmas[-2]))
@@ -100,7 +100,7 @@ def _inverting_sampler(
 
 def as_noise(model: ModelPatcher, x: Tensor, sigma: float) -> Tensor:
     """The noise that ComfyUI's samplers scale to x at sigma."""
-    sampling = model.get_model_object("model_sampling")
+    sampling: Any = model.get_model_object("model_sampling")
     highest = float(sampling.sigma_max)
     is_start = math.isclose(highest, sigma, rel_tol=1e-5) or sigma > highest
     return x / sampling.noise_scaling(torch.tensor([sigma]), torch.ones(1), torch.zeros(1), is_start)

@@ -71,7 +71,8 @@ class FromLayout(Recipe):
             begin_on(stream, self, context, Start(noise[i : i + 1], latent_image[i : i + 1], sigmas), float(sigmas[0]))
             for i, stream in enumerate(streams)
         ]
-        return Start(*map(torch.cat, zip(*begun)), sigmas)
+        noises, latents = zip(*begun)
+        return Start(torch.cat(noises), torch.cat(latents), sigmas)
 
 
 class FromReference(Recipe):

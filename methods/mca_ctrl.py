@@ -217,7 +217,7 @@ class BackgroundLock(Recipe):
         self.final(context)
 
     def latent(self, context: RunContext, x: Tensor) -> Tensor:
-        return self.locked(x, context.latent_of(self, self.condition, (*context.sigma_visit, 0)))
+        return self.locked(x, context.latent_here(self, self.condition))
 
     def denoised(self, context: RunContext, denoised: Tensor) -> Tensor:
         run, row = self.condition

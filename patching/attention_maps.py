@@ -4,6 +4,7 @@ A TokenMap says what to measure; a LiveAttentionMap measures it, for one run, an
 conditionings that carry the map's prompt are measured (`marked`), each image of a batch by itself.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +81,8 @@ class LiveAttentionMap:
         if not self.sums:
             return None
         finest = max(self.sums)
-        total = sum(resized(found, finest) for found in self.sums.values()) / self.count
+        maps = (resized(found, finest) for found in self.sums.values())
+        total = functools.reduce(torch.add, maps) / self.count
         low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
         return (total - low) / torch.where(high > low, high - low, 1)
 

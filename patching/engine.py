@@ -14,7 +14,7 @@ import torch
 from . import internals, refusals
 from .attention_maps import LiveAttentionMap
 from .bias import Bias
-from .models import SelfAttention, SelfAttentionRows, Site, TextAttention, family_of
+from .models import SelfAttention, SelfAttentionRows, Site, SiteHandler, TextAttention, family_of
 from .recipe import Recipe
 from .recorder import Record
 from .streams import CallKey, CondRole, Run, conds_of, rows_to_replay
@@ -118,6 +118,7 @@ class Engine:
         own = self.conds_on(run, rows, model, device)
         served = dict.fromkeys(refusals.role_of_stream(readers[0][0], run, role).role for role in roles)
         evaluation, number = run.evaluation(call.key)
+        assert evaluation is not None  # gather has asked for it
         biases = self.session.acting_biases(run.biases, call.key[0], run.sigmas)
         replayed = ModelCall(call.key, run.roles, biases, record=select)
         self.compute(
@@ -141,7 +142,8 @@ class Engine:
             own = refusals.role_of_stream(recipe, run, role)
             selected = call.selected.get((recipe, number, own, site))
             if selected is None:
-                features = run.evaluation(call.key)[0].features.get((own, site))
+                evaluation = self.session.context.evaluation_of(recipe, run, call.key)
+                features = evaluation.features.get((own, site))
                 if features is None:
                     raise refusals.missing_conditioning(recipe, number, role.role, call.key[0])
                 selected = recipe.select(number, features[row : row + 1], grid)
@@ -172,8 +174,8 @@ class Engine:
             internals.move_patches(options, device)
 
 
-class Attentions:
-    """What happens at the attentions of one model call (a models.SiteHandler)."""
+class Attentions(SiteHandler):
+    """What happens at the attentions of one model call."""
 
     def __init__(self, engine: Engine, call: ModelCall) -> None:
         self.engine, self.call = engine, call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -35,6 +35,13 @@ class RunContext:
         self.sigma_visit: tuple[float, int] | None = None
 
     @property
+    def visit(self) -> tuple[float, int]:
+        """The evaluation that is being made. Raises RuntimeError before the first."""
+        if self.sigma_visit is None:
+            raise RuntimeError("no evaluation of this run has begun")
+        return self.sigma_visit
+
+    @property
     def measures_words(self) -> bool:
         """Whether a Token Attention Map is on the MODEL."""
         return bool(self.maps)
@@ -62,6 +69,11 @@ class RunContext:
         """The latent of a stream at an evaluation, [1, C, h, w] in the model's own scale."""
         run, row = stream
         return self.evaluation_of(recipe, run, key).x[row : row + 1]
+
+    def latent_here(self, recipe: Recipe, stream: Stream) -> Tensor:
+        """The latent of a stream at the evaluation that is being made, [1, C, h, w] in the model's own scale."""
+        sigma, visit = self.visit
+        return self.latent_of(recipe, stream, (sigma, visit, 0))
 
     def latent_that_continues(self, recipe: Recipe, stream: Stream, sigma: float) -> Tensor:
         """The latent with which a run that starts at a sigma goes on as the stream did, [1, C, h, w]."""
@@ -174,7 +186,7 @@ def begin_on(
         own = run.noise[row : row + 1]
     else:
         x = context.latent_that_continues(recipe, stream, sigma)
-        sampling = context.model.get_model_object("model_sampling")
+        sampling: Any = context.model.get_model_object("model_sampling")
         image = context.to_model_scale(latent) * bool(latent.count_nonzero())
         level, one = torch.tensor([sigma]), torch.ones(1)
         offset = sampling.noise_scaling(level, torch.zeros_like(x), image)

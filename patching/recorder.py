@@ -8,7 +8,7 @@ from comfy.model_patcher import ModelPatcher
 
 from . import internals
 from .attention_maps import LiveAttentionMap
-from .models import SelfAttention, Site, family_of
+from .models import SelfAttention, Site, SiteHandler, family_of
 from .streams import CallKey, CondRole, Evaluation, Recording, Run, recorded_conds, roles_of
 
 Record = Callable[[Site, CondRole, torch.Tensor, tuple[int, int]], None]
@@ -70,11 +70,10 @@ def recording_cut_features(run: Run, guider: Any, options: dict) -> dict:
     return family_of(guider.model_patcher).hooked(options, CutFeatures(run, guider))
 
 
-class CutFeatures:
-    """What happens at the attentions of such an evaluation (a models.SiteHandler): nothing else is done."""
+class CutFeatures(SiteHandler):
+    """What happens at the attentions of such an evaluation: nothing else is done."""
 
     acts_on_self_attention = True
-    packed_sites = measured_sites = biased_sites = frozenset()
 
     def __init__(self, run: Run, guider: Any) -> None:
         self.run, self.model, self.roles = run, guider.model_patcher, roles_of(guider.conds)

@@ -31,9 +31,10 @@ class Session:
         self.guider, self.recordings = guider, installed.recordings
         model = guider.model_patcher
         self.weights = Weights(model)
+        height, width = noise.shape[-2:]
         maps = [LiveAttentionMap(wanted, guider.conds) for wanted in installed.maps]
         name = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
-        self.context = RunContext(model, tuple(sigmas.tolist()), tuple(noise.shape[-2:]), name, maps)
+        self.context = RunContext(model, tuple(sigmas.tolist()), (height, width), name, maps)
         groups = ([recipe for recipe in group if not recipe.window.is_empty] for group in installed.groups)
         self.groups = [group for group in groups if group]
         recipes = (recipe for group in self.groups for recipe in group)
@@ -111,8 +112,8 @@ class Session:
             return execute(model, conds, x, timestep, options)  # another node's own conditionings (Perp-Neg)
         if self.context.sigma_visit is None:  # a guider that does not go through predict_noise
             self.begin_evaluation(float(timestep[0]))
-        sigma, _ = self.context.sigma_visit
-        key = (*self.context.sigma_visit, self.calls)
+        sigma, visit = self.context.visit
+        key = sigma, visit, self.calls
         record = self.recorder and self.recorder.begin_call(key, self.guider.conds, x, options)
         # further calls of an evaluation see attention that was disturbed on purpose
         maps = self.context.maps if self.calls == 0 else []

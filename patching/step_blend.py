@@ -8,8 +8,8 @@ comes.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import comfy.samplers
@@ -107,14 +107,18 @@ class BlendRun:
         ] = {}  # number -> what loads its model, as ComfyUI would have before sampling
         self.options: dict[int, dict] = {}  # number -> the model options of its run
         self.turn: int | None = None  # whose model is loaded last
-        self.samples: Tensor | None = None
+        self.samples: Tensor  # of the sampler, once it has run
 
     def deferred_guider(self, number: int, guider: Any) -> Any:
         """A copy of a guider, whose model is loaded when its turn comes."""
         guider = copy.copy(guider)
         guider.model_options = create_model_options_clone(guider.model_options)
         add_wrapper_with_key(
-            WrappersMP.PREPARE_SAMPLING, KEY, partial(self.prepare, number), guider.model_options, is_model_options=True
+            WrappersMP.PREPARE_SAMPLING,
+            KEY,
+            functools.partial(self.prepare, number),
+            guider.model_options,
+            is_model_options=True,
         )
         return guider
 
@@ -203,13 +207,13 @@ class BlendRun:
         their shares.
         """
         found = shares(self.stages, step_of(float(sigma[0]), self.schedule), len(self.schedule) - 1)
-        result = None
+        predictions = []
         for number in sorted(found, key=lambda number: number != self.turn):  # the one that is loaded first
             prediction = self.predict(number, x, sigma, model_options, seed)
             if found[number] < 1:
                 prediction = found[number] * prediction
-            result = prediction if result is None else result + prediction
-        return result
+            predictions.append(prediction)
+        return functools.reduce(torch.add, predictions)
 
     def predict(self, number: int, x: Tensor, sigma: Tensor, model_options: dict, seed: Any) -> Tensor:
         """One guider's denoised latent."""

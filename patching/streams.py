@@ -79,12 +79,13 @@ class Run:
         self.keys: dict[CondRole, Tensor] = {}  # the graph cut's features at the lowest sigma, [B, tokens, channels]
         self.keys_grid: tuple[int, int] | None = None  # (h, w) of those tokens
         self.maps: dict[str, Tensor] = {}  # words -> their attention map, [B, h, w] in [0, 1] (Token Attention Map)
-        self.final: Tensor | None = None  # [B, C, h, w], what the sampler returned
+        self.final: Tensor  # [B, C, h, w], what the sampler returned; of a finished run
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the latents."""
-        return tuple(self.noise.shape[-2:])
+        height, width = self.noise.shape[-2:]
+        return height, width
 
     @property
     def images(self) -> int:
@@ -210,9 +211,9 @@ class Recording:
         found = [
             (distance(final, sample), Stream(run, row))
             for run in reversed(self.runs)
-            for row, final in enumerate(run.final if run.final is not None else ())
+            for row, final in enumerate(run.final)
         ]
-        return min((pair for pair in found if pair[0] is not None), key=lambda pair: pair[0], default=None)
+        return min(((far, stream) for far, stream in found if far is not None), key=lambda pair: pair[0], default=None)
 
 
 def distance(final: Tensor, sample: Tensor) -> float | None:

@@ -76,10 +76,11 @@ class PackedAttention(NamedTuple):
         """
         out = q.new_zeros(q.shape[0], self.tokens, v.shape[-1])
         queries, keys = [term.queries for term in self.terms], [term.keys for term in self.terms]
-        for term, *parts in zip(self.terms, q.split(queries, 1), k.split(keys, 1), v.split(keys, 1)):
+        parts = zip(q.split(queries, 1), k.split(keys, 1), v.split(keys, 1))
+        for term, part in zip(self.terms, parts):
             if term.projected is not None:
-                parts = term.projected(*parts)
-            result = attention(*parts) if term.allowed is None else _attend_each(*parts, term.allowed, attention)
+                part = term.projected(*part)
+            result = attention(*part) if term.allowed is None else _attend_each(*part, term.allowed, attention)
             if term.weight is not None:
                 result = result * term.weight.to(result)
             if term.rows is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -63,28 +63,35 @@ class TextAttention(NamedTuple):
     latent_size: tuple[int, int]
 
 
-class SiteHandler(Protocol):
-    """What the engine does at the attentions of one model evaluation. A family calls it at the sites that it lists."""
+class SiteHandler:
+    """What happens at the attentions of one model evaluation. A family calls it at the sites that it lists; a subclass
+    has the methods that it lists sites for.
+    """
 
-    acts_on_self_attention: bool  # whether self_attention is to be called, at all sites
-    packed_sites: frozenset[Site]  # where self_attention may return packed rows
-    measured_sites: frozenset[Site]  # where text_attention is to be called
-    biased_sites: frozenset[Site]  # where bias is to be called
+    acts_on_self_attention = False  # whether self_attention is to be called, at all sites
+    packed_sites: frozenset[Site] = frozenset()  # where self_attention may return packed rows
+    measured_sites: frozenset[Site] = frozenset()  # where text_attention is to be called
+    biased_sites: frozenset[Site] = frozenset()  # where bias is to be called
 
     def self_attention(self, attention: SelfAttention) -> SelfAttentionRows | None:
         """Rows to compute with instead, or None to leave the attention as it is."""
+        raise NotImplementedError
 
     def text_attention(self, attention: TextAttention) -> None:
         """Look at an attention."""
+        raise NotImplementedError
 
     def bias(self, attention: TextAttention) -> list[torch.Tensor | None]:
         """For each conditioning what is added to its logits, [B, 1, tokens, text tokens], or None."""
+        raise NotImplementedError
 
     def wrong_result(self, site: Site, got: tuple[int, ...], queries: tuple[int, ...]) -> ValueError:
         """The error for another node's attention that returns another shape than that of its queries."""
+        raise NotImplementedError
 
     def wrong_rows(self, site: Site, got: tuple[int, ...], wanted: tuple[int, ...]) -> ValueError:
         """The error for another node that changes the number of tokens after they were composed."""
+        raise NotImplementedError
 
 
 class ModelFamily(ABC):

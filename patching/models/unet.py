@@ -26,7 +26,7 @@ PRESETS = {"all": "d,m,u", "encoder": "d", "middle": "m", "decoder": "u"}
 class UNet(ModelFamily):
     """SD1.x, SD2.x and SDXL."""
 
-    network: UNetModel
+    network: Any  # a UNetModel, whose parts are declared as plain modules
 
     @classmethod
     def owns(cls, network: torch.nn.Module) -> bool:
@@ -181,17 +181,22 @@ def _biased_attention(handler: SiteHandler, site: Site, occupant: Callable | Non
         heads, count = extra["n_heads"], len(extra["uuids"])
         settings = {"attn_precision": extra["attn_precision"], "transformer_options": extra}
         biases = handler.bias(_text_attention(site, q, k, heads, extra))
-        changes: list[Tensor | None] = []
-        for bias, *part in zip(biases, *(t.chunk(count) for t in (q, k, v))):
-            if bias is None:
-                changes.append(None if occupant else attention.optimized_attention(*part, heads, **settings))
-                continue
-            biased = _masked(*part, heads, mask=bias, **settings)
-            changes.append(biased - attention.optimized_attention(*part, heads, **settings) if occupant else biased)
+        parts = list(zip(q.chunk(count), k.chunk(count), v.chunk(count)))
         if occupant is None:
-            return torch.cat(changes)
-        out = occupant(q, k, v, extra).chunk(count)
-        return torch.cat([part if change is None else part + change for part, change in zip(out, changes)])
+            return torch.cat(
+                [
+                    attention.optimized_attention(*part, heads, **settings)
+                    if bias is None
+                    else _masked(*part, heads, mask=bias, **settings)
+                    for bias, part in zip(biases, parts)
+                ]
+            )
+        out = list(occupant(q, k, v, extra).chunk(count))
+        for number, (bias, part) in enumerate(zip(biases, parts)):
+            if bias is not None:
+                plain = attention.optimized_attention(*part, heads, **settings)
+                out[number] = out[number] + (_masked(*part, heads, mask=bias, **settings) - plain)
+        return torch.cat(out)
 
     return replace
 
@@ -209,15 +214,18 @@ def _text_attention(site: Site, q: Tensor, k: Tensor, heads: int, extra: dict) -
 
 
 def _site_of(extra: dict) -> Site:
-    return Site(*extra["block"], extra["block_index"])
+    block, number = extra["block"]
+    return Site(block, number, extra["block_index"])
 
 
 def _grid_of(extra: dict) -> tuple[int, int]:
-    return tuple(extra["activations_shape"][-2:])
+    height, width = extra["activations_shape"][-2:]
+    return height, width
 
 
 def _latent_size_of(extra: dict) -> tuple[int, int]:
-    return tuple(extra["original_shape"][-2:])
+    height, width = extra["original_shape"][-2:]
+    return height, width
 
 
 # ---------------------------------------------------------------- the grammar of sites
