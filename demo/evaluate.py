@@ -486,8 +486,8 @@ def write_readme(results: dict, path: Path = HERE / "README.md") -> None:
 
 
 SECTIONS = (
-    *("judge", "prompts", "dit_prompts", "swap", "dit_swap", "carried", "dit_carried"),
-    *("diversity", "dit_diversity", "agreement", "controlnet", "subject"),
+    *("judge", "prompts", "dit_prompts", "swap", "dit_swap", "agreement", "carried", "dit_carried"),
+    *("diversity", "dit_diversity", "controlnet", "subject"),
 )
 
 
