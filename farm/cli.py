@@ -19,7 +19,7 @@ prompt that ComfyUI refuses, or in which a node raises an error, is reported onc
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    found = argparse.ArgumentParser("python -m farm", description=__doc__ and "Run a workflow many times on many GPUs.")
+    found = argparse.ArgumentParser("python -m farm", description="Run a workflow many times on many GPUs.")
     found.formatter_class, found.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
     add = found.add_argument
     add("workflow", help="an API workflow (Workflow > Export (API)), or part of the name of one of ours")

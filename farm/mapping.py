@@ -26,7 +26,7 @@ def map(
 ) -> Iterator[tuple[Any, Any]]:
     """Yield (item, function(item)) as they come, in any order.
 
-    cpus, gpus: what one call occupies. Calls of one process follow each other, so that what a module caches is made
+    cpus, gpus: what one call occupies. A process takes one call after the other, so that what a module caches is made
     once. A call whose process or machine dies is repeated elsewhere; an exception of the function's is raised here, and
     the rest is cancelled. prepare: called once in every process before the function is unpacked there; it may use
     nothing but what it imports itself. The current folder of the workers is a copy of the checkout.

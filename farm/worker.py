@@ -23,9 +23,7 @@ class Outcome:
 
 
 class Worker:
-    """Runs one prompt at a time. Errors are returned, not raised: an exception of Ray's means that this process
-    died.
-    """
+    """Runs one prompt at a time. Errors are returned, not raised: an exception of Ray's means that the process died."""
 
     def __init__(self, settings: Settings) -> None:
         self.server = Server(settings)
