@@ -24,7 +24,7 @@ from .jobs import Prompt
 KEEP_BYTES = 4 << 30  # of saved files, for prompts whose save nodes ComfyUI takes from its cache
 SIGNS = {"progress", "progress_state", "executing", "executed", "execution_start", "execution_cached"}
 OVER = (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR)
-COUNTED = re.compile(r"(.+)_\d{5,}_?(\.\w+)")  # NAME_00012_.png
+COUNTED = re.compile(r"(.+_)\d{5,}(_?\.[\w.]+)")  # NAME_00012_.png
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class Server:
                 path = self.base / "output" / name
                 if counted := COUNTED.fullmatch(name):
                     number = counts[counted.groups()] = counts.get(counted.groups(), 0) + 1
-                    name = f"{counted[1]}_{number:05d}_{counted[2]}"
+                    name = f"{counted[1]}{number:05d}{counted[2]}"
                 found.append((name, path))
         return found
 

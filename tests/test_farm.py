@@ -14,13 +14,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from live_server import serving
 from PIL import Image, ImageChops
 
 from montage.farm import cli, jobs, store
 from montage.farm import map as farm_map
 from montage.farm.errors import Failure
 from montage.farm.progress import Progress
+from montage.workshop.live_server import serving
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOMONTAGE = "photomontage of three images (demo model)"
@@ -182,7 +182,7 @@ def cluster():
 
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="farm-")
-    node = {"num_cpus": 1, "object_store_memory": 100 << 20}
+    node = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 100 << 20}  # Ray takes our word for the GPUs
     found = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:
         found.add_node(**node)
@@ -209,10 +209,13 @@ def parent(process):
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+ON_CPUS = ("--cpus-per-worker", "1", "--comfyui-args=--disable-api-nodes")
+ON_GPUS = ("--comfyui-args=--disable-api-nodes --cpu",)
+
+
 def start(cluster, told, *arguments):
     """A driver, whose messages go to the file `told`."""
     command = [sys.executable, "-m", "farm", *map(str, arguments), "--address", cluster.address]
-    command += ["--cpus-per-worker", "1", "--comfyui-args=--disable-api-nodes"]
     with open(told, "w") as messages:
         return subprocess.Popen(command, cwd=ROOT, stderr=messages)
 
@@ -262,7 +265,7 @@ def test_a_batch_outlives_a_killed_worker_a_hung_server_and_a_killed_driver(clus
     rows.insert(1, {"name": REFUSED, "44.sampler_name": "none such"})
     table, output = tmp_path / "table.jsonl", tmp_path / "pictures"
     table.write_text("\n".join(map(json.dumps, rows)))
-    batch = (quick_photomontage(tmp_path), "--table", table, "--output", output, "--timeout", 12)
+    batch = (quick_photomontage(tmp_path), "--table", table, "--output", output, "--timeout", 12, *ON_CPUS)
 
     first, second, third = (tmp_path / f"{name}.txt" for name in ("first", "second", "third"))
 
@@ -310,42 +313,55 @@ def test_a_batch_outlives_a_killed_worker_a_hung_server_and_a_killed_driver(clus
                 assert Image.open(there).text == Image.open(folder / name).text
 
 
-@pytest.mark.slow
-def test_two_phases_and_pictures_go_by_files(cluster, tmp_path):
-    """Sampled by one batch and decoded by another, which is sent the first one's files; a picture, too."""
-    model = {"1": {"class_type": "MontageDemoModel", "inputs": {}}}
-    text = {"class_type": "CLIPTextEncode", "inputs": {"clip": ["1", 1], "text": "a red house"}}
-    size = {"class_type": "EmptyLatentImage", "inputs": {"width": 128, "height": 128, "batch_size": 1}}
-    sampler = {"model": ["1", 0], "positive": ["2", 0], "negative": ["2", 0], "latent_image": ["3", 0], "seed": 1}
-    sampler |= {"steps": 2, "cfg": 1.0, "sampler_name": "ddim", "scheduler": "normal", "denoise": 1.0}
-    one = {**model, "2": text, "3": size, "4": {"class_type": "KSampler", "inputs": sampler}}
-    one["5"] = {"class_type": "SaveLatent", "inputs": {"samples": ["4", 0], "filename_prefix": "stack"}}
-    one["6"] = {"class_type": "VAEDecode", "inputs": {"samples": ["4", 0], "vae": ["1", 2]}}
-    one["7"] = {"class_type": "SaveImage", "inputs": {"images": ["6", 0], "filename_prefix": "sampled"}}
-    two = {**model, "2": {"class_type": "LoadLatent", "inputs": {"latent": "?"}}}
-    two["3"] = {"class_type": "VAEDecode", "inputs": {"samples": ["2", 0], "vae": ["1", 2]}}
-    two["4"] = {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "loaded"}}
-    two["5"] = {"class_type": "LoadImage", "inputs": {"image": "?"}}
-    two["6"] = {"class_type": "SaveImage", "inputs": {"images": ["5", 0], "filename_prefix": "seen"}}
-    for name, prompt in (("one", one), ("two", two)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(prompt))
-    stack, composed, told = tmp_path / "stack", tmp_path / "composed", tmp_path / "told.txt"
+def split(whole):
+    """The photomontage in two workflows, that of one image of its stack and that of its composite; the images' rows."""
+    one = {key: node for key, node in whole.items() if int(key) < 20}
+    one["50"] = {"class_type": "SaveRecording", "inputs": {"latent": ["13", 0], "model": ["1", 0]}}
+    one["50"]["inputs"]["filename_prefix"] = "recordings/image"
+    recorded = [f"{ten}{one}" for ten in "123" for one in "123"]  # each image's empty latent, recorder and sampler
+    composite = {key: node for key, node in whole.items() if key not in recorded}
+    rows = []
+    for ten in "123":
+        conditioning = {"positive": [f"{ten}6", 0], "negative": [f"{ten}6", 1]}
+        load = {"file": "to be named", "model": ["1", 0], **conditioning}
+        composite[f"{ten}3"] = {"class_type": "LoadRecording", "inputs": load}
+        text, seed = whole[f"{ten}0"]["inputs"]["text"], whole[f"{ten}3"]["inputs"]["seed"]
+        rows.append({"name": f"image-{ten}", "10.text": text, "13.seed": seed})
+    return one, composite, rows
 
-    driver = start(cluster, told, tmp_path / "one.json", "--seeds", "0..1", "--output", stack, "--workers", 2)
-    assert driver.wait(120) == 0, told.read_text()
+
+@pytest.mark.slow
+def test_a_stack_is_sampled_on_many_workers_and_composed_on_one(cluster, tmp_path):
+    """In two batches that go by files; the second one reads a picture, too."""
+    whole = json.loads(quick_photomontage(tmp_path).read_text())
+    one, composite, rows = split(whole)
+    composite["60"] = {"class_type": "LoadImage", "inputs": {"image": "to be named"}}
+    composite["61"] = {"class_type": "SaveImage", "inputs": {"images": ["60", 0], "filename_prefix": "seen"}}
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    (tmp_path / "composite.json").write_text(json.dumps(composite))
+    (tmp_path / "images.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stack, composed, alone, told = (tmp_path / name for name in ("stack", "composed", "alone", "told.txt"))
+
+    sampling = (tmp_path / "one.json", "--table", tmp_path / "images.jsonl", "--output", stack, *ON_GPUS)
+    assert start(cluster, told, *sampling).wait(120) == 0, told.read_text()
     made = {record["name"]: stack / record["folder"] for record in manifest(stack)}
-    assert len({record["worker"] for record in manifest(stack)}) == 2
+    workers = {record["worker"] for record in manifest(stack)}
+    assert len(workers) == 2 and all(" GPU 0 " in worker for worker in workers)
+
     Image.new("RGB", (8, 8), "teal").save(tmp_path / "teal.png")
-    lines = [f"{name},@{folder / 'stack_00001_.latent'},teal.png" for name, folder in made.items()]
-    (tmp_path / "t.csv").write_text("\n".join(["name,2.latent,LoadImage.image", *lines]))
-    driver = start(
-        cluster, told, tmp_path / "two.json", "--table", tmp_path / "t.csv", "--output", composed, "--workers", 1
+    files = [f"@{made[row['name']]}/recordings/image_00001.recording.safetensors" for row in rows]
+    (tmp_path / "t.csv").write_text(
+        "name,13.file,23.file,33.file,LoadImage.image\n" + ",".join(["c", *files, "teal.png"])
     )
-    assert driver.wait(120) == 0, told.read_text()
-    for record in manifest(composed):
-        folder = composed / record["folder"]
-        assert equal(folder / "loaded_00001_.png", made[record["name"]] / "sampled_00001_.png")
-        assert equal(folder / "seen_00001_.png", tmp_path / "teal.png")
+    composing = (tmp_path / "composite.json", "--table", tmp_path / "t.csv", "--output", composed, *ON_GPUS)
+    assert start(cluster, told, *composing).wait(120) == 0, told.read_text()
+    at_once = (tmp_path / "photomontage.json", "--output", alone, *ON_GPUS)
+    assert start(cluster, told, *at_once).wait(120) == 0, told.read_text()
+    (result,), (reference,) = manifest(composed), manifest(alone)
+    assert set(result["files"]) == {*reference["files"], "seen_00001_.png"} and len(reference["files"]) == 6
+    for name in reference["files"]:
+        assert equal(composed / result["folder"] / name, alone / reference["folder"] / name), name
+    assert equal(composed / result["folder"] / "seen_00001_.png", tmp_path / "teal.png")
 
 
 @pytest.mark.slow
@@ -375,6 +391,28 @@ def test_a_function_is_mapped_over_the_cluster_and_outlives_its_process(cluster,
             list(farm_map(lambda item: 1 / item, [0, 1], cluster.address))
     finally:
         ray.shutdown()
+
+
+@pytest.mark.slow
+def test_a_study_of_the_evidence_is_measured_on_the_cluster(cluster, tmp_path):
+    import ray
+
+    from montage.evidence import measurements
+
+    def measure(sample):
+        import torch
+
+        from montage.kernels import graphcut
+
+        return {"pack": {"sample": sample, "inference": torch.is_inference_mode_enabled(), "cut": bool(graphcut)}}
+
+    try:
+        found = measurements.Study("study", tmp_path).run(range(4), measure, cluster.address)
+    finally:
+        ray.shutdown()
+    assert found.of("pack", "sample") == [0, 1, 2, 3] and all(found.of("pack", "inference"))
+    again = measurements.Study("study", tmp_path)
+    assert sorted(again.samples) == [0, 1, 2, 3]
 
 
 def test_the_command_line_tells_failures_in_a_sentence(tmp_path, capsys):
