@@ -7,11 +7,13 @@ from typing import Any
 
 def _measured(prepare: Callable[[], None] | None, function: bytes, item: Any) -> tuple[Any, Any]:
     """On a worker: prepare it once, then unpack the function, which may need what was prepared, and call it."""
-    from ray import cloudpickle
+    import os
 
-    if prepare and not getattr(sys, "_farm_prepared", False):
+    import ray.cloudpickle as cloudpickle
+
+    if prepare and "MONTAGE_FARM_PREPARED" not in os.environ:
         prepare()
-        sys._farm_prepared = True
+        os.environ["MONTAGE_FARM_PREPARED"] = "1"
     return item, cloudpickle.loads(function)(item)
 
 
@@ -32,7 +34,7 @@ def map(
     nothing but what it imports itself. The current folder of the workers is a copy of the checkout.
     """
     import ray
-    from ray import cloudpickle
+    import ray.cloudpickle as cloudpickle
 
     from .cluster import connect
 

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,12 @@ from . import guard
 from .cluster import ROOT
 from .errors import PromptFailed, ServerLost
 from .jobs import Prompt
+from .settings import Settings
 
 KEEP_BYTES = 4 << 30  # of saved files, for prompts whose save nodes ComfyUI takes from its cache
 SIGNS = {"progress", "progress_state", "executing", "executed", "execution_start", "execution_cached"}
 OVER = (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR)
 COUNTED = re.compile(r"(.+_)\d{5,}(_?\.[\w.]+)")  # NAME_00012_.png
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the workers start their ComfyUI. Times in seconds."""
-
-    comfy: str | None  # its folder; None: COMFYUI_PATH, as each machine has it
-    python: str | None  # None: the one beside that ComfyUI
-    arguments: tuple[str, ...]
-    input_directory: str | None  # None: one of its own
-    timeout: float
-    start_timeout: float
-    cpus: int  # 0: a GPU
 
 
 class Server:
@@ -47,9 +34,16 @@ class Server:
         self.settings = settings
         self.process: subprocess.Popen | None = None
         self.guard: subprocess.Popen | None = None
-        self.session: aiohttp.ClientSession | None = None
+        self._session: aiohttp.ClientSession | None = None
         self.base = self.input = self.log = Path()  # start makes new ones
         self.url, self.doing = "", ""
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """Of a started server. Raises ServerLost for one that is not."""
+        if not self._session:
+            raise ServerLost("ComfyUI is not running")
+        return self._session
 
     # ------------------------------------------------------------ the process
 
@@ -72,7 +66,7 @@ class Server:
         watch = [sys.executable, guard.__file__, str(self.process.pid), str(self.base)]
         self.guard = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
         self.url, self.doing = f"http://127.0.0.1:{port}", "starting"
-        self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.settings.timeout))
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.settings.timeout))
         deadline = time.monotonic() + self.settings.start_timeout
         while not await self.answers(5):
             if self.process.poll() is not None:
@@ -84,23 +78,20 @@ class Server:
 
     async def stop(self) -> None:
         """Kill ComfyUI, hung or not, and remove its folders."""
-        if self.session:
-            await self.session.close()
-        if self.process:
+        if self._session:
+            await self._session.close()
+        if self.process and self.guard:
             guard.kill_group(self.process.pid)
             await asyncio.to_thread(self.process.wait)
             await asyncio.to_thread(self.guard.communicate)  # closes its standard input
             shutil.rmtree(self.base, ignore_errors=True)
-        self.session = self.process = self.guard = None
+        self._session = self.process = self.guard = None
 
     async def answers(self, seconds: float) -> bool:
         """Whether the server answers within that time."""
-        if not self.session:
-            return False
+        limit = aiohttp.ClientTimeout(total=seconds)
         try:
-            async with self.session.get(
-                f"{self.url}/system_stats", timeout=aiohttp.ClientTimeout(total=seconds)
-            ) as answer:
+            async with self.session.get(f"{self.url}/system_stats", timeout=limit) as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return False
@@ -177,7 +168,7 @@ class Server:
             raise _error(history["status"]["messages"])
         return history
 
-    async def _end(self, messages: aiohttp.ClientWebSocketResponse, queued: str, prompt: Prompt) -> None:
+    async def _end(self, messages: Any, queued: str, prompt: Prompt) -> None:
         """Follow the server's messages until the prompt has ended, whichever way. TimeoutError without progress."""
         deadline = time.monotonic() + self.settings.timeout
         while True:

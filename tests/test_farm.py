@@ -20,6 +20,8 @@ from montage.farm import cli, jobs, store
 from montage.farm import map as farm_map
 from montage.farm.errors import Failure
 from montage.farm.progress import Progress
+from montage.farm.server import Server
+from montage.farm.settings import Settings
 from montage.workshop.live_server import serving
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,6 +168,19 @@ def test_the_bar_tells_the_rate_and_what_runs_where(monkeypatch):
     progress.show({"10.0.0.1 GPU 0": "seed-2 KSampler 3/20"})
     last = out.getvalue().rpartition("\r")[2]
     assert "[##########..........] 2/4, 6.0 a minute, 20 s left | 10.0.0.1 GPU 0: seed-2 KSampler 3/20" in last
+
+
+def test_saved_files_are_counted_from_one_for_each_prompt():
+    """ComfyUI's own numbers depend on what a server ran before."""
+    outputs = {
+        "12": {"images": [{"filename": f"a_{n}_.png", "subfolder": "", "type": "output"} for n in ("00007", "00010")]},
+        "9": {"files": [{"filename": "b_00003.x.safetensors", "subfolder": "c", "type": "output"}], "text": ["said"]},
+        "8": {"images": [{"filename": "seen_00002_.png", "subfolder": "", "type": "temp"}], "animated": [False]},
+    }
+    server = Server(Settings(None, None, (), None, 1, 1, 1))
+    saved = server._saved(outputs)
+    assert [name for name, _ in saved] == ["c/b_00001.x.safetensors", "a_00001_.png", "a_00002_.png"]
+    assert [path.name for _, path in saved] == ["b_00003.x.safetensors", "a_00007_.png", "a_00010_.png"]
 
 
 # ---------------------------------------------------------------- batches on a cluster
