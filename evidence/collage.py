@@ -272,7 +272,7 @@ def sections(options):
 
 
 def placing(options, count):
-    found = measurements.Study("collage-places", options.folder).run(range(count), places)
+    found = measurements.Study("collage-places", options.folder).run(range(count), places, options.address)
     claims = [
         measurements.claim(what, found.difference(a, b, figure), 1, "(figures only)")
         for what, a, b, figure in (
@@ -315,7 +315,7 @@ def placing(options, count):
 
 
 def trading(options, count):
-    found = measurements.Study("collage-noise", options.folder).run(range(count), noise_levels)
+    found = measurements.Study("collage-noise", options.folder).run(range(count), noise_levels, options.address)
     names = [f"noise {level}" for level in LEVELS]
     claims = [
         measurements.claim(
@@ -345,7 +345,7 @@ def trading(options, count):
 
 
 def looking(options, count):
-    found = measurements.Study("collage-looks", options.folder).run(range(count), looks)
+    found = measurements.Study("collage-looks", options.folder).run(range(count), looks, options.address)
     claims = [
         measurements.claim(what, found.difference(TOKEN, other, figure), sign, "(figures only)")
         for what, other, figure, sign in (

@@ -205,7 +205,7 @@ def table(found, names):
 
 def sections(options):
     count = SAMPLES // 10 if options.quick else SAMPLES
-    found = measurements.Study("retouch", options.folder).run(range(count), measure)
+    found = measurements.Study("retouch", options.folder).run(range(count), measure, options.address)
     claims = [
         measurements.claim(what, found.difference(a, b, figure), sign, paper)
         for what, a, b, figure, sign, paper in CLAIMS

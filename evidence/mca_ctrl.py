@@ -268,7 +268,7 @@ def sections(options):
     def size(count):
         return range(count // 10 if options.quick else count)
 
-    found = measurements.Study("collaborate-swap", options.folder).run(size(SWAPS), measure_swap)
+    found = measurements.Study("collaborate-swap", options.folder).run(size(SWAPS), measure_swap, options.address)
     pairs = [Pair(number) for number in range(4)]
     pictures = [swaps(pair) for pair in pairs]
     yield measurements.Section(
@@ -309,7 +309,9 @@ def sections(options):
         ),
     )
 
-    found = measurements.Study("collaborate-lock", options.folder).run(size(LOCKS), measure_reconstruction)
+    found = measurements.Study("collaborate-lock", options.folder).run(
+        size(LOCKS), measure_reconstruction, options.address
+    )
     yield measurements.Section(
         "MCA-Ctrl: what stays",
         "\n\n".join(
@@ -324,7 +326,9 @@ def sections(options):
         ),
     )
 
-    found = measurements.Study("collaborate-addition", options.folder).run(size(ADDITIONS), measure_addition)
+    found = measurements.Study("collaborate-addition", options.folder).run(
+        size(ADDITIONS), measure_addition, options.address
+    )
     yield measurements.Section(
         "MCA-Ctrl: adding a subject",
         "\n\n".join(
@@ -351,7 +355,9 @@ def sections(options):
         ),
     )
 
-    found = measurements.Study("collaborate-generation", options.folder).run(size(GENERATIONS), measure_generation)
+    found = measurements.Study("collaborate-generation", options.folder).run(
+        size(GENERATIONS), measure_generation, options.address
+    )
     yield measurements.Section(
         "MCA-Ctrl: generating with a subject",
         "\n\n".join(

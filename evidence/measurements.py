@@ -6,8 +6,10 @@ A module of this folder holds one method's studies: `sections(options)`, which y
 import hashlib
 import json
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import comfy.utils
 import torch
@@ -61,15 +63,17 @@ class Study:
                 sample, found = json.loads(line)
                 self.samples[sample] = found
 
-    def run(self, samples, measure):
-        """Measure what is missing. samples: of numbers; measure(sample) -> {variant: {figure: number or None}}."""
+    def run(self, samples, measure, address=None):
+        """Measure what is missing. samples: of numbers; measure(sample) -> {variant: {figure: number or None}}.
+        address: of a Ray cluster whose machines share the work.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for sample in samples:
-            if sample not in self.samples:
-                self.samples[sample] = measure(sample)
-                with open(self.path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps([sample, self.samples[sample]]) + "\n")
-                print(f"{self.name}: {len(self.samples)}", flush=True)
+        missing = [sample for sample in samples if sample not in self.samples]
+        for sample, found in measured(missing, measure, address):
+            self.samples[sample] = found
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps([sample, found]) + "\n")
+            print(f"{self.name}: {len(self.samples)}", flush=True)
         self.samples = {sample: self.samples[sample] for sample in samples}
         return self
 
@@ -102,6 +106,33 @@ class Study:
             for variant in self.variants
         ]
         return markdown(head, rows)
+
+
+def measured(samples: list, measure: Callable, address: str | None) -> Iterator[tuple]:
+    """Yield (sample, measure(sample)): in order, or as they come from the machines of the Ray cluster at `address`."""
+    if address is None:
+        return ((sample, measure(sample)) for sample in samples)
+    from ..farm import map as farm_map
+
+    here = partial(in_inference_mode, measure)
+    return farm_map(here, samples, address, gpus=int(torch.cuda.is_available()), prepare=prepare_worker)
+
+
+def in_inference_mode(measure: Callable, sample: Any) -> Any:
+    """What main() does around the measuring in this process, on a worker."""
+    with torch.inference_mode():
+        return measure(sample)
+
+
+def prepare_worker() -> None:
+    """Put ComfyUI and the pack in place on a worker, whose current folder is a copy of this checkout."""
+    import os
+    import sys
+
+    sys.path.insert(0, os.path.abspath("workshop"))
+    import bootstrap
+
+    bootstrap.start()
 
 
 def markdown(head, rows):

@@ -199,7 +199,9 @@ def sections(options):
         ("one", "the same words for all images"),
     ):
         count = SAMPLES[prompts] // (10 if options.quick else 1)
-        found = measurements.Study(f"photomontage-{prompts}", options.folder).run(range(count), measure(prompts))
+        found = measurements.Study(f"photomontage-{prompts}", options.folder).run(
+            range(count), measure(prompts), options.address
+        )
         claims = [
             measurements.claim(what, found.difference(a, b, figure), sign, paper)
             for what, a, b, figure, sign, paper in CLAIMS

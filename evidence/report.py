@@ -60,6 +60,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
         default=measurements.ROOT / "output" / "evidence",
         help="where the measured samples are kept",
     )
+    parser.add_argument("--address", help="of a Ray cluster to measure on, the costs excepted (docs/many-machines.md)")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.studies) - set(STUDIES):
         parser.error(f"no study is named {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}")

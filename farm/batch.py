@@ -8,11 +8,12 @@ from datetime import datetime, timezone
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from .errors import Failure
 from .jobs import Job
 from .progress import Progress
-from .server import Settings
+from .settings import Settings
 from .store import Store
 from .worker import Outcome, Worker
 
@@ -40,8 +41,7 @@ class Batch:
 
     def __init__(self, store: Store, settings: Settings, workers: int, attempts: int, progress: Progress) -> None:
         self.store, self.settings, self.attempts, self.progress = store, settings, attempts, progress
-        needs = {"num_cpus": settings.cpus} if settings.cpus else {"num_gpus": 1}
-        self.actor = ray.remote(max_restarts=0, **needs)(Worker)
+        self.actor: Any = ray.remote(num_cpus=settings.cpus, num_gpus=0 if settings.cpus else 1)(Worker)
         self.waiting: deque[Job] = deque()
         self.contents: dict[str, Any] = {}  # of uploads: {name: reference}
         self.hands: list[Hand] = []
@@ -59,13 +59,13 @@ class Batch:
             self._dismiss()
 
     def _turn(self) -> None:
+        for hand in self.hands:
+            if not hand.call and self.waiting:
+                self._give(hand)
         calls = {hand.call: hand for hand in self.hands if hand.call}
         ready, _ = ray.wait(list(calls), num_returns=1, timeout=0.5)
         for call in ready:
             self._collect(calls[call])
-        for hand in self.hands:
-            if not hand.call and self.waiting:
-                self._give(hand)
         self._listen()
         self.progress.show({hand.where: f"{hand.job.name} {hand.doing}" for hand in self.hands if hand.job})
 
@@ -90,23 +90,22 @@ class Batch:
         call, job = hand.call, hand.job
         hand.call = hand.job = None
         try:
-            found = ray.get(call)
-        except ray.exceptions.RayActorError as error:
-            self._replace(hand, job, f"the worker died: {str(error).splitlines()[0]}")
+            found: Any = ray.get(call)
+        except RayError as error:  # its process or machine died, or the result was lost with it
+            lines = str(error).strip().splitlines()
+            task = isinstance(error, RayTaskError)  # an error of the worker's own, as of a full disk
+            self._replace(hand, job, f"the worker died: {lines[-1 if task else 0]}")
             return
         if job is None:
-            self._started(hand, found)
+            hand.where, reason = found
+            if reason:
+                self._replace(hand, None, reason)
+            else:
+                hand.failed_starts = 0
             return
         if found.status == "lost":
             hand.call = hand.actor.start.remote()  # while it restarts its server, the others take the job
         self._end(job, found, hand.where)
-
-    def _started(self, hand: Hand, error: str) -> None:
-        if not error:
-            hand.failed_starts = 0
-            hand.where = ray.get(hand.actor.where.remote())
-            return
-        self._replace(hand, None, error)
 
     def _replace(self, hand: Hand, job: Job | None, reason: str) -> None:
         """Let a new worker take a dead one's place, anywhere in the cluster."""
@@ -156,7 +155,7 @@ class Batch:
             if hand.beat is None:
                 hand.beat = hand.actor.beat.remote()
             if ray.wait([hand.beat], timeout=0)[0]:
-                with contextlib.suppress(ray.exceptions.RayActorError):  # its call tells
+                with contextlib.suppress(RayError):  # its call tells
                     hand.doing, hand.heard = ray.get(hand.beat), time.monotonic()
                 hand.beat = None
             elif time.monotonic() - hand.heard > self.settings.timeout + 10 * BEAT_SECONDS:

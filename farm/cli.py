@@ -5,9 +5,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from .cluster import connect
+from .cluster import connect, on_this_machine
 from .errors import Failure
 from .jobs import load_workflow, make_jobs, parse_seeds, read_table
+from .settings import Settings
 
 EPILOG = """A table is a CSV (the first line names the columns) or JSON Lines file; a column is node.input, where node
 is a node's id, or its title or class where only one has it. A column "name" names the run. Values that name pictures
@@ -19,7 +20,7 @@ prompt that ComfyUI refuses, or in which a node raises an error, is reported onc
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    found = argparse.ArgumentParser("python -m farm", description=__doc__ and "Run a workflow many times on many GPUs.")
+    found = argparse.ArgumentParser("python -m farm", description="Run a workflow many times on many GPUs.")
     found.formatter_class, found.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
     add = found.add_argument
     add("workflow", help="an API workflow (Workflow > Export (API)), or part of the name of one of ours")
@@ -46,12 +47,10 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def settings_of(options: argparse.Namespace) -> "Settings":  # noqa: F821
+def settings_of(options: argparse.Namespace) -> Settings:
     """How the workers start ComfyUI. On this machine alone that is as dev.py would."""
-    from .server import Settings
-
     comfy, python = options.comfyui, options.python
-    if not options.address and not comfy:
+    if on_this_machine(options.address) and not comfy:
         import dev
 
         try:
@@ -94,7 +93,7 @@ def batch(options: argparse.Namespace) -> int:
     """Run what the options ask for: the exit status."""
     prompt, path = load_workflow(options.workflow)
     rows = read_table(options.table) if options.table else []
-    folders = [*([options.table.parent] if options.table else []), path.parent, *options.pictures]
+    folders = [*([options.table.parent] if options.table else []), path.parent, *options.pictures, Path()]
     jobs = make_jobs(prompt, rows, parse_seeds(options.seeds) if options.seeds else None, folders)
     if options.table and not rows:
         raise Failure(f"The table {options.table} has no rows.")

@@ -1,39 +1,34 @@
-"""Runs a command until it ends or this process's standard input closes: `python guard.py FOLDER COMMAND...`.
+"""Kills a ComfyUI and removes its folder once this process's standard input closes: `python guard.py PROCESS FOLDER`.
 
-A worker that is killed cannot stop its ComfyUI any more, and a ComfyUI that nobody owns would hold its GPU for ever.
-The worker holds the other end of this process's standard input, which the system closes for it, however it dies.
-FOLDER, the command's own, is removed then.
+A worker that is killed cannot stop its ComfyUI any more, and one that nobody owns would hold its GPU for ever. The
+worker holds the other end of this standard input, which the system closes for it, however it dies. Ray kills a dead
+worker's children and its process group, so the guard must belong to neither: it is started in a session of its own.
 """
 
 import contextlib
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 
 
-def main(folder: str, command: list[str]) -> None:
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
-    closing = threading.Event()
+def detach() -> None:
+    """Stop being the worker's child."""
+    if hasattr(os, "fork") and os.fork():
+        os._exit(0)
 
-    def follow() -> None:
-        code = child.wait()
-        if not closing.is_set():
-            os._exit(code if code >= 0 else 128 - code)  # as a shell reports a signal
 
-    threading.Thread(target=follow, daemon=True).start()
-    sys.stdin.buffer.read()
-    closing.set()
-    if sys.platform == "win32":
-        child.kill()
-    else:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # a stopped process cannot act on a kinder signal
-    child.wait()
-    shutil.rmtree(folder, ignore_errors=True)
+def kill_group(process: int) -> None:
+    """Kill a process and what it started in its session. A stopped process cannot act on a kinder signal."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if sys.platform == "win32":
+            os.kill(process, signal.SIGTERM)  # which ends it at once there
+        else:
+            os.killpg(process, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    detach()
+    sys.stdin.buffer.read()
+    kill_group(int(sys.argv[1]))
+    shutil.rmtree(sys.argv[2], ignore_errors=True)

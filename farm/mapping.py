@@ -7,11 +7,13 @@ from typing import Any
 
 def _measured(prepare: Callable[[], None] | None, function: bytes, item: Any) -> tuple[Any, Any]:
     """On a worker: prepare it once, then unpack the function, which may need what was prepared, and call it."""
-    from ray import cloudpickle
+    import os
 
-    if prepare and not getattr(sys, "_farm_prepared", False):
+    import ray.cloudpickle as cloudpickle
+
+    if prepare and "MONTAGE_FARM_PREPARED" not in os.environ:
         prepare()
-        sys._farm_prepared = True
+        os.environ["MONTAGE_FARM_PREPARED"] = "1"
     return item, cloudpickle.loads(function)(item)
 
 
@@ -26,13 +28,13 @@ def map(
 ) -> Iterator[tuple[Any, Any]]:
     """Yield (item, function(item)) as they come, in any order.
 
-    cpus, gpus: what one call occupies. Calls of one process follow each other, so that what a module caches is made
+    cpus, gpus: what one call occupies. A process takes one call after the other, so that what a module caches is made
     once. A call whose process or machine dies is repeated elsewhere; an exception of the function's is raised here, and
     the rest is cancelled. prepare: called once in every process before the function is unpacked there; it may use
     nothing but what it imports itself. The current folder of the workers is a copy of the checkout.
     """
     import ray
-    from ray import cloudpickle
+    import ray.cloudpickle as cloudpickle
 
     from .cluster import connect
 

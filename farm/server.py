@@ -1,7 +1,6 @@
 """One ComfyUI, started and kept by a worker, and its API."""
 
 import asyncio
-import contextlib
 import json
 import re
 import shutil
@@ -11,33 +10,21 @@ import sys
 import tempfile
 import time
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from . import guard
 from .cluster import ROOT
 from .errors import PromptFailed, ServerLost
 from .jobs import Prompt
+from .settings import Settings
 
 KEEP_BYTES = 4 << 30  # of saved files, for prompts whose save nodes ComfyUI takes from its cache
 SIGNS = {"progress", "progress_state", "executing", "executed", "execution_start", "execution_cached"}
 OVER = (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.ERROR)
-COUNTED = re.compile(r"(.+)_\d{5,}_?(\.\w+)")  # NAME_00012_.png
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the workers start their ComfyUI. Times in seconds."""
-
-    comfy: str | None  # its folder; None: COMFYUI_PATH, as each machine has it
-    python: str | None  # None: the one beside that ComfyUI
-    arguments: tuple[str, ...]
-    input_directory: str | None  # None: one of its own
-    timeout: float
-    start_timeout: float
-    cpus: int  # 0: a GPU
+COUNTED = re.compile(r"(.+_)\d{5,}(_?\.[\w.]+)")  # NAME_00012_.png
 
 
 class Server:
@@ -46,9 +33,17 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.process: subprocess.Popen | None = None
-        self.session: aiohttp.ClientSession | None = None
+        self.guard: subprocess.Popen | None = None
+        self._session: aiohttp.ClientSession | None = None
         self.base = self.input = self.log = Path()  # start makes new ones
         self.url, self.doing = "", ""
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        """Of a started server. Raises ServerLost for one that is not."""
+        if not self._session:
+            raise ServerLost("ComfyUI is not running")
+        return self._session
 
     # ------------------------------------------------------------ the process
 
@@ -61,14 +56,17 @@ class Server:
         command, variables = self._command(port)
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("guard.py")), str(self.base), *command],
-                stdin=subprocess.PIPE,
+                command,
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=variables,
+                start_new_session=True,
             )
+        watch = [sys.executable, guard.__file__, str(self.process.pid), str(self.base)]
+        self.guard = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
         self.url, self.doing = f"http://127.0.0.1:{port}", "starting"
-        self.session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.settings.timeout))
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.settings.timeout))
         deadline = time.monotonic() + self.settings.start_timeout
         while not await self.answers(5):
             if self.process.poll() is not None:
@@ -80,23 +78,20 @@ class Server:
 
     async def stop(self) -> None:
         """Kill ComfyUI, hung or not, and remove its folders."""
-        if self.session:
-            await self.session.close()
-        if self.process:
-            with contextlib.suppress(OSError):
-                self.process.stdin.close()
+        if self._session:
+            await self._session.close()
+        if self.process and self.guard:
+            guard.kill_group(self.process.pid)
             await asyncio.to_thread(self.process.wait)
-            shutil.rmtree(self.base, ignore_errors=True)  # the guard does it, unless ComfyUI had died by itself
-        self.session = self.process = None
+            await asyncio.to_thread(self.guard.communicate)  # closes its standard input
+            shutil.rmtree(self.base, ignore_errors=True)
+        self._session = self.process = self.guard = None
 
     async def answers(self, seconds: float) -> bool:
         """Whether the server answers within that time."""
-        if not self.session:
-            return False
+        limit = aiohttp.ClientTimeout(total=seconds)
         try:
-            async with self.session.get(
-                f"{self.url}/system_stats", timeout=aiohttp.ClientTimeout(total=seconds)
-            ) as answer:
+            async with self.session.get(f"{self.url}/system_stats", timeout=limit) as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return False
@@ -147,8 +142,10 @@ class Server:
                 await asyncio.sleep(1)  # ComfyUI empties its caches between two prompts
                 files = self._saved((await self._history(prompt))["outputs"])
             contents = {name: path.read_bytes() for name, path in files}
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-            raise ServerLost(self._story(f"ComfyUI does not answer ({error or type(error).__name__})")) from error
+        except asyncio.TimeoutError:
+            raise ServerLost(self._story(f"No progress for {self.settings.timeout:.0f} s ({self.doing})")) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerLost(self._story(f"ComfyUI does not answer ({error})")) from error
         self._prune({path for _, path in files})
         return contents
 
@@ -156,8 +153,13 @@ class Server:
         """Queue a prompt and wait for its end."""
         client = uuid.uuid4().hex
         async with self.session.ws_connect(f"{self.url}/ws", params={"clientId": client}, max_msg_size=0) as messages:
-            queued = (await self._post("/prompt", {"prompt": prompt, "client_id": client}))["prompt_id"]
+            answer = await self._post("/prompt", {"prompt": prompt, "client_id": client})
+            queued = answer["prompt_id"]
+            if answer["node_errors"]:  # ComfyUI runs the outputs that are valid, and would call that a success
+                await self._post("/interrupt", {"prompt_id": queued})
             await self._end(messages, queued, prompt)
+        if answer["node_errors"]:
+            raise PromptFailed(_reasons(answer["node_errors"]))
         async with self.session.get(f"{self.url}/history/{queued}") as answer:
             history = (await answer.json()).get(queued)
         if not history:
@@ -166,14 +168,11 @@ class Server:
             raise _error(history["status"]["messages"])
         return history
 
-    async def _end(self, messages: aiohttp.ClientWebSocketResponse, queued: str, prompt: Prompt) -> None:
-        """Follow the server's messages until the prompt has ended, whichever way."""
+    async def _end(self, messages: Any, queued: str, prompt: Prompt) -> None:
+        """Follow the server's messages until the prompt has ended, whichever way. TimeoutError without progress."""
         deadline = time.monotonic() + self.settings.timeout
         while True:
-            try:
-                message = await messages.receive(timeout=max(0.01, deadline - time.monotonic()))
-            except asyncio.TimeoutError:
-                raise ServerLost(self._story(f"No progress for {self.settings.timeout:.0f} s ({self.doing})")) from None
+            message = await messages.receive(timeout=max(0.01, deadline - time.monotonic()))
             if message.type in OVER:
                 raise ServerLost(self._story("ComfyUI died"))
             if message.type is not aiohttp.WSMsgType.TEXT:
@@ -210,7 +209,7 @@ class Server:
                 path = self.base / "output" / name
                 if counted := COUNTED.fullmatch(name):
                     number = counts[counted.groups()] = counts.get(counted.groups(), 0) + 1
-                    name = f"{counted[1]}_{number:05d}_{counted[2]}"
+                    name = f"{counted[1]}{number:05d}{counted[2]}"
                 found.append((name, path))
         return found
 
@@ -266,13 +265,19 @@ def _error(messages: list[Any]) -> Exception:
     return ServerLost("The prompt was interrupted")
 
 
+def _reasons(errors: dict[str, Any]) -> str:
+    """ComfyUI's errors of validation, {node: {"class_type", "errors"}}, in one line."""
+    return "; ".join(
+        f"{found['class_type']} (node {node}): {error['message']}: {error['details']}"
+        for node, found in errors.items()
+        for error in found["errors"]
+    )
+
+
 def _refusal(text: str) -> str:
     """ComfyUI's reasons for refusing a prompt, in one line."""
     try:
         answer = json.loads(text)
-        reasons = [answer["error"]["message"]]
-        for node, found in (answer.get("node_errors") or {}).items():
-            reasons += [f"{found['class_type']} (node {node}): {e['message']}: {e['details']}" for e in found["errors"]]
-        return "; ".join(reasons)
+        return _reasons(answer.get("node_errors") or {}) or answer["error"]["message"]
     except (ValueError, KeyError, TypeError):
         return text[:1000]

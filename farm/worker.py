@@ -9,7 +9,8 @@ import ray
 
 from .errors import PromptFailed, ServerLost
 from .jobs import Prompt
-from .server import Server, Settings
+from .server import Server
+from .settings import Settings
 
 
 @dataclass
@@ -23,21 +24,21 @@ class Outcome:
 
 
 class Worker:
-    """Runs one prompt at a time. Errors are returned, not raised: an exception of Ray's means that this process
-    died.
-    """
+    """Runs one prompt at a time. Errors are returned, not raised: an exception of Ray's means that the process died."""
 
     def __init__(self, settings: Settings) -> None:
         self.server = Server(settings)
 
-    async def start(self) -> str:
-        """Start the server, or restart it: "" once it answers, otherwise the reason."""
+    async def start(self) -> tuple[str, str]:
+        """Start the server, or restart it: where it is, and the reason if it does not answer."""
+        gpus = ",".join(map(str, ray.get_gpu_ids()))
+        where = f"{ray.util.get_node_ip_address()}{f' GPU {gpus}' if gpus else ''} (process {os.getpid()})"
         try:
             await self.server.start()
         except ServerLost as error:
             await self.server.stop()
-            return str(error)
-        return ""
+            return where, str(error)
+        return where, ""
 
     async def run(self, prompt: Prompt, uploads: dict[str, Any]) -> Outcome:
         """Run a prompt. uploads: {name in the input folder: reference to its content}."""
@@ -61,8 +62,3 @@ class Worker:
     async def close(self) -> None:
         """Stop the server and remove its folders."""
         await self.server.stop()
-
-    def where(self) -> str:
-        """The machine and the GPU."""
-        gpus = ",".join(map(str, ray.get_gpu_ids()))
-        return f"{ray.util.get_node_ip_address()}{f' GPU {gpus}' if gpus else ''} (process {os.getpid()})"

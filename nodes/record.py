@@ -186,7 +186,11 @@ class SaveRecording(io.ComfyNode):
         path = Path(folder) / f"{name}_{number:05}{RECORDING}"
         recording_files.save(cls.NAME, path, streams, model)
         shown = f"{subfolder.replace(chr(92), '/')}/{path.name}".lstrip("/")
-        return io.NodeOutput(f"{shown} [output]", ui={"text": [f"{shown} ({path.stat().st_size / MEBIBYTE:.1f} MB)"]})
+        ui = {
+            "text": [f"{shown} ({path.stat().st_size / MEBIBYTE:.1f} MB)"],
+            "recordings": [{"filename": path.name, "subfolder": subfolder, "type": "output"}],  # for ComfyUI's API
+        }
+        return io.NodeOutput(f"{shown} [output]", ui=ui)
 
 
 class LoadRecording(io.ComfyNode):
