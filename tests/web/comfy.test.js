@@ -153,8 +153,8 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
     for (const role of ["labels", "shown"])
       assert.notEqual(await content(painted, ids[role]), await content(plain, ids[role]), role);
     await press("Regions");
-    await page.waitForFunction((root) => root.querySelector(".montage-regions").naturalWidth > 0, await editor());
-    await press("Regions");
+    await page.waitForFunction((root) => root.querySelector(".montage-cut > canvas").width > 1, await editor());
+    await press("Image");
   });
 
   test("keys: the editor's undo is its own, and Delete does not reach the node", async () => {

@@ -43,6 +43,8 @@ async function mount({ count = 3, size = [300, 200], text = "" } = {}) {
           base: () => window.base,
           chooseBase: (image) => (window.base = image),
           changed: () => window.changes.push(window.editor.getValue()),
+          unpainted: () => window.unpainted ?? "strokes",
+          warning: () => window.warning ?? "",
           panning: () => Boolean(window.panning),
           forward: (event) => window.forwarded.push(event.type),
         },
@@ -444,7 +446,7 @@ describe("tools", () => {
     assert.equal(await page.locator(".montage-regions").isVisible(), false);
     await press("Regions");
     assert.equal(await page.locator(".montage-regions").isVisible(), true);
-    await press("Regions");
+    await press("Image");
     assert.equal(await page.locator(".montage-regions").isVisible(), false);
   });
 
