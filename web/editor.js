@@ -78,7 +78,7 @@ export class StrokeEditor extends NodeEditor {
         () => this.look({ shown: "result" }),
       ),
     };
-    Object.assign(views, this.viewTools);
+    Object.assign(pen, this.viewTools);
     this.tools = { ...pen, ...actions, ...views };
     this.picture = make("img", { draggable: false, alt: "" });
     this.regions = make("img", { className: "montage-regions", draggable: false, alt: "" });
@@ -100,7 +100,7 @@ export class StrokeEditor extends NodeEditor {
       this.hint,
     );
     this.status = make("div", { className: "montage-status" });
-    this.assemble(this.images, this.images, toolbar(pen), toolbar(actions), toolbar(views), this.stage, this.status);
+    this.assemble(this.images, this.images, toolbar(pen), toolbar({ ...actions, ...views }), this.stage, this.status);
   }
 
   listen() {
