@@ -280,7 +280,7 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
       return !image.hidden && image.complete && image.naturalWidth > 0;
     }, root);
     assert.match(await status(), /the composite of the last run/);
-    await paint(DOWN, { image: 2 });
+    await paint([[0.2, 0.5]], { image: 2 });
     assert.match(await status(), /pasted, not yet composed/);
     await press("Undo");
     assert.match(await status(), /the composite of the last run/);
