@@ -221,6 +221,7 @@ class GraphCutMontage(io.ComfyNode):
             "montage_images": [previews.photograph(picture) for picture in pictures],
             "montage_regions": [previews.diagram(regions)],
             "montage_size": [pictures.shape[2], pictures.shape[1]],
+            "montage_base": [base],
             "montage_strokes": [zlib.crc32(strokes.encode())],  # which strokes this run and its result are of
         }
         if stroke_masks is None and stroke_picture is None:  # the editor knows all strokes, and can cut again itself

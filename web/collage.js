@@ -3,18 +3,18 @@ import { app } from "../../scripts/app.js";
 import {
   addEditor,
   after,
-  allPaths,
   asOneChange,
   elementAt,
   fileAddress,
   graphSide,
   isFed,
   placeOf,
-  rootGraph,
   settle,
+  soon,
 } from "./graph_node.js";
 import { settled } from "./layers.js";
 import { LayoutEditor } from "./layout.js";
+import { idOf, pathOf, pathTo, sourceOf } from "./paths.js";
 
 const CANVAS = "CollageCanvas";
 const LAYER = "CollageLayer";
@@ -105,56 +105,18 @@ function defaultOf(node, name) {
   return node.constructor.nodeData.input.required[name][1].default;
 }
 
-// ---- paths: a node below the nodes of the subgraphs it is in; ids as in a prompt, "5:7"
-
-function pathTo(id) {
-  const path = [];
-  for (const part of id.split(":")) {
-    const graph = path.length ? path.at(-1).subgraph : rootGraph();
-    const node = graph?.getNodeById(part);
-    if (!node) return null;
-    path.push(node);
-  }
-  return path;
-}
-
 /** The ids of the layers that will be on the canvas, from back to front; null where a node is between that may do anything. */
 function chainOf(node) {
   const chain = [];
-  let path = [...allPaths()].find((one) => one.at(-1) === node);
-  if (!path) return null; // a subgraph on its way into the graph
+  let path = pathOf(node);
+  if (!path) return null;
   while ((path = sourceOf(path, "collage")?.path)) {
     const layer = path.at(-1);
     if (layer.comfyClass !== LAYER) return null;
     if (layer.mode === MUTED) break;
-    if (layer.mode !== BYPASSED) chain.unshift(path.map((one) => one.id).join(":"));
+    if (layer.mode !== BYPASSED) chain.unshift(idOf(path));
   }
   return chain;
-}
-
-/** What feeds an input, through subgraphs and reroutes: {path of the node, value if it can be told before a run}, or null. */
-function sourceOf(path, name) {
-  const node = path.at(-1);
-  const { link } = node.inputs.find((input) => input.name === name);
-  return link == null ? null : originOf(path.slice(0, -1), node.graph.getLink(link));
-}
-
-function originOf(above, link) {
-  if (link.originIsIoNode) {
-    const host = above.at(-1);
-    const input = host.inputs[link.origin_slot];
-    return input.link == null
-      ? { path: null, value: host.getWidgetFromSlot(input)?.value }
-      : originOf(above.slice(0, -1), host.graph.getLink(input.link));
-  }
-  const graph = above.length ? above.at(-1).subgraph : rootGraph();
-  const node = graph.getNodeById(link.origin_id);
-  const path = [...above, node];
-  const inner = node.subgraph?.outputNode.slots[link.origin_slot].getLinks().at(0);
-  if (inner) return originOf(path, inner);
-  const passed = node.isVirtualNode ? node.inputs?.[0]?.link : null;
-  if (passed != null) return originOf(above, graph.getLink(passed));
-  return { path, value: /^Primitive/.test(node.type) ? widgetOf(node, "value")?.value : undefined };
 }
 
 // ---- what the last run showed, kept for a reload of the page
@@ -189,17 +151,9 @@ function addLayout(node) {
   after(node, "onRemoved", () => editors.delete(node));
 }
 
-let waiting = false;
-
-/** Once all is done that happens now. */
-function renderAll() {
-  if (waiting) return;
-  waiting = true;
-  queueMicrotask(() => {
-    waiting = false;
-    for (const editor of editors.values()) editor.render();
-  });
-}
+const renderAll = soon(() => {
+  for (const editor of editors.values()) editor.render();
+});
 
 app.registerExtension({
   name: "montage.layout",

@@ -229,7 +229,7 @@ class GridFlow {
 
     capacity[arc] -= flow;
     capacity[4 * goal + ((arc & 3) ^ 1)] += flow;
-    for (p = start; parent[p] !== TERMINAL; ) {
+    for (p = start; parent[p] !== TERMINAL;) {
       const above = neighbours[4 * p + parent[p]];
       capacity[4 * p + parent[p]] += flow;
       const left = (capacity[4 * above + (parent[p] ^ 1)] -= flow);
@@ -237,7 +237,7 @@ class GridFlow {
       p = above;
     }
     if (!(pull[p] -= flow)) this.orphan(p);
-    for (p = goal; parent[p] !== TERMINAL; ) {
+    for (p = goal; parent[p] !== TERMINAL;) {
       const above = neighbours[4 * p + parent[p]];
       capacity[4 * above + (parent[p] ^ 1)] += flow;
       const left = (capacity[4 * p + parent[p]] -= flow);

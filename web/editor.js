@@ -1,13 +1,16 @@
 // The stroke editor: thumbnails, tools, the chosen image to paint on. Knows the DOM, but not ComfyUI.
 import { Drawing } from "./drawing.js";
+import { LiveCut, crc32 } from "./live_cut.js";
 import { Pen } from "./pen.js";
+import { pictureBox } from "./pointer.js";
+import { CutPreview } from "./preview.js";
 import { coverage } from "./raster.js";
 import { LONG_TEXT, Painting, UNIT, makeStroke } from "./strokes.js";
 import { NodeEditor, button, claim, fill, make, setAddress, toolbar } from "./widget.js";
 
 const RADIUS = { least: 20, most: 1500, first: 250, step: 1.2 };
 const MANY = 12; // images, from which on the thumbnails are small
-const NO_PICTURES = { names: [], size: null, regions: null };
+const NO_PICTURES = { names: [], size: null, regions: null, cut: null, base: null, strokes: null };
 const UNSEEN = [512, 512]; // fine enough that strokes of different images do not meet before their size is known
 
 export class StrokeEditor extends NodeEditor {
@@ -16,7 +19,10 @@ export class StrokeEditor extends NodeEditor {
    * address(name, kind): the URL of a picture; kind is "picture", "thumbnail" or "regions".
    * node: what the editor needs of its node, besides what a NodeEditor does:
    *   base(): number of the base image, null while another node feeds it; chooseBase(image);
-   *   changed(): called after each edit.
+   *   changed(): called after each edit;
+   *   unpainted(): where unpainted areas come from: "base", "strokes" (around them), "auto" (the base where it has no strokes
+   *   of its own), null where other inputs hold strokes as well;
+   *   warning(): what is wrong in the graph around the node, or "".
    */
   constructor({ colours, address, node }) {
     super(node, "Strokes: 0 to 9 and arrows choose an image, E erases, [ and ] size the brush");
@@ -24,12 +30,19 @@ export class StrokeEditor extends NodeEditor {
     this.painting = new Painting();
     this.pictures = NO_PICTURES;
     this.missing = false; // the chosen picture's file is gone from the server
-    this.view = { image: 0, radius: RADIUS.first, erasing: false, regions: false };
+    this.result = null; // address of the composite's picture
+    this.photographs = []; // the images, once they are to be pasted
+    this.view = { image: 0, radius: RADIUS.first, erasing: false, shown: "image" };
     this.build();
+    this.preview = new CutPreview(this.cutCanvas);
+    this.live = new LiveCut(() => this.renderCut());
     this.drawing = new Drawing(this.canvas);
     this.pen = new Pen(this.canvas, {
       start: (erasing) => this.beginStroke(erasing),
-      draw: (stroke) => this.drawing.paint(stroke),
+      draw: (stroke) => {
+        this.drawing.paint(stroke);
+        this.cutAgain();
+      },
       finish: (stroke) => this.finishStroke(stroke),
     });
     this.listen();
@@ -53,15 +66,25 @@ export class StrokeEditor extends NodeEditor {
     };
     const actions = {
       base: button("Base", "", () => this.edit({ base: this.view.image })),
-      regions: button("Regions", "Show which image owns which region after the last cut", () =>
-        this.look({ regions: !this.view.regions }),
-      ),
       clear: button("Clear", "Remove the strokes of the chosen image", () => this.clear(this.view.image)),
       clearAll: button("Clear all", "Remove the strokes of all images", () => this.clearAll()),
     };
-    this.tools = { ...pen, ...actions };
+    const views = {
+      image: button("Image", "Show the chosen image", () => this.look({ shown: "image" })),
+      regions: button("Regions", "Show which image each region comes from", () => this.look({ shown: "regions" })),
+      result: button(
+        "Result",
+        "Show the composite of the last run; while you paint, the images pasted along the seams",
+        () => this.look({ shown: "result" }),
+      ),
+    };
+    Object.assign(pen, this.viewTools);
+    this.tools = { ...pen, ...actions, ...views };
     this.picture = make("img", { draggable: false, alt: "" });
     this.regions = make("img", { className: "montage-regions", draggable: false, alt: "" });
+    this.composite = make("img", { className: "montage-result", draggable: false, alt: "" });
+    this.cutCanvas = make("canvas");
+    this.cutLayer = make("div", { className: "montage-cut" }, this.cutCanvas);
     this.canvas = make("canvas");
     this.ring = make("div", { className: "montage-ring", hidden: true });
     this.hint = make("div", { className: "montage-hint" });
@@ -70,12 +93,14 @@ export class StrokeEditor extends NodeEditor {
       { className: "montage-stage" },
       this.picture,
       this.regions,
+      this.cutLayer,
+      this.composite,
       this.canvas,
       this.ring,
       this.hint,
     );
     this.status = make("div", { className: "montage-status" });
-    this.assemble(this.images, this.images, toolbar(pen), toolbar(actions), this.stage, this.status);
+    this.assemble(this.images, this.images, toolbar(pen), toolbar({ ...actions, ...views }), this.stage, this.status);
   }
 
   listen() {
@@ -136,7 +161,7 @@ export class StrokeEditor extends NodeEditor {
   // ---- painting
 
   beginStroke(erasing) {
-    if (!this.canPaint() || this.node.panning()) return null;
+    if (!this.canPaint() || this.panning()) return null;
     return { k: this.view.image, r: this.view.radius, ...((erasing || this.view.erasing) && { e: 1 }) };
   }
 
@@ -156,10 +181,28 @@ export class StrokeEditor extends NodeEditor {
 
   // ---- what is shown
 
-  /** names: of the images' pictures, in order; size: [width, height]; regions: name of the last cut's picture. */
-  showPictures({ names, size, regions = null }) {
-    this.pictures = names.length && size ? { names, size, regions } : NO_PICTURES;
+  /**
+   * What a run sent. names: of the images' pictures, in order; size: [width, height]; regions: name of its cut's picture;
+   * cut: {grid, weights: name, preference} to cut again, null where that cannot be done here; base and strokes (their CRC-32):
+   * what the run was made of.
+   */
+  showPictures({ names, size, ...others }) {
+    this.pictures = names.length && size ? { ...NO_PICTURES, names, size, ...others } : NO_PICTURES;
     this.render();
+  }
+
+  /** address: of the picture that the last run has composed, or null. */
+  showResult(address) {
+    if (this.result === address) return;
+    this.result = address;
+    this.render();
+  }
+
+  /** Whether the composite is one of the strokes as they are. */
+  isResultCurrent() {
+    const { painting, pictures, result } = this;
+    const isBase = painting.base === null || pictures.base === null || painting.base === pictures.base;
+    return result !== null && isBase && pictures.strokes === crc32(painting.text());
   }
 
   choose(image) {
@@ -194,7 +237,71 @@ export class StrokeEditor extends NodeEditor {
     this.renderImages();
     this.renderTools();
     this.renderStage();
+    this.cutAgain();
+    this.renderCut();
     this.renderStatus();
+  }
+
+  // ---- the cut
+
+  /** Has the cut made again where the strokes have changed, the one under the pen among them. */
+  cutAgain() {
+    const { painting, pictures } = this;
+    const { stroke } = this.pen;
+    const unpainted = this.node.unpainted();
+    const cuttable = pictures.cut && unpainted && painting.error === null && !this.drawing.conflicts.length;
+    const strokes = stroke ? [...painting.strokes, stroke] : painting.strokes;
+    const count = pictures.names.length;
+    this.live.ask(
+      cuttable && strokes.every(({ k }) => k < count)
+        ? {
+            weights: this.address(pictures.cut.weights, "weights"),
+            grid: pictures.cut.grid,
+            preference: pictures.cut.preference,
+            size: pictures.size,
+            base: painting.base ?? pictures.base ?? 0,
+            strokes,
+            count,
+            unpainted,
+          }
+        : null,
+    );
+  }
+
+  renderCut() {
+    const { live, pictures, view } = this;
+    const pasting = view.shown === "result" && !(this.isResultCurrent() && !this.pen.stroke);
+    const labels = this.isCut() ? live.labels : null;
+    this.composite.hidden = view.shown !== "result" || (pasting && labels !== null) || !this.result;
+    setAddress(this.composite, this.composite.hidden ? "" : this.result);
+    this.cutLayer.hidden = !labels || view.shown === "image" || !(view.shown === "regions" || pasting);
+    this.cutLayer.classList.toggle("regions", view.shown === "regions");
+    setAddress(
+      this.regions,
+      view.shown === "regions" && !labels && pictures.regions && this.address(pictures.regions, "regions"),
+    );
+    if (this.cutLayer.hidden) return;
+    if (view.shown === "regions") this.preview.showRegions(labels, live.grid, pictures.size, this.colours);
+    else {
+      this.loadPhotographs();
+      this.preview.showPaste(labels, live.grid, pictures.size, this.photographs);
+    }
+  }
+
+  isCut() {
+    return this.live.problem !== null && this.live.labels !== null;
+  }
+
+  loadPhotographs() {
+    const { names } = this.pictures;
+    if (this.photographs.names?.join() === names.join()) return;
+    this.photographs = names.map((name) => {
+      const photograph = new Image();
+      photograph.onload = () => this.renderCut();
+      photograph.src = this.address(name, "picture");
+      return photograph;
+    });
+    this.photographs.names = names;
   }
 
   renderImages() {
@@ -246,17 +353,19 @@ export class StrokeEditor extends NodeEditor {
     tools.base.title = fed
       ? "The base comes from another node"
       : "Make the chosen image the base: its prompt, noise and composition carry the result";
-    tools.regions.disabled = !this.pictures.regions;
-    tools.regions.ariaPressed = view.regions;
+    tools.regions.disabled = !this.pictures.regions && !this.pictures.cut;
+    tools.result.disabled = !this.pictures.cut && !this.result;
+    for (const shown of ["image", "regions", "result"]) tools[shown].ariaPressed = view.shown === shown;
+    this.renderView();
   }
 
   renderStage() {
     const { pictures, view } = this;
     const name = pictures.names[view.image];
     if (setAddress(this.picture, name && this.address(name, "picture"))) this.missing = false;
-    setAddress(this.regions, pictures.regions && view.regions && this.address(pictures.regions, "regions"));
     this.picture.hidden ||= this.missing;
     this.stage.classList.toggle("ready", this.canPaint());
+    this.stage.classList.toggle("result", view.shown === "result");
     this.ring.hidden ||= !this.canPaint();
     this.ring.classList.toggle("erasing", view.erasing);
     this.hint.textContent = !pictures.names.length
@@ -282,13 +391,48 @@ export class StrokeEditor extends NodeEditor {
             ? "The images have changed since these strokes were painted."
             : painting.text().length > LONG_TEXT
               ? `The strokes take ${Math.round(painting.text().length / 1000)} KB of the workflow. Fewer strokes keep it quick.`
-              : "";
+              : this.warnOfTheUnpainted() || this.node.warning();
     this.status.classList.toggle("warning", warning !== "");
     this.status.textContent =
       warning ||
       (this.canPaint()
-        ? `${this.view.erasing ? "Erase strokes of" : "Paint what to keep from"} image ${this.view.image}.`
+        ? [
+            `${this.view.erasing ? "Erase strokes of" : "Paint what to keep from"} image ${this.view.image}.`,
+            this.describeView(),
+            this.describeTheUnpainted(),
+          ]
+            .filter(Boolean)
+            .join(" ")
         : "");
+  }
+
+  describeView() {
+    if (this.view.shown === "image") return "";
+    if (this.live.lost) return "The server no longer has this cut: queue to see it again.";
+    if (this.view.shown === "regions") return "";
+    if (this.isResultCurrent()) return "Shown: the composite of the last run.";
+    if (this.isCut()) return "Shown: pasted, not yet composed. Queue to compose.";
+    return this.result ? "Shown: the composite of an earlier run." : "";
+  }
+
+  describeTheUnpainted() {
+    const painted = this.painting.images();
+    const base = this.painting.base ?? this.pictures.base;
+    const rule = this.node.unpainted();
+    if (rule === null || base === null) return "";
+    if (!painted.length) return `Nothing is painted: everything comes from image ${base}, the base.`;
+    const fromBase = rule === "base" || (rule === "auto" && !painted.includes(base));
+    return fromBase ? `Unpainted areas come from image ${base}, the base.` : "";
+  }
+
+  warnOfTheUnpainted() {
+    const painted = this.painting.images();
+    const rule = this.node.unpainted();
+    const base = this.painting.base ?? this.pictures.base;
+    const coversAll = painted.length === 1 && painted[0] !== base && rule === "strokes";
+    return coversAll
+      ? `Only image ${painted[0]} is painted, so it covers the whole picture. Paint on another image too, or turn on unmarked_is_base.`
+      : "";
   }
 
   moveRing(event) {
@@ -297,8 +441,7 @@ export class StrokeEditor extends NodeEditor {
     const { width, height } = this.canvas;
     const box = this.stage.getBoundingClientRect();
     const zoom = box.width / this.stage.offsetWidth || 1;
-    const scale = Math.min(box.width / width, box.height / height) / zoom;
-    const diameter = ((2 * this.view.radius) / UNIT) * Math.max(width, height) * scale;
+    const diameter = ((2 * this.view.radius) / UNIT) * Math.max(width, height) * (pictureBox(this.canvas).scale / zoom);
     Object.assign(this.ring.style, {
       left: `${(event.clientX - box.left) / zoom}px`,
       top: `${(event.clientY - box.top) / zoom}px`,
@@ -318,7 +461,7 @@ export class StrokeEditor extends NodeEditor {
           "]": () => this.resizeBrush(RADIUS.step),
           arrowleft: () => this.choose(this.view.image - 1),
           arrowright: () => this.choose(this.view.image + 1),
-          escape: () => (this.pen.stroke ? this.pen.cancel() : this.keys.blur()),
+          escape: () => (this.pen.stroke ? this.pen.cancel() : this.leave()),
         }[key];
   }
 
@@ -332,7 +475,10 @@ export class StrokeEditor extends NodeEditor {
     super.release();
     this.pen.cancel();
     this.pictures = NO_PICTURES;
-    for (const image of [this.picture, this.regions]) image.removeAttribute("src");
+    this.photographs = [];
+    this.live.ask(null);
+    for (const image of [this.picture, this.regions, this.composite]) image.removeAttribute("src");
+    this.preview.release();
     this.images.replaceChildren();
     this.drawing.release();
   }

@@ -1,6 +1,7 @@
 // An editor's place in a node of ComfyUI's graph: what every kind of them needs.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { allPaths } from "./paths.js";
 
 const residents = new WeakMap(); // node -> {editor, show}
 const seats = new Map(); // place of a node -> {view, element}: what outlives the node when undo makes it anew
@@ -8,6 +9,11 @@ const seats = new Map(); // place of a node -> {view, element}: what outlives th
 /** The address of a file that a node has left in the temp folder. */
 export function fileAddress(filename) {
   return api.apiURL("/view?" + new URLSearchParams({ filename, subfolder: "montage", type: "temp" }));
+}
+
+/** The address of a picture as nodes of ComfyUI name them. */
+export function pictureAddress({ filename, subfolder = "", type = "output" }) {
+  return api.apiURL("/view?" + new URLSearchParams({ filename, subfolder, type }));
 }
 
 /** What a NodeEditor needs of any node. */
@@ -66,6 +72,39 @@ export function settle(node, editor, show) {
   }
 }
 
+const earlier = new Map(); // node type -> {input: the value that its absence means}
+
+/** Has an input that older workflows do not have mean there what they meant, whatever the default of a new node is. */
+export function keepMeaning(node, name, before) {
+  earlier.set(node.comfyClass, { ...earlier.get(node.comfyClass), [name]: before });
+  after(node, "onConfigure", ({ widgets_values: values }) => {
+    const place = node.widgets.findIndex((widget) => widget.name === name);
+    if (Array.isArray(values) && values.length <= place) node.widgets[place].value = before;
+  });
+}
+
+/** The same for a prompt of the API that is opened as a workflow. */
+function keepMeaningOfPrompt(prompt) {
+  for (const [id, { inputs }] of Object.entries(prompt)) {
+    const node = app.graph.getNodeById(Number(id)) ?? app.graph.getNodeById(id);
+    for (const [name, value] of Object.entries(earlier.get(node?.comfyClass) ?? {}))
+      if (!(name in inputs)) node.widgets.find((widget) => widget.name === name).value = value;
+  }
+}
+
+/** The same function, called once when all is done that happens now, however often it was asked for. */
+export function soon(act) {
+  let waiting = false;
+  return () => {
+    if (waiting) return;
+    waiting = true;
+    queueMicrotask(() => {
+      waiting = false;
+      act();
+    });
+  };
+}
+
 /** Runs `then` after a method of the node, whoever else has hooked it. */
 export function after(node, method, then) {
   const before = node[method];
@@ -85,22 +124,8 @@ export function elementAt(place) {
   return seats.get(place)?.element.deref();
 }
 
-/** Every node of the graph as its path, [node of the subgraph, ..., node]; of subgraphs used twice the first. */
-export function* allPaths(graph = rootGraph(), above = [], seen = new Set()) {
-  if (!graph || seen.has(graph)) return;
-  seen.add(graph);
-  for (const node of graph.nodes ?? []) {
-    const path = [...above, node];
-    yield path;
-    yield* allPaths(node.subgraph, path, seen);
-  }
-}
-
-export function rootGraph() {
-  return app.graph?.rootGraph ?? app.graph;
-}
-
-function lastOutput(node) {
+/** What the node's last run sent to the page. */
+export function lastOutput(node) {
   const inside = node.graph && node.graph !== node.graph.rootGraph;
   return app.nodeOutputs?.[inside ? `${node.graph.id}:${node.id}` : String(node.id)];
 }
@@ -136,6 +161,7 @@ app.registerExtension({
   name: "montage.editors",
   setup() {
     app.canvas.canvas.addEventListener("litegraph:set-graph", showEditorsOfGraph);
+    after(app, "loadApiJson", keepMeaningOfPrompt);
   },
   afterConfigureGraph: showEditorsOfGraph,
   onNodeOutputsUpdated() {

@@ -19,6 +19,7 @@ const REACH = { mouse: 9, pen: 12, touch: 20 }; // CSS pixels around a handle th
 const STEM = 22; // CSS pixels from the frame to the handle that turns it
 const LEAST = 12; // CSS pixels of half a frame, so that a layer can be seen between its handles
 const MARGIN = 8; // CSS pixels that handles of large layers keep from the border
+const MARGIN_OF_CANVAS = 26; // CSS pixels around it on its stage, as in the style sheet
 const SOLID = 24; // alpha out of 255 that can be taken hold of
 const ALPHA_SIDE = 256; // of the copies in which it is looked up
 const CURSORS = ["ew-resize", "nwse-resize", "ns-resize", "nesw-resize"];
@@ -39,6 +40,7 @@ export class LayoutEditor extends NodeEditor {
   constructor({ address, node }) {
     super(node, "Layout: Tab chooses a layer, arrows move it, [ and ] send it back and bring it forward");
     this.address = address;
+    this.margin = MARGIN_OF_CANVAS;
     this.view = { layer: null };
     this.collage = null;
     this.layers = []; // back to front
@@ -59,6 +61,7 @@ export class LayoutEditor extends NodeEditor {
       reset: button("Reset", "Put the chosen layer back to where a new one lies, upright (double-click)", () =>
         this.reset(),
       ),
+      ...this.viewTools,
     };
     this.canvas = make("canvas");
     this.hint = make("div", { className: "montage-hint" });
@@ -156,7 +159,7 @@ export class LayoutEditor extends NodeEditor {
   // ---- drags on the canvas
 
   take(event) {
-    if (event.button !== LEFT || this.node.panning() || !this.collage) return null;
+    if (event.button !== LEFT || this.panning() || !this.collage) return null;
     this.endNudge();
     const handle = this.handleAt(event);
     if (!handle) this.choose(event.altKey ? this.chosen : this.layerAt(event));
@@ -429,6 +432,7 @@ export class LayoutEditor extends NodeEditor {
     this.tools.forward.disabled = place < 0 || place === this.layers.length - 1;
     this.tools.back.disabled = place <= 0;
     this.tools.reset.disabled = place < 0;
+    this.renderView();
   }
 
   renderStatus() {
@@ -458,7 +462,7 @@ export class LayoutEditor extends NodeEditor {
       "[": () => this.step(-1),
       pagedown: () => this.step(-1),
       escape: () =>
-        (this.drag.gesture ?? this.sorting.gesture) ? (this.drag.cancel(), this.sorting.cancel()) : this.keys.blur(),
+        (this.drag.gesture ?? this.sorting.gesture) ? (this.drag.cancel(), this.sorting.cancel()) : this.leave(),
     }[key];
   }
 

@@ -1,6 +1,10 @@
 // What the editors share: an element in a node that has the keyboard when it should, and gives the graph what is the graph's.
 import { LEFT, MIDDLE } from "./pointer.js";
 
+const MOST_ZOOM = 16;
+const ZOOM_STEP = 1.2; // of the wheel
+const FRAMES = 60; // to wait for an element to come onto the page
+
 export class NodeEditor {
   /**
    * keys: what the keyboard does, for screen readers.
@@ -13,6 +17,16 @@ export class NodeEditor {
     this.movingGraph = false;
     this.released = false;
     this.view = {}; // the tools and what is chosen: outlives the editor when undo makes its node anew
+    this.zoom = { scale: 1, left: 0, top: 0 }; // of the stage, in the large view
+    this.margin = 0; // CSS pixels around the picture on its stage
+    this.spaceHeld = false;
+    this.viewTools = {
+      large: button("Large", "Use the whole window, with zoom by the wheel (F; Escape ends it)", () =>
+        this.toggleLarge(),
+      ),
+      fit: button("Fit", "Show all of the picture again", () => this.zoomTo({ scale: 1, left: 0, top: 0 })),
+    };
+    this.viewTools.large.hidden = !HTMLElement.prototype.showPopover;
     // ComfyUI leaves keys alone while an input has the focus, so that Delete does not delete the node, nor Ctrl+Z undo the graph.
     this.keys = make("input", { className: "montage-keys", type: "text", readOnly: true, ariaLabel: keys });
   }
@@ -26,6 +40,8 @@ export class NodeEditor {
     // Not of pointerdown: that would also take the mouse events away which ComfyUI's own undo history waits for.
     this.element.addEventListener("mousedown", (event) => isSlider(event) || event.preventDefault());
     this.element.addEventListener("keydown", (event) => this.key(event));
+    this.element.addEventListener("keyup", (event) => event.key === " " && (this.spaceHeld = false));
+    this.element.addEventListener("mouseenter", () => this.endTooltip());
     this.element.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
     for (const type of ["pointerdown", "pointermove", "pointerup"])
       this.element.addEventListener(type, (event) => this.moveGraph(event));
@@ -45,7 +61,80 @@ export class NodeEditor {
     return this.element.contains(document.activeElement);
   }
 
+  /** Nodes 2.0 would show the input's tooltip over the editor while one works in it. */
+  endTooltip() {
+    this.element.closest('[data-pd-tooltip="true"]')?.dispatchEvent(new MouseEvent("mouseleave"));
+  }
+
+  // ---- the large view: above everything on the page, where the element is
+
+  isLarge() {
+    return this.element.hasAttribute("popover");
+  }
+
+  toggleLarge() {
+    this.view.large = !this.isLarge();
+    this.showLarge();
+    this.takeKeyboard();
+    this.render();
+  }
+
+  /** Brings the element to the size that `view` says. */
+  showLarge(frames = FRAMES) {
+    const { element, view } = this;
+    if (Boolean(view.large) === this.isLarge()) return;
+    if (view.large && !element.isConnected) {
+      if (frames) requestAnimationFrame(() => this.showLarge(frames - 1));
+    } else if (view.large) {
+      element.popover = "manual";
+      element.showPopover();
+    } else {
+      element.hidePopover();
+      element.removeAttribute("popover");
+      this.zoomTo({ scale: 1, left: 0, top: 0 });
+    }
+  }
+
+  /** What Escape does when nothing is under way. */
+  leave() {
+    if (this.isLarge()) this.toggleLarge();
+    else this.keys.blur();
+  }
+
+  panning() {
+    return this.isLarge() ? this.spaceHeld : this.node.panning();
+  }
+
+  zoomBy(factor, { clientX, clientY }) {
+    const box = this.stage.getBoundingClientRect();
+    const scale = Math.min(MOST_ZOOM, Math.max(1, this.zoom.scale * factor));
+    const keep = (at, offset) => at - ((at - offset) * scale) / this.zoom.scale;
+    const [x, y] = [clientX - box.left - this.margin, clientY - box.top - this.margin];
+    this.zoomTo({ scale, left: keep(x, this.zoom.left), top: keep(y, this.zoom.top) });
+  }
+
+  zoomTo({ scale, left, top }) {
+    const { stage, margin } = this;
+    const within = (offset, side) => Math.min(0, Math.max((side - 2 * margin) * (1 - scale), offset));
+    this.zoom = { scale, left: within(left, stage.offsetWidth), top: within(top, stage.offsetHeight) };
+    stage.style.setProperty("--zoom", scale);
+    stage.style.setProperty("--left", `${this.zoom.left}px`);
+    stage.style.setProperty("--top", `${this.zoom.top}px`);
+    this.render();
+  }
+
+  renderView() {
+    this.viewTools.large.ariaPressed = this.isLarge();
+    this.viewTools.fit.hidden = this.zoom.scale === 1;
+  }
+
+  // ---- keys, wheel, and what is the graph's
+
   key(event) {
+    if (event.key === " " && this.isLarge()) {
+      this.spaceHeld = true;
+      return claim(event);
+    }
     const isAltGr = event.getModifierState("AltGraph"); // types [ and ] on many keyboards
     const command = (event.ctrlKey || event.metaKey) && !isAltGr;
     const key = event.key.toLowerCase();
@@ -53,7 +142,7 @@ export class NodeEditor {
       ? { z: () => this.travel(event.shiftKey ? "redo" : "undo"), y: () => this.travel("redo") }[key]
       : (event.altKey && !isAltGr) || event.target !== this.keys
         ? null
-        : this.actionOf(key, event);
+        : (this.actionOf(key, event) ?? { f: () => this.toggleLarge() }[key]);
     if (!action) return;
     claim(event);
     action();
@@ -63,15 +152,27 @@ export class NodeEditor {
     const { scroller } = this;
     if (scroller.contains(event.target) && scroller.scrollHeight > scroller.clientHeight && !event.ctrlKey)
       return event.stopPropagation();
-    this.node.forward(event);
+    if (!this.isLarge()) this.node.forward(event);
+    else if (this.stage.contains(event.target))
+      this.zoomBy((event.deltaY || event.deltaX) < 0 ? ZOOM_STEP : 1 / ZOOM_STEP, event);
     claim(event);
   }
 
   moveGraph(event) {
     const { type, button, buttons } = event;
-    if (type === "pointerdown") this.movingGraph = button === MIDDLE || (button === LEFT && this.node.panning());
-    if (this.movingGraph && (buttons || type === "pointerup")) this.node.forward(event);
+    if (type === "pointerdown") this.movingGraph = button === MIDDLE || (button === LEFT && this.panning());
+    if (this.movingGraph && (buttons || type === "pointerup")) {
+      if (this.isLarge()) this.pan(event);
+      else this.node.forward(event);
+    }
     if (type === "pointerup") this.movingGraph = false;
+  }
+
+  pan({ type, clientX, clientY }) {
+    const { scale, left, top } = this.zoom;
+    if (type === "pointermove")
+      this.zoomTo({ scale, left: left + clientX - this.grabbed.x, top: top + clientY - this.grabbed.y });
+    this.grabbed = { x: clientX, y: clientY };
   }
 
   /** Scrolls to a part of the scroller. Not scrollIntoView: that would also scroll the page's hidden overflow. */
@@ -87,6 +188,7 @@ export class NodeEditor {
 
   resume() {
     this.released = false;
+    this.showLarge();
     this.render();
   }
 }

@@ -153,8 +153,8 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
     for (const role of ["labels", "shown"])
       assert.notEqual(await content(painted, ids[role]), await content(plain, ids[role]), role);
     await press("Regions");
-    await page.waitForFunction((root) => root.querySelector(".montage-regions").naturalWidth > 0, await editor());
-    await press("Regions");
+    await page.waitForFunction((root) => root.querySelector(".montage-cut > canvas").width > 1, await editor());
+    await press("Image");
   });
 
   test("keys: the editor's undo is its own, and Delete does not reach the node", async () => {
@@ -232,6 +232,76 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
     await page.evaluate((id) => window.app.graph.remove(window.app.graph.getNodeById(id)), number);
     await onNode(ids.montage, 'widget("base").value = 0');
     assert.equal(JSON.parse((await prompt()).strokes).base, 0);
+  });
+
+  test("the composite follows the cut's base, and a base of its own that differs is told in the editor", async () => {
+    const inject = await page.evaluate(
+      () => window.app.graph.nodes.find((node) => node.type === "CompositeAttentionInject").id,
+    );
+    assert.deepEqual((await prompt(inject)).cut_base, [String(ids.montage), 3]); // wired along with the masks
+    const slot = await onNode(inject, 'node.inputs.findIndex(({ name }) => name === "cut_base")');
+    await onNode(inject, "node.disconnectInput(argument)", slot);
+    await onNode(inject, 'widget("base").value = 1, widget("base").callback(1)');
+    await still();
+    assert.match(await status(), /has base 1, and here it is 0: connect this node's output base/);
+    await onNode(inject, 'widget("base").value = 0, widget("base").callback(0)');
+    await still();
+    assert.doesNotMatch(await status(), /has base/);
+    await page.evaluate(
+      ([from, to, slot]) => window.app.graph.getNodeById(from).connect(3, window.app.graph.getNodeById(to), slot),
+      [ids.montage, inject, slot],
+    );
+  });
+
+  test("the editor's own cut is the server's, and the composite comes back into the node", async () => {
+    await succeed();
+    await press("Regions");
+    const root = await editor();
+    await page.waitForFunction((root) => root.querySelector(".montage-cut > canvas").width > 1, root);
+    const different = await page.evaluate(async (root) => {
+      const id = Number(root.closest("[data-node-id]")?.dataset.nodeId) || null;
+      const node = window.app.graph.nodes.find(
+        (one) => one.id === id || one.widgets?.some(({ element }) => element === root),
+      );
+      const name = window.app.nodeOutputs[node.id].montage_regions[0];
+      const image = new Image();
+      image.src = `/api/view?filename=${name}.png&subfolder=montage&type=temp`;
+      await image.decode();
+      const own = root.querySelector(".montage-cut > canvas");
+      const canvas = Object.assign(document.createElement("canvas"), { width: own.width, height: own.height });
+      canvas.getContext("2d").drawImage(image, 0, 0, own.width, own.height);
+      const [a, b] = [own, canvas].map((one) => one.getContext("2d").getImageData(0, 0, one.width, one.height).data);
+      return a.filter((value, i) => Math.abs(value - b[i]) > 2).length;
+    }, root);
+    assert.equal(different, 0);
+    await press("Result");
+    await page.waitForFunction((root) => {
+      const image = root.querySelector(".montage-result");
+      return !image.hidden && image.complete && image.naturalWidth > 0;
+    }, root);
+    assert.match(await status(), /the composite of the last run/);
+    await paint([[0.2, 0.5]], { image: 2 });
+    assert.match(await status(), /pasted, not yet composed/);
+    await press("Undo");
+    assert.match(await status(), /the composite of the last run/);
+    await press("Image");
+  });
+
+  test("what a workflow saved before an input means is kept, and a new node has the new default", async () => {
+    const unmarked = (id = ids.montage) => onNode(id, 'widget("unmarked").value');
+    assert.equal(await unmarked(), "auto");
+    const saved = await page.evaluate(() => window.app.graph.serialize());
+    const { output } = await page.evaluate(() => window.app.graphToPrompt());
+    const older = structuredClone(saved);
+    older.nodes.find(({ id }) => String(id) === String(ids.montage)).widgets_values.pop();
+    await page.evaluate((older) => window.app.loadGraphData(older, true, true, null), older);
+    assert.equal(await unmarked(), "as unmarked_is_base");
+    delete output[ids.montage].inputs.unmarked;
+    await page.evaluate((output) => window.app.loadApiJson(output, "older"), output);
+    assert.equal(await unmarked(), "as unmarked_is_base");
+    await page.evaluate((saved) => window.app.loadGraphData(saved, true, true, null), saved);
+    assert.equal(await unmarked(), "auto");
+    await shown(3);
   });
 
   test("wheel and middle button over the editor zoom and pan as they do beside it", async () => {

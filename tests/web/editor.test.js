@@ -17,9 +17,9 @@ const faults = [];
 const COLOURS = ["#e65050", "#508ceb", "#5abe5a"];
 
 /** A fresh editor with `count` plain pictures of a size. */
-async function mount({ count = 3, size = [300, 200], text = "" } = {}) {
+async function mount({ count = 3, size = [300, 200], text = "", cut = null } = {}) {
   await page.evaluate(
-    async ({ count, size, text, COLOURS }) => {
+    async ({ count, size, text, cut, COLOURS }) => {
       const { StrokeEditor } = await import("/editor.js");
       const paint = (colour) => {
         const canvas = Object.assign(document.createElement("canvas"), { width: size[0], height: size[1] });
@@ -30,12 +30,15 @@ async function mount({ count = 3, size = [300, 200], text = "" } = {}) {
       };
       const urls = new Map();
       window.base = 0;
+      window.unpainted = "auto";
+      window.warning = "";
       window.changes = [];
       window.forwarded = [];
       window.editor = new StrokeEditor({
         colours: COLOURS,
         address: (name) => {
           if (name === "gone") return "/gone.jpg";
+          if (name.startsWith("weights")) return `/${name}.bin`;
           if (!urls.has(name)) urls.set(name, paint(`hsl(${urls.size * 40} 30% 50%)`));
           return urls.get(name);
         },
@@ -43,6 +46,8 @@ async function mount({ count = 3, size = [300, 200], text = "" } = {}) {
           base: () => window.base,
           chooseBase: (image) => (window.base = image),
           changed: () => window.changes.push(window.editor.getValue()),
+          unpainted: () => window.unpainted,
+          warning: () => window.warning,
           panning: () => Boolean(window.panning),
           forward: (event) => window.forwarded.push(event.type),
         },
@@ -53,9 +58,12 @@ async function mount({ count = 3, size = [300, 200], text = "" } = {}) {
         names: Array.from({ length: count }, (_, i) => `picture${i}`),
         size,
         regions: "regions",
+        cut,
+        base: 0,
+        strokes: 0, // CRC-32 of no text
       });
     },
-    { count, size, text, COLOURS },
+    { count, size, text, cut, COLOURS },
   );
 }
 
@@ -224,6 +232,182 @@ describe("painting", () => {
     // Generous: without a graphics card, on a shared core. With one, a tenth of it.
     assert.ok(took.frame < 120 && took.choose < 2500 && took.load < 5000, JSON.stringify(took));
     console.log(`# thirty images, 200 strokes: ${JSON.stringify(took)}`);
+  });
+});
+
+/** Weights of a grid, served to the page: high all over but for a column that all images have an edge at. */
+async function serveWeights(name, [h, w], column) {
+  const right = Array.from({ length: h * (w - 1) }, (_, i) => (i % (w - 1) === column ? 1 : 900 + ((i * 7919) % 200)));
+  const down = Array.from({ length: (h - 1) * w }, (_, i) => 900 + ((i * 104729) % 200));
+  const body = Buffer.from(Uint32Array.from([...right, ...down]).buffer);
+  await page.route(`**/${name}.bin`, (route) => route.fulfill({ contentType: "application/octet-stream", body }));
+  return { weights: name, grid: [h, w], preference: Math.floor(4000 / Math.max(h, w)) };
+}
+
+const cutDone = () => page.waitForFunction(() => window.editor.live.problem && !window.editor.live.busy);
+
+/** The shown cut's colour at a place of the picture, [r, g, b, a]. */
+const cutPixel = (x, y) =>
+  page.evaluate(
+    ([x, y]) => {
+      const canvas = document.querySelector(".montage-cut > canvas");
+      return [
+        ...canvas.getContext("2d").getImageData(Math.floor(x * canvas.width), Math.floor(y * canvas.height), 1, 1).data,
+      ];
+    },
+    [x, y],
+  );
+
+describe("the cut while painting", () => {
+  test("regions follow each stroke, their seam the edge, and unpainted areas the base", async () => {
+    await mount({ cut: await serveWeights("weights-edge", [20, 30], 17) });
+    assert.match(await status(), /Nothing is painted: everything comes from image 0, the base/);
+    await press("Regions");
+    await cutDone();
+    assert.deepEqual(await cutPixel(0.9, 0.5), [230, 80, 80, 255]);
+    await thumbnail(1).click();
+    await drag(page, [
+      [0.9, 0.1],
+      [0.9, 0.9],
+    ]);
+    await cutDone();
+    assert.match(await status(), /Unpainted areas come from image 0, the base/);
+    assert.deepEqual(await cutPixel(0.1, 0.5), [230, 80, 80, 255]);
+    assert.deepEqual(await cutPixel(0.9, 0.5), [80, 140, 235, 255]);
+    await thumbnail(0).click();
+    await drag(page, [
+      [0.1, 0.1],
+      [0.1, 0.9],
+    ]);
+    await cutDone();
+    assert.doesNotMatch(await status(), /Unpainted/); // the base has a stroke of its own
+    assert.deepEqual(await cutPixel(17.5 / 30, 0.5), [230, 80, 80, 255]);
+    assert.deepEqual(await cutPixel(18.5 / 30, 0.5), [80, 140, 235, 255]);
+    await press("Undo");
+    await press("Undo");
+    await cutDone();
+    assert.deepEqual(await cutPixel(0.9, 0.5), [230, 80, 80, 255]);
+  });
+
+  test("it moves while the pen is still down", async () => {
+    await mount({ cut: await serveWeights("weights-edge", [20, 30], 17) });
+    await press("Regions");
+    await thumbnail(2).click();
+    const box = await page.locator(".montage-stage > canvas").boundingBox();
+    await page.mouse.move(box.x + box.width * 0.5, box.y + box.height * 0.3);
+    await page.mouse.down();
+    await page.mouse.move(box.x + box.width * 0.5, box.y + box.height * 0.6, { steps: 5 });
+    await page.waitForFunction(() => window.editor.live.labels?.includes(2));
+    assert.equal(await value(), "");
+    await page.keyboard.press("Escape");
+    await page.mouse.up();
+    await page.waitForFunction(() => !window.editor.live.labels.includes(2));
+    assert.equal(await value(), "");
+  });
+
+  test("the result: pasted images until the composite of these strokes comes, and again after the next stroke", async () => {
+    await mount({ cut: await serveWeights("weights-edge", [20, 30], 17) });
+    const shown = () =>
+      page.evaluate(() => {
+        const seen = (selector) => !document.querySelector(selector).hidden;
+        return seen(".montage-result") ? "composite" : seen(".montage-cut") ? "pasted" : "image";
+      });
+    await page.evaluate(() => window.editor.showResult(window.editor.address("composite", "picture")));
+    assert.equal(await shown(), "image");
+    await press("Result");
+    await cutDone();
+    assert.equal(await shown(), "composite");
+    assert.match(await status(), /the composite of the last run/);
+    await thumbnail(1).click();
+    await drag(page, DOWN);
+    await cutDone();
+    assert.equal(await shown(), "pasted");
+    assert.match(await status(), /pasted, not yet composed/);
+    const colour = (image) =>
+      page.evaluate((image) => {
+        const canvas = document.createElement("canvas");
+        const context = canvas.getContext("2d");
+        context.drawImage(window.editor.photographs[image], 0, 0);
+        return [...context.getImageData(3, 3, 1, 1).data];
+      }, image);
+    await page.waitForFunction(() => window.editor.photographs.every((image) => image.complete));
+    assert.deepEqual(await cutPixel(0.5, 0.5), await colour(1));
+    assert.deepEqual(await cutPixel(0.05, 0.5), await colour(0));
+    await press("Undo");
+    assert.equal(await shown(), "composite");
+  });
+
+  test("strokes that stay alone are told, and so is what is wrong around the node", async () => {
+    await mount({ cut: await serveWeights("weights-edge", [20, 30], 17) });
+    await page.evaluate(() => (window.unpainted = "strokes"));
+    await thumbnail(1).click();
+    await drag(page, DOWN);
+    assert.match(await status(), /Only image 1 is painted, so it covers the whole picture/);
+    await page.evaluate(() => {
+      window.unpainted = "base";
+      window.warning = "The composite has another base.";
+      window.editor.render();
+    });
+    assert.equal(await status(), "The composite has another base.");
+  });
+
+  test("without weights on the server it says so", async () => {
+    await mount({ cut: { weights: "weights-gone", grid: [4, 4], preference: 1 } });
+    await press("Result");
+    await page.waitForFunction(() => window.editor.live.lost);
+    await page.evaluate(() => window.editor.render());
+    assert.match(await status(), /no longer has this cut/);
+  });
+
+  test("nine images on 64x64 cells take less than 150 ms a stroke", async (context) => {
+    await mount({ count: 9, size: [512, 512], cut: await serveWeights("weights-large", [64, 64], 40) });
+    await press("Result");
+    const times = [];
+    for (let image = 0; image < 9; image++) {
+      await thumbnail(image).click();
+      const [x, y] = [0.2 + 0.3 * (image % 3), 0.2 + 0.3 * Math.floor(image / 3)];
+      await drag(page, [
+        [x - 0.08, y],
+        [x + 0.08, y],
+      ]);
+      await cutDone();
+      times.push(await page.evaluate(() => window.editor.live.milliseconds));
+    }
+    context.diagnostic(`ms a stroke: ${times.map(Math.round).join(" ")}`);
+    assert.equal(await page.evaluate(() => new Set(window.editor.live.labels).size), 9);
+    assert.ok(times.toSorted((a, b) => a - b)[4] < 150, `${times}`);
+  });
+});
+
+describe("the large view", () => {
+  test("fills the window, zooms at the pointer, paints there, and goes back with Escape", async () => {
+    await mount();
+    const small = await page.locator(".montage-editor").boundingBox();
+    await press("Paint");
+    await page.keyboard.press("f");
+    const large = await page.locator(".montage-editor").boundingBox();
+    assert.deepEqual([large.x, large.y, large.width, large.height], [0, 0, 700, 700]);
+    await page.mouse.move(350, 400);
+    for (let i = 0; i < 5; i++) await page.mouse.wheel(0, -100);
+    await page.waitForFunction(() => window.editor.zoom.scale > 2.4);
+    const zoomed = await page.evaluate(() => window.editor.zoom.left);
+    await drag(page, [
+      [0.5, 0.45],
+      [0.6, 0.5],
+    ]);
+    near((await strokes())[0].p, [5000, 4500, 6000, 5000], 15);
+    await page.keyboard.down(" ");
+    await page.mouse.move(300, 400);
+    await page.mouse.down();
+    await page.mouse.move(340, 400, { steps: 3 });
+    await page.mouse.up();
+    await page.keyboard.up(" ");
+    near([await page.evaluate(() => window.editor.zoom.left)], [zoomed + 40], 2);
+    assert.equal((await strokes()).length, 1);
+    assert.deepEqual(await page.evaluate(() => window.forwarded), []);
+    await page.keyboard.press("Escape");
+    assert.deepEqual(await page.locator(".montage-editor").boundingBox(), small);
+    assert.equal(await page.evaluate(() => window.editor.zoom.scale), 1);
   });
 });
 
@@ -444,7 +628,7 @@ describe("tools", () => {
     assert.equal(await page.locator(".montage-regions").isVisible(), false);
     await press("Regions");
     assert.equal(await page.locator(".montage-regions").isVisible(), true);
-    await press("Regions");
+    await press("Image");
     assert.equal(await page.locator(".montage-regions").isVisible(), false);
   });
 
