@@ -12,6 +12,7 @@ from ..patching import bias, run_masks
 from ..patching.install import install
 from ..patching.models import parse_sites
 from ..patching.schedule import Window
+from ..patching.tokens import offset_of_words
 from . import previews
 from .inputs import image_of, mask_of, numbers
 
@@ -462,31 +463,36 @@ class CollageCrossAttn(io.ComfyNode):
         numbers(cls.NAME, strength=strength, start=start, end=end)
         window = Window(start, end, parse_sites(cls.NAME, model, sites))
         owned = owned_tokens(cls.NAME, clip, collage)
-        if conditioning is None:
-            conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(collage.prompt))
-        else:
-            cls.check(clip, collage, conditioning)
         steered = {
             position: layers
             for position, layers in owned.items()
             if any(collage.layers[layer].w_pos or collage.layers[layer].w_neg for layer in layers)
         }
+        own = clip.encode_from_tokens_scheduled(clip.tokenize(collage.prompt))
+        given = own if conditioning is None else conditioning
         if not steered or strength == 0 or window.is_empty:
-            return io.NodeOutput(model, conditioning)
-        return io.NodeOutput(
-            install(model, heed_bias=True),
-            bias.attach(conditioning, CollageBias(window, collage, steered, strength, growth)),
-        )
+            return io.NodeOutput(model, given)
+        biased = []
+        for entry, offset in zip(given, cls.offsets(own, given, list(steered))):
+            moved = {position + offset: layers for position, layers in steered.items()} if offset is not None else {}
+            biased += bias.attach([entry], CollageBias(window, collage, moved, strength, growth)) if moved else [entry]
+        return io.NodeOutput(install(model, heed_bias=True), biased)
 
     @classmethod
-    def check(cls, clip, collage, conditioning):
-        (needed,) = {sum(map(len, chunks)) for chunks in clip.tokenize(collage.prompt).values()}
-        for tokens, _ in conditioning:
-            if tokens.shape[1] < needed:
-                raise ValueError(
-                    f"{cls.NAME}: the conditioning has {tokens.shape[1]} tokens and the canvas's prompt {needed}."
-                    " Encode the prompt that Collage Canvas gives."
-                )
+    def offsets(cls, own: list, given: list, positions: list[int]) -> list[int | None]:
+        """How far the words stand behind their positions in each part of a CONDITIONING; None where they are not in it
+        (a prompt that was combined with the canvas's). own: the CONDITIONING of the canvas's prompt.
+        """
+        if given is own:
+            return [0] * len(own)
+        found = [offset_of_words(own[0][0], features, positions) for features, _ in given]
+        if all(offset is None for offset in found):
+            raise ValueError(
+                f"{cls.NAME}: the canvas's words are not in the conditioning as this CLIP encodes them, so that nothing"
+                " could be drawn to the layers. Encode the prompt that Collage Canvas gives in one piece (no BREAK),"
+                " with the CLIP that is connected here."
+            )
+        return found
 
 
 class CollageNoise(io.ComfyNode):
@@ -541,9 +547,9 @@ class CollageNoise(io.ComfyNode):
     @classmethod
     def execute(cls, model, collage, dilation):
         numbers(cls.NAME, dilation=dilation)
-        return io.NodeOutput(
-            run_masks.with_noise_map(model, cls.NAME, collage.noise, dilation), float(collage.noise.max())
-        )
+        # rounded, since samplers take int(steps / denoise) steps of a schedule and 0.8 is 0.800000012 in float32
+        denoise = round(float(collage.noise.max()), 4)
+        return io.NodeOutput(run_masks.with_noise_map(model, cls.NAME, collage.noise, dilation), denoise)
 
 
 class CollageControl(io.ComfyNode):

@@ -145,6 +145,7 @@ class TokenAttentionMap(io.ComfyNode):
                 "mask from text",
                 "layout and retouch",
             ],
+            not_idempotent=True,  # as Feature Recorder: each has a recording of its own
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with. Its pictures do not change."),
                 io.Latent.Input("latent", tooltip="The latent that the sampler starts from."),

@@ -37,6 +37,7 @@ class FeatureRecorder(io.ComfyNode):
                 "combine images",
                 "seam",
             ],
+            not_idempotent=True,  # ComfyUI would make one recorder of all equal ones
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample with, including its LoRAs and other patches."),
                 io.Latent.Input(

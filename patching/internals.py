@@ -176,6 +176,8 @@ def processed(model: ModelPatcher, conditionings: dict, noise: torch.Tensor, lat
     """{role: CONDITIONING} as a guider processes them for a run."""
     prompts = {role: comfy.sampler_helpers.convert_cond(value) for role, value in conditionings.items()}
     device = noise.device
+    if latent_image.count_nonzero():  # as ComfyUI asks it; a checkpoint for inpainting is shown the latent image
+        latent_image = model.model.process_latent_in(latent_image)
     return comfy.samplers.process_conds(model.model, noise, prompts, device, latent_image, denoise_mask=mask)
 
 

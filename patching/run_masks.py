@@ -3,6 +3,7 @@ ControlNets act where."""
 
 import torch
 import torch.nn.functional as F
+from comfy.model_sampling import ModelSamplingDiscrete
 from comfy.patcher_extension import WrappersMP
 
 from ..kernels import collage as kernel
@@ -28,15 +29,25 @@ def with_noise_map(model, node, noise, dilation):
         options, device = guider.model_options, guider.model_patcher.load_device  # the options are this run's own copy
         level = F.interpolate(noise[None, None], size=noise_.shape[-2:], mode="nearest-exact").to(device)
         options["denoise_mask_function"] = masked_by(level, dilation, options.get("denoise_mask_function"))
-        if denoise_mask is None:
-            denoise_mask = torch.ones_like(noise_, device=device, dtype=torch.float32)
         finished = float(sigmas[-1]) == 0  # asked now, since UniPC writes into its sigmas
         output = executor(noise_, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
         if not finished:  # noise is left for another sampler
             return output
         return torch.where(level.to(output.device) > 0, output, latent_image.to(output))
 
-    return with_wrapper(model, WrappersMP.OUTER_SAMPLE, outer_sample)
+    patched = with_wrapper(model, WrappersMP.OUTER_SAMPLE, outer_sample)
+    return with_wrapper(patched, WrappersMP.SAMPLER_SAMPLE, masked_everywhere)
+
+
+def masked_everywhere(
+    executor, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+):
+    """A SAMPLER_SAMPLE wrapper that gives a sampler without a mask one of ones, for denoise_mask_function to be asked.
+    Not earlier: a checkpoint for inpainting would be shown the picture as what is around a hole.
+    """
+    if denoise_mask is None:
+        denoise_mask = torch.ones_like(noise, dtype=torch.float32)
+    return executor(model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
 
 
 def masked_by(level, dilation, previous):
@@ -45,16 +56,24 @@ def masked_by(level, dilation, previous):
     """
 
     def mask(sigma, denoise_mask, extra_options):
-        sampling = extra_options["model"].inner_model.model_sampling
-        t, first, last = (
-            float(sampling.timestep(torch.as_tensor(s))) for s in (sigma[0], sampling.sigma_min, sampling.sigma_max)
-        )
-        t = (t - first) / (last - first)
+        t = part_of_schedule(extra_options["model"].inner_model.model_sampling, sigma[0])
         if previous is not None:
             denoise_mask = previous(sigma, denoise_mask, extra_options=extra_options)
         return denoise_mask * kernel.free(level, t, dilation)
 
     return mask
+
+
+def part_of_schedule(sampling: torch.nn.Module, sigma: torch.Tensor) -> float:
+    """t / 1000 of a noise level, where t is one of the model's 1000 time steps 0 to 999 (paper, section 3.4: a place is
+    free from t <= 1000 h on, so that h = 0.8 is free at t = 800). Models that know no such steps go from 0 to 1.
+    """
+    t, first, last = (
+        float(sampling.timestep(torch.as_tensor(s))) for s in (sigma, sampling.sigma_min, sampling.sigma_max)
+    )
+    if isinstance(sampling, ModelSamplingDiscrete):
+        return t / sampling.num_timesteps
+    return (t - first) / (last - first)
 
 
 def with_control_map(model, node, strength):

@@ -211,6 +211,7 @@ def error(model, latent, noise, t, mask, features, pooled):
         cross_attn=features,
         pooled_output=pooled,
         noise=noised,
+        latent_image=latent,  # a checkpoint for inpainting is to paint everything, and is shown a blank picture
         device=latent.device,
         width=width,
         height=height,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 ENCODERS = {"l", "g", "h"}  # CLIP of SD1.x, SD2.x and SDXL
+ALIKE = 0.8  # correlation of text features from which on they are of the same words, weighted or in another place
 
 
 class Token(NamedTuple):
@@ -77,3 +78,23 @@ def same(a, b):
     if is_id(a) or is_id(b):
         return is_id(a) and is_id(b) and a == b
     return torch.equal(a, b)
+
+
+def offset_of_words(own: torch.Tensor, given: torch.Tensor, positions: list[int]) -> int | None:
+    """How many tokens further back than in a prompt its words stand in other text features: 0 where those are the
+    prompt's own, more where they were joined behind others (ConditioningConcat); None where the words are not there.
+
+    own: features of the prompt [1, tokens, C]. given: [B, other tokens, C]. positions: of the words in the prompt.
+    Compared are the features at those places, as a correlation: prompt weights scale them, and change little in it.
+    """
+    if given.shape[-1] != own.shape[-1] or given.shape[1] <= max(positions):
+        return None
+    own, given = (features[0].float().cpu() - features[0].float().cpu().mean(0) for features in (own, given))
+    sought = own[positions].flatten()
+    places = torch.tensor(positions)
+    likeness = [
+        float(torch.cosine_similarity(sought, given[places + offset].flatten(), dim=0))
+        for offset in range(len(given) - max(positions))
+    ]
+    best = max(likeness)
+    return likeness.index(best) if best >= ALIKE else None

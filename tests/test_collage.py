@@ -10,9 +10,9 @@ from comfy.patcher_extension import WrappersMP
 
 from montage.kernels import collage as kernel
 from montage.nodes.collage import CollageCrossAttn, owned_tokens
-from montage.patching.models import sites_of
+from montage.patching.models import TextAttention, sites_of
 from montage.workshop.collages import BLUE, RED, canvas, layer, plain
-from montage.workshop.random_models import random_model, text_encoder
+from montage.workshop.random_models import demo_model, random_model, text_encoder
 from montage.workshop.sampling import (
     close,
     empty,
@@ -25,7 +25,7 @@ from montage.workshop.sampling import (
     sample_advanced,
     words,
 )
-from nodes import ConditioningSetArea, ConditioningSetMask
+from nodes import ConditioningConcat, ConditioningSetArea, ConditioningSetMask
 
 PROMPT = "a photo of a red cat beside a blue dog, on grass"
 
@@ -478,7 +478,7 @@ def test_what_does_not_fit_is_refused(clip):
         sample(with_context, empty(), positive=positive)
     with pytest.raises(ValueError, match='Collage Cross Attention: sites: "d9": this model has no d9'):
         biased(clip, sites="d9")
-    with pytest.raises(ValueError, match="the conditioning has 40 tokens and the canvas's prompt 77"):
+    with pytest.raises(ValueError, match="the canvas's words are not in the conditioning"):
         biased(clip, conditioning=words(1, tokens=40))
     couple = model.clone()
     couple.set_model_attn2_patch(lambda n, k, v, extra: (n.repeat(2, 1, 1), k.repeat(2, 1, 1), v.repeat(2, 1, 1)))
@@ -501,3 +501,57 @@ def test_a_block_that_another_pack_runs_in_its_own_way_is_named(clip, monkeypatc
         match=r"cross-attention of 1 of its 16 blocks was never reached, the first of them \('output', 7, 0\)",
     ):
         run(clip)
+
+
+# ---------------------------------------------------------------- where the words stand in a conditioning
+
+DEMO_PROMPT = "a red ball beside a blue cube on grass"
+
+
+def positions_of(conditioning):
+    """The tokens that the bias acts on, of each part of a CONDITIONING; () where it has none."""
+    return [tuple(extra["montage_bias"].owned) if "montage_bias" in extra else () for _, extra in conditioning]
+
+
+def test_the_words_are_found_wherever_an_encoder_put_them():
+    """Joined before or behind other words, weighted, behind a prefix, combined with another prompt."""
+    model, clip, _ = demo_model()
+    collage = two_layers(texts=("a red ball", "a blue cube"), prompt=DEMO_PROMPT)
+
+    def encoded(text):
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+    def found(conditioning):
+        return positions_of(biased(clip, collage, model, conditioning=conditioning)[1])
+
+    own, other = encoded(DEMO_PROMPT), encoded("on sand")
+    there = (1, 2, 3, 5, 6, 7)
+    assert found(None) == found(own) == [there]
+    assert found(ConditioningConcat().concat(own, other)[0]) == [there]
+    assert found(ConditioningConcat().concat(other, own)[0]) == [tuple(p + 77 for p in there)]
+    assert found(encoded("a (red:1.4) ball beside a (blue:0.6) cube on grass")) == [there]
+    assert found(encoded("masterpiece, best, " + DEMO_PROMPT)) == [tuple(p + 4 for p in there)]
+    assert found([*own, *other]) == [there, ()]
+
+
+@pytest.mark.parametrize("text", ["", "a green tree under a yellow sun on sand", "a green ball beside a blue cube"])
+def test_a_conditioning_without_the_words_is_refused(text):
+    model, clip, _ = demo_model()
+    collage = two_layers(texts=("a red ball", "a blue cube"), prompt=DEMO_PROMPT)
+    with pytest.raises(ValueError, match="^Collage Cross Attention: the canvas's words are not in the conditioning"):
+        biased(clip, collage, model, conditioning=clip.encode_from_tokens_scheduled(clip.tokenize(text)))
+
+
+def test_a_bias_in_a_joined_prompt_acts_on_the_same_words(clip):
+    """A prompt behind 77 tokens of padding attends as the model makes it; the bias moves with its words."""
+    collage, seen = two_layers(), []
+    own = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPT))
+    joined = [[torch.cat([torch.zeros_like(own[0][0]), own[0][0]], 1), own[0][1]]]
+    for conditioning in (own, joined):
+        _, given = biased(clip, collage, conditioning=conditioning)
+        bias, tokens = given[0][1]["montage_bias"], given[0][0].shape[1]
+        q, k = (torch.randn(1, n, 32, generator=torch.Generator().manual_seed(n)) for n in (64, 77))
+        k = torch.cat([torch.zeros_like(k), k], 1) if tokens > 77 else k
+        prepared = bias.prepare((8, 8), tokens, 1, q)
+        seen.append(bias.bias(prepared, TextAttention(None, [0], q, k, 4, 1, (8, 8), (8, 8)), 1.0)[..., -77:])
+    assert same(*seen) and seen[0].any()

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from comfy.model_sampling import ModelSamplingFlux
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 
 from montage.kernels import collage as kernel
 from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
+from montage.patching.run_masks import part_of_schedule
 from montage.workshop.collages import BLUE, RED, canvas, layer, plain
 from montage.workshop.random_models import control_net, random_model, text_encoder
 from montage.workshop.sampling import NEGATIVE, close, empty, same, sample, sample_advanced, words
@@ -91,6 +93,37 @@ def test_the_denoise_output_is_the_maps_maximum():
     assert CollageNoise.execute(random_model("sd15-small"), collage((0.3, 0.6), background=1.0), 0.0).args[
         1
     ] == pytest.approx(0.6)  # no background is seen
+
+
+@pytest.mark.parametrize("blur", [0.0, 5.0])
+def test_the_denoise_output_takes_the_steps_that_the_widget_would(blur):
+    """Samplers take int(steps / denoise) steps of a schedule: the same for every number of steps and every noise."""
+    for percent in range(1, 101):
+        noise = percent / 100
+        denoise = CollageNoise.execute(
+            random_model("sd15-small"), collage((noise, noise), background=noise, blur=blur), 0.0
+        ).args[1]
+        assert [int(steps / denoise) for steps in range(1, 101)] == [int(steps / noise) for steps in range(1, 101)]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_layers_of_one_noise_are_image_to_image_by_the_denoise_output(steps):
+    model, denoise = CollageNoise.execute(random_model("sd15-small"), collage((0.8, 0.8)), 4.0).args
+    found = sample(model, start(), steps=steps, denoise=denoise)["samples"]
+    assert same(found, sample(random_model("sd15-small"), start(), steps=steps, denoise=0.8)["samples"])
+
+
+def test_time_counts_as_in_the_paper():
+    """The model's steps are 0 to 999, and a place of h = 0.8 is free from step 800 on; radius of dilation 0 to 3."""
+    sampling = random_model("sd15-small").get_model_object("model_sampling")
+    for step in (0, 1, 799, 800, 801, 999):
+        assert part_of_schedule(sampling, sampling.sigmas[step]) == step / 1000
+    lone = torch.tensor([[[[0.8, 1.0]]]])
+    freed = [kernel.free(lone, part_of_schedule(sampling, sampling.sigmas[step]), 0)[0, 0, 0, 0] for step in (800, 801)]
+    assert freed == [1, 0]
+    assert int(4.0 * part_of_schedule(sampling, sampling.sigma_max)) == 3
+    flow = ModelSamplingFlux()
+    assert part_of_schedule(flow, flow.sigma_max) == 1 and part_of_schedule(flow, flow.sigma_min) == 0
 
 
 def test_every_place_starts_at_its_own_noise_level():

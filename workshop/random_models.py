@@ -52,6 +52,17 @@ STRUCTURES = {  # name: (ComfyUI's family, UNet configuration)
         comfy.supported_models.SD15,
         dict(SD15, channel_mult=[1, 1, 2, 2], model_channels=32, context_dim=16, use_linear_in_transformer=False),
     ),
+    "sd15-inpaint-small": (
+        comfy.supported_models.SD15,
+        dict(
+            SD15,
+            in_channels=9,
+            channel_mult=[1, 1, 2, 2],
+            model_channels=32,
+            context_dim=16,
+            use_linear_in_transformer=False,
+        ),
+    ),
     "sd2-small": (
         comfy.supported_models.SD20,
         dict(SD15, channel_mult=[1, 1, 2, 2], model_channels=64, context_dim=16, use_linear_in_transformer=True),
