@@ -170,10 +170,10 @@ def attention_bias(q, k, heads, columns, weights, gain):
 def free(noise, t, dilation):
     """Where the latent may change at time t (paper, section 3.4): at t <= h, and never where h is 0.
 
-    noise: noise map h [B, 1, h, w]. t: in [0, 1], the model's time step / 1000. dilation: latent pixels by which what is
-    not yet free is grown at t = 1, less the lower t is (the authors': 4). The freest places are free at every t: a run
-    that begins later than they could loses nothing, and a map of one value is plain image-to-image. Returns [B, 1, h,
-    w], 0 or 1.
+    noise: noise map h [B, 1, h, w]. t: in [0, 1], the model's time step / 1000. dilation: latent pixels by which what
+    is not yet free is grown at t = 1, less the lower t is (the authors': 4). The freest places are free at every t: a
+    run that begins later than they could loses nothing, and a map of one value is plain image-to-image. Returns [B, 1,
+    h, w], 0 or 1.
     """
     locked = noise < min(t, float(noise.max())) - 1e-4  # equal up to rounding
     radius = int(dilation * t)

@@ -1,5 +1,9 @@
 """The recursion at the heart of this pack: to compute an evaluation of the target, gather what its recipes read of
 their streams, by replaying those that no cache holds; a replay is itself an evaluation that is computed.
+
+Where nothing but rounding changes and the model's family prefers it (transformers, whose rows of one step take
+gigabytes), streams are not replayed but go in lockstep with the target: as further images of its own batch, whose rows
+are read where the target's are computed, and held no longer.
 """
 
 from __future__ import annotations
@@ -14,10 +18,10 @@ import torch
 from . import internals, refusals
 from .attention_maps import LiveAttentionMap
 from .bias import Bias
-from .models import SelfAttention, SelfAttentionRows, Site, SiteHandler, TextAttention, family_of
+from .models import SelfAttention, SelfAttentionRows, Site, TextAttention, family_of
 from .recipe import Recipe
 from .recorder import Record
-from .streams import CallKey, CondRole, Run, conds_of, rows_to_replay
+from .streams import CallKey, CondRole, Run, Stream, conds_of, rows_to_replay
 from .terms import AttentionTerm, TargetRows, pack
 
 if TYPE_CHECKING:
@@ -42,11 +46,17 @@ class ModelCall:
     ) -> None:
         self.key, self.roles, self.biases, self.recipes, self.maps = key, roles, biases, recipes, maps
         self.record = record  # sees the self-attentions before the recipes
+        self.beside: tuple[Stream, ...] = ()  # streams in lockstep: images of each conditioning after the target's own
         self.selected: dict[tuple[Recipe, int, CondRole, Site], Tensor] = {}  # (recipe, stream number, role, site)
 
 
 class Engine:
-    """Computes the model calls of one sampling run."""
+    """Computes the model calls of one sampling run.
+
+    exact: whether streams are always replayed, as they were recorded to the bit.
+    """
+
+    exact = False
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -54,6 +64,9 @@ class Engine:
         self.conds: dict[tuple[Run, tuple[int, ...]], dict] = {}  # (run, rows) -> its conditioning, on the device
         self.prepared: dict[tuple, Any] = {}  # what biases keep for the run
         self.without_compile = False  # whether torch.compile had to be left out
+        self.lockstep: bool | None = None if self.family.lockstep and not self.exact else False  # None: not tried yet
+        self.alike: dict[tuple[Run, int], bool] = {}  # (run, call) -> whether its options are those of the run at hand
+        self.stacks: dict[tuple, dict | None] = {}  # (uuid, streams) -> the conditioning for the whole batch
 
     # ------------------------------------------------------------ compute, gather, replay
 
@@ -61,8 +74,11 @@ class Engine:
         self, execute: Callable, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict, call: ModelCall
     ) -> list[Tensor]:
         """One evaluation with its recipes and biases on. execute: as internals.evaluate."""
-        self.gather(model, conds, x.device, timestep, call)
-        handler = Attentions(self, call)
+        images = len(x)
+        lockstep = self.gather(model, conds, x, timestep, options, call)
+        if lockstep:
+            conds, x, timestep = lockstep
+        handler = Attentions(self, call, images)
         if not handler.is_needed:
             return execute(model, conds, x, timestep, options)
         options, compiled = internals.without_compile(options)
@@ -74,21 +90,79 @@ class Engine:
             )
         result = execute(model, conds, x, timestep, self.family.hooked(options, handler))
         handler.check_reached()
-        return result
+        return [out[:images] for out in result] if lockstep else result
 
-    def gather(self, model: Any, conds: list, device: torch.device, timestep: Tensor, call: ModelCall) -> None:
-        """Replay the streams of the call's recipes that no cache holds, for the conditionings that will be computed."""
+    def gather(
+        self, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict, call: ModelCall
+    ) -> tuple[list, Tensor, Tensor] | None:
+        """Prepare what the call's recipes read of their streams, for the conditionings that will be computed: what no
+        cache holds is put beside the target or replayed. Returns conditionings, latents and timesteps of the whole
+        batch in lockstep, None where the target goes alone.
+        """
         roles = [call.roles[cond["uuid"]] for group in conds for cond in group or () if cond["uuid"] in call.roles]
-        wanted: dict[Run, set[int]] = {}  # run -> {row}
+        wanted: dict[Stream, None] = {}
         for recipe in call.recipes:
-            for run, row in recipe.streams:
-                features = self.session.context.evaluation_of(recipe, run, call.key).features
-                own = [refusals.role_of_stream(recipe, run, role) for role in roles]
+            for stream in recipe.streams:
+                features = self.session.context.evaluation_of(recipe, stream.run, call.key).features
+                own = [refusals.role_of_stream(recipe, stream.run, role) for role in roles]
                 if not all((role, site) in features for role in own for site in recipe.window.sites):
-                    wanted.setdefault(run, set()).add(row)
-        for run, rows in wanted.items():
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            self.replay(model, roles, device, timestep, call, run, rows_to_replay(run, rows))
+                    wanted[stream] = None
+        if not wanted:
+            return None
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        joined = None if self.lockstep is False else self.joined(model, conds, x, timestep, options, call, [*wanted])
+        if self.lockstep is None or (self.lockstep and joined is None):
+            self.lockstep = joined is not None
+            how = "go in lockstep, as images of one batch" if joined else "are replayed before each evaluation"
+            logging.info("%s: the recorded images %s.", refusals.in_order(r.node for r in call.recipes), how)
+        if joined is None:
+            for run in dict.fromkeys(stream.run for stream in wanted):
+                rows = rows_to_replay(run, {row for other, row in wanted if other is run})
+                self.replay(model, roles, x.device, timestep, call, run, rows)
+        return joined
+
+    # ------------------------------------------------------------ lockstep
+
+    def joined(
+        self, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict, call: ModelCall, wanted: list[Stream]
+    ) -> tuple[list, Tensor, Tensor] | None:
+        """Conditionings, latents and timesteps of the target with streams beside it; None where they cannot be one
+        batch.
+        """
+        total = len(x) + len(wanted)
+        known = all(cond["uuid"] in call.roles for group in conds for cond in group or ())
+        if call.biases or not known or not internals.fits(model, (total, *x.shape[1:]), x.device):
+            return None
+        if not all(self.computes_alike(stream.run, options, call) for stream in wanted):
+            return None
+        stacks = [[self.stack(cond, wanted, model, x, call) for cond in group or ()] for group in conds]
+        if any(cond is None for group in stacks for cond in group):
+            return None
+        call.beside = tuple(wanted)
+        latents = [run.evaluation(call.key)[0].x[row : row + 1].to(x) for run, row in wanted]
+        stacks = [None if group is None else stack for group, stack in zip(conds, stacks)]
+        return stacks, torch.cat([x, *latents]), timestep[:1].expand(total)
+
+    def computes_alike(self, run: Run, options: dict, call: ModelCall) -> bool:
+        """Whether an evaluation of a stream is computed as the target's: no biases, no other patches."""
+        _, number = run.evaluation(call.key)
+        if (run, number) not in self.alike:
+            self.alike[run, number] = not run.biases and internals.compute_alike(run.options[number], options)
+        return self.alike[run, number]
+
+    def stack(self, cond: dict, wanted: list[Stream], model: Any, x: Tensor, call: ModelCall) -> dict | None:
+        """One conditioning of the target with those that serve it of the streams."""
+        key = cond["uuid"], len(x), tuple(wanted)
+        if key not in self.stacks:
+            found = [cond]
+            for run, row in wanted:
+                recipe = next(r for r in call.recipes if Stream(run, row) in r.streams)
+                own = refusals.role_of_stream(recipe, run, call.roles[cond["uuid"]])
+                found.append(self.conds_on(run, [row], model, x.device)[own.role][own.number])
+            self.stacks[key] = internals.stacked(found, len(x))
+        return self.stacks[key]
+
+    # ------------------------------------------------------------ replay
 
     def replay(
         self,
@@ -110,6 +184,8 @@ class Engine:
             if stream.run is run and stream.row in rows
         ]
 
+        sites = frozenset(site for recipe, _, _ in readers for site in recipe.window.sites)
+
         def select(site: Site, role: CondRole, n: Tensor, grid: tuple[int, int]) -> None:
             for recipe, number, row in readers:
                 if site in recipe.window.sites:
@@ -120,7 +196,7 @@ class Engine:
         evaluation, number = run.evaluation(call.key)
         assert evaluation is not None  # gather has asked for it
         biases = self.session.acting_biases(run.biases, call.key[0], run.sigmas)
-        replayed = ModelCall(call.key, run.roles, biases, record=select)
+        replayed = ModelCall(call.key, run.roles, biases, record=Record(select, sites))
         self.compute(
             internals.evaluate,
             model,
@@ -134,11 +210,24 @@ class Engine:
     # ------------------------------------------------------------ what a call reads
 
     def sources(
-        self, call: ModelCall, recipe: Recipe, role: CondRole, site: Site, grid: tuple[int, int], like: Tensor
+        self,
+        call: ModelCall,
+        recipe: Recipe,
+        role: CondRole,
+        site: Site,
+        grid: tuple[int, int],
+        like: Tensor,
+        beside: Tensor,
     ) -> list[Tensor]:
-        """What a recipe selected of its streams for one conditioning of the target at one site, on its device."""
+        """What a recipe selects of its streams for one conditioning of the target at one site, on its device. beside:
+        rows of the streams that go in lockstep, [streams, tokens, C].
+        """
         found = []
         for number, (run, row) in enumerate(recipe.streams):
+            if Stream(run, row) in call.beside:
+                image = call.beside.index(Stream(run, row))
+                found.append(recipe.select(number, beside[image : image + 1], grid))
+                continue
             own = refusals.role_of_stream(recipe, run, role)
             selected = call.selected.get((recipe, number, own, site))
             if selected is None:
@@ -165,8 +254,7 @@ class Engine:
         for (run, _), conds in self.conds.items():
             internals.release(conds)
             self.move_patches(run, self.session.context.model.offload_device)
-        self.conds = {}
-        self.prepared = {}
+        self.conds, self.stacks, self.prepared = {}, {}, {}
 
     @staticmethod
     def move_patches(run: Run, device: torch.device) -> None:
@@ -174,13 +262,15 @@ class Engine:
             internals.move_patches(options, device)
 
 
-class Attentions(SiteHandler):
-    """What happens at the attentions of one model call."""
+class Attentions(refusals.OfAttention):
+    """What happens at the attentions of one model call. images: of the target."""
 
-    def __init__(self, engine: Engine, call: ModelCall) -> None:
-        self.engine, self.call = engine, call
-        self.names, self.size = engine.session.names, engine.session.context.size
-        self.acts_on_self_attention = bool(call.recipes or call.record)
+    def __init__(self, engine: Engine, call: ModelCall, images: int) -> None:
+        super().__init__(engine.session.names)
+        self.engine, self.call, self.images = engine, call, images
+        self.size = engine.session.context.size
+        composed = [site for recipe in call.recipes for site in recipe.window.sites]
+        self.self_attention_sites = frozenset(composed).union(call.record.sites if call.record else ())
         self.packed_sites = frozenset(s for recipe in call.recipes if recipe.several_terms for s in recipe.window.sites)
         self.measured_sites = frozenset(site for live in call.maps for site in live.wanted.sites)
         self.biased_sites = frozenset(site for bias, _ in call.biases.values() for site in bias.window.sites)
@@ -189,7 +279,7 @@ class Attentions(SiteHandler):
 
     @property
     def is_needed(self) -> bool:
-        return self.acts_on_self_attention or bool(self.measured_sites or self.biased_sites)
+        return bool(self.self_attention_sites or self.measured_sites or self.biased_sites)
 
     def self_attention(self, attention: SelfAttention) -> SelfAttentionRows | None:
         """Record the rows, and compose them as the recipes say."""
@@ -202,31 +292,50 @@ class Attentions(SiteHandler):
             return None
         if len(roles) < len(known):
             raise refusals.some_are_foreign(self.names)
-        if self.call.record:
+        if self.call.record and site in self.call.record.sites:
             for role, part in zip(roles, n.chunk(len(roles))):
-                self.call.record(site, role, part, grid)
+                self.call.record.take(site, role, part[: self.images], grid)
         rows: SelfAttentionRows | None = None
         for recipe in self.call.recipes:
             if site in recipe.window.sites:
                 self.engine.session.acted.add(recipe)
-                rows = self.composed(recipe, site, roles, rows or SelfAttentionRows(n, n, n), grid)
+                rows = self.composed(recipe, site, roles, rows, n, grid)
         return rows
 
     def composed(
-        self, recipe: Recipe, site: Site, roles: list[CondRole], rows: SelfAttentionRows, grid: tuple[int, int]
+        self,
+        recipe: Recipe,
+        site: Site,
+        roles: list[CondRole],
+        rows: SelfAttentionRows | None,
+        n: Tensor,
+        grid: tuple[int, int],
     ) -> SelfAttentionRows:
-        context, count = self.engine.session.context, len(roles)
+        """rows: what earlier recipes made of n, None if there were none."""
+        context, count, beside = self.engine.session.context, len(roles), len(self.call.beside)
+        parts = n.chunk(count)
+        if rows is None:
+            own = torch.cat([part[: self.images] for part in parts]) if beside else n
+            rows = SelfAttentionRows(own, own, own, beside=beside)
         terms: list[list[AttentionTerm]] = []
-        for role, *target in zip(roles, *(part.chunk(count) for part in (rows.q, rows.k, rows.v))):
-            sources = self.engine.sources(self.call, recipe, role, site, grid, rows.q)
+        for role, part, *target in zip(roles, parts, *(t.chunk(count) for t in (rows.q, rows.k, rows.v))):
+            sources = self.engine.sources(self.call, recipe, role, site, grid, rows.q, part[self.images :])
             terms.append(recipe.attend(context, TargetRows(*target), sources, grid))
-        return SelfAttentionRows(*pack(terms, rows.q.shape[0] // count, rows.q.shape[1]))
+        q, k, v, packed = pack(terms, rows.q.shape[0] // count, rows.q.shape[1])
+        return SelfAttentionRows(q, k, v, packed, TargetRows(rows.q, rows.k, rows.v) if packed else None, beside)
 
     def text_attention(self, attention: TextAttention) -> None:
         """Measure where the model looks for words."""
         refusals.check_measured(self.names, self.size, attention.latent_size)
+        if self.call.beside:
+            q, k = (self.of_target(t, len(attention.uuids)) for t in (attention.q, attention.k))
+            attention = attention._replace(q=q, k=k, images=len(q))
         for live in self.call.maps:
             live.look(attention)
+
+    def of_target(self, t: Tensor, count: int) -> Tensor:
+        """The target's images of `count` conditionings, without those beside them."""
+        return t.unflatten(0, (count, -1))[:, : self.images].flatten(0, 1)
 
     def bias(self, attention: TextAttention) -> list[Tensor | None]:
         """The biases of the conditionings, and where they were asked for."""
@@ -260,12 +369,7 @@ class Attentions(SiteHandler):
                 raise refusals.never_reached(recipe.node, missing, len(recipe.window.sites))
         for uuid, reached in self.biased.items():
             bias, _ = self.call.biases[uuid]
-            missing = [site for site in bias.window.sites if site not in reached]
+            wanted = self.engine.family.text_sites.intersection(bias.window.sites)
+            missing = [site for site in bias.window.sites if site in wanted - reached]
             if missing:
-                raise refusals.never_reached(bias.node, missing, len(bias.window.sites), "cross-attention")
-
-    def wrong_result(self, site: Site, got: tuple[int, ...], queries: tuple[int, ...]) -> ValueError:
-        return refusals.wrong_result(self.names, site, got, queries)
-
-    def wrong_rows(self, site: Site, got: tuple[int, ...], wanted: tuple[int, ...]) -> ValueError:
-        return refusals.wrong_rows(self.names, site, got, wanted)
+                raise refusals.never_reached(bias.node, missing, len(wanted), "cross-attention")

@@ -7,10 +7,27 @@ import comfy.conds
 import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
+ATTENTION = "optimized_attention_override"  # ComfyUI's name of the slot for a transformer's attention
+# in transformer options: what a run or an evaluation has of its own
+OF_ONE_CALL = {
+    "sigmas",
+    "sample_sigmas",
+    "uuids",
+    "cond_or_uncond",
+    "wrappers",
+    "callbacks",
+    "patches",
+    "patches_replace",
+    "montage",
+}
+# in processed conditionings: what ties them to a batch of their own, and what must be the same to share one
+ALONE = ("area", "mask", "control", "gligen", "hooks", "default")
+WEIGHTED = ("strength", "timestep_start", "timestep_end")
 KEY = "montage"  # of our wrappers and attachments in a MODEL, and of the Session in a run's transformer options
 
 # ---------------------------------------------------------------- a MODEL
@@ -97,6 +114,21 @@ def wrap_network(options: dict, wrapper: Callable) -> None:
     comfy.patcher_extension.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, wrapper, options, is_model_options=True)
 
 
+def replace_attention(options: dict, override: Callable) -> Callable | None:
+    """Put a function into the slot of (a copy of) model options that computes every attention of a transformer. Returns
+    the one that stood there, which it is to go on calling.
+    """
+    transformer = options["transformer_options"]
+    occupant = transformer.get(ATTENTION)
+    transformer[ATTENTION] = override
+    return occupant
+
+
+def module_name(function: Callable) -> str:
+    """The last part of the name of the module that a function comes from: by it other nodes' functions can be told."""
+    return function.__module__.replace("\\", "/").replace(".", "/").rpartition("/")[2]
+
+
 def wrapper_keys(options: dict) -> Iterator[str]:
     """The keys of all wrappers in model options: the names by which other nodes can be told."""
     for wrappers in options.get("transformer_options", {}).get("wrappers", {}).values():
@@ -105,11 +137,30 @@ def wrapper_keys(options: dict) -> Iterator[str]:
 
 def is_patched_by_others(options: dict) -> bool:
     """Whether anything but this pack changes what the model computes, and might do so row by row."""
+    return _is_patched(options) or ATTENTION in options.get("transformer_options", {})
+
+
+def _is_patched(options: dict) -> bool:
+    """The same, but for a function that computes all attentions."""
     transformer = options.get("transformer_options", {})
     others = {key for key in wrapper_keys(options) if key != KEY}
     patched = any(transformer.get("patches", {}).values()) or any(transformer.get("patches_replace", {}).values())
     hooked = any(name in options for name in ("model_function_wrapper", "sampler_calc_cond_batch_function"))
-    return bool(others or patched or hooked or "optimized_attention_override" in transformer)
+    return bool(others or patched or hooked)
+
+
+def compute_alike(options: dict, others: dict) -> bool:
+    """Whether images may share a batch that two model options are for: no patches of other packs, which may tell images
+    apart, one attention function, and otherwise the same. torch.compile makes no difference.
+    """
+    one, other = (without_compile(each)[0] for each in (options, others))
+    if _is_patched(one) or _is_patched(other):
+        return False
+    one, other = (
+        {key: value for key, value in each["transformer_options"].items() if key not in OF_ONE_CALL}
+        for each in (one, other)
+    )
+    return same_conditioning(one, other)
 
 
 # ---------------------------------------------------------------- evaluations
@@ -170,6 +221,52 @@ def same_conditioning(a: Any, b: Any) -> bool:
     if isinstance(a, comfy.conds.CONDRegular):
         return type(a) is type(b) and same_conditioning(a.cond, b.cond)
     return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
+
+
+def stacked(conds: list[dict], images: int) -> dict | None:
+    """One processed conditioning for the rows of several, under the uuid of the first: `images` rows of the first, one
+    of each other. None where they cannot share a batch: areas, masks, ControlNets, or texts of other lengths.
+    """
+    first = conds[0]
+    if any(key in cond for cond in conds for key in ALONE):
+        return None
+    if any(cond.get(key) != first.get(key) for cond in conds for key in WEIGHTED):
+        return None
+    if any(cond["model_conds"].keys() != first["model_conds"].keys() for cond in conds):
+        return None
+    found = {}
+    for name, value in first["model_conds"].items():
+        rows = [cond["model_conds"][name] for cond in conds]
+        if any(type(other) is not type(value) for other in rows):
+            return None
+        found[name] = _stacked_values([row.cond for row in rows], images)
+        if found[name] is None and value.cond is not None:
+            return None
+        found[name] = value._copy_with(found[name])
+    return {**first, "model_conds": found}
+
+
+def _stacked_values(values: list, images: int) -> Any:
+    """Tensors of rows one after the other, in lists too; what is no tensor must be the same in all. None where they do
+    not go together.
+    """
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        if any(value.shape[1:] != first.shape[1:] or value.ndim == 0 for value in values):
+            return None
+        rows = [comfy.utils.repeat_to_batch_size(first, images), *(value[:1] for value in values[1:])]
+        return torch.cat([row.to(rows[0]) for row in rows])
+    if isinstance(first, list):
+        if any(len(value) != len(first) for value in values):
+            return None
+        found = [_stacked_values(list(each), images) for each in zip(*values)]
+        return None if any(value is None for value in found) else found
+    return first if all(same_conditioning(first, value) for value in values) else None
+
+
+def fits(model: Any, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether a batch fits into the memory that is free, as ComfyUI reckons it for its own."""
+    return model.memory_required(list(shape)) * 1.5 < model.current_patcher.get_free_memory(device)
 
 
 def processed(model: ModelPatcher, conditionings: dict, noise: torch.Tensor, latent_image: torch.Tensor, mask: Any):

@@ -1,17 +1,22 @@
 """What a recorded run takes down: its latents, conditioning and options, and attention features within a budget."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from . import internals
+from . import internals, refusals
 from .attention_maps import LiveAttentionMap
-from .models import SelfAttention, Site, SiteHandler, family_of
+from .models import SelfAttention, Site, family_of
 from .streams import CallKey, CondRole, Evaluation, Recording, Run, recorded_conds, roles_of
 
-Record = Callable[[Site, CondRole, torch.Tensor, tuple[int, int]], None]
+
+class Record(NamedTuple):
+    """What takes down self-attentions. take: (site, role, rows [B, tokens, C], grid (h, w)). sites: where."""
+
+    take: Callable[[Site, CondRole, torch.Tensor, tuple[int, int]], None]
+    sites: frozenset[Site]
 
 
 class Recorder:
@@ -22,11 +27,12 @@ class Recorder:
         self.run, self.model, self.recordings, self.last_sigma = run, model, recordings, last_sigma
         self.recording = max(recordings, key=lambda recording: recording.budget)  # whose budget counts
         self.keeps_features = self.recording.budget > 0
-        self.cut_site = family_of(model).cut_site()
+        family = family_of(model)
+        self.cut_site, self.sites = family.cut_site(), frozenset(family.sites())
 
     def begin_call(self, key: CallKey, conds: dict[str, list[dict]], x: torch.Tensor, options: dict) -> Record | None:
-        """Take down what goes into an evaluation of the model; return the callback that records the target's attention
-        inputs, or None where nothing is to be recorded of them.
+        """Take down what goes into an evaluation of the model; return what records the target's attention inputs, or
+        None where nothing is to be recorded of them.
         """
         if not self.run.conds:
             self.run.conds = recorded_conds(conds)
@@ -44,7 +50,7 @@ class Recorder:
             if is_last and site == self.cut_site:
                 self.run.keep_cut_features(self.model, role, rows, grid)
 
-        return record
+        return Record(record, self.sites if self.keeps_features else frozenset([self.cut_site]))
 
     def keep(self, evaluation: Evaluation, site: Site, role: CondRole, rows: torch.Tensor) -> None:
         """Keep the features of one site while the budget lasts: at no moment is it exceeded."""
@@ -70,14 +76,14 @@ def recording_cut_features(run: Run, guider: Any, options: dict) -> dict:
     return family_of(guider.model_patcher).hooked(options, CutFeatures(run, guider))
 
 
-class CutFeatures(SiteHandler):
+class CutFeatures(refusals.OfAttention):
     """What happens at the attentions of such an evaluation: nothing else is done."""
 
-    acts_on_self_attention = True
-
     def __init__(self, run: Run, guider: Any) -> None:
+        super().__init__("Invert Image")
         self.run, self.model, self.roles = run, guider.model_patcher, roles_of(guider.conds)
         self.site = family_of(self.model).cut_site()
+        self.self_attention_sites = frozenset([self.site])
 
     def self_attention(self, attention: SelfAttention) -> None:
         if attention.site == self.site:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import internals
-from .models import Site, TextAttention
+from .models import Site, SiteHandler, TextAttention
 from .recipe import Recipe, never_acts
 from .schedule import in_words
 from .streams import CondRole, Run
@@ -29,6 +29,7 @@ def before_sampling(session: Session) -> None:
     if session.names:
         _check_context_windows(session.names, session.biased_nodes, model)
         _check_caches(session.names, session.guider.model_options)
+        _check_skips(session.names, session.guider.model_options)
     for recipe in session.recipes:
         for run in dict.fromkeys(stream.run for stream in recipe.followed):
             check_run(session, recipe, run)
@@ -67,6 +68,25 @@ def _check_caches(names: str, options: dict) -> None:
                 f"{names}: {name} on this MODEL skips evaluations of the model, which can then neither be recorded nor"
                 f" composed. Disconnect {name}, for the recorded images and for this run."
             )
+
+
+def _check_skips(names: str, options: dict) -> None:
+    """Refuse guidance that evaluates a transformer with some of its blocks left out."""
+    functions = [*options.get("sampler_post_cfg_function", ()), options.get("sampler_calc_cond_batch_function")]
+    if any(internals.module_name(function) == "nodes_slg" for function in functions if function is not None):
+        raise ValueError(
+            f"{names}: Skip Layer Guidance evaluates this MODEL with blocks left out, which can then neither be"
+            " recorded nor composed. Disconnect Skip Layer Guidance, for the recorded images and for this run."
+        )
+
+
+def check_frames(names: str, shape: tuple[int, ...]) -> None:
+    """Refuse a latent of several frames."""
+    if names and len(shape) == 5 and shape[2] > 1:
+        raise ValueError(
+            f"{names}: the latent has {shape[2]} frames, and only single pictures can be recorded and composed. Give a"
+            " latent of length 1."
+        )
 
 
 def check_run(session: Session, recipe: Recipe, run: Run) -> None:
@@ -130,7 +150,7 @@ def _check_several_terms(session: Session) -> None:
 def _check_guidance(session: Session) -> None:
     """Refuse guidance that would take one term of the middle block's attention for all of it."""
     functions = session.guider.model_options.get("sampler_post_cfg_function", ())
-    modules = (function.__module__.replace("\\", "/").replace(".", "/").rpartition("/")[2] for function in functions)
+    modules = map(internals.module_name, functions)
     found = next((WHOLE_MIDDLE_BLOCK[module] for module in modules if module in WHOLE_MIDDLE_BLOCK), None)
     for recipe in session.recipes:
         if found and recipe.several_terms and any(site.block == "middle" for site in recipe.window.sites):
@@ -221,19 +241,45 @@ def never_reached(node: str, missing: Sequence[Site], wanted: int, what: str = "
     )
 
 
-def wrong_result(names: str, site: Site, got: tuple[int, ...], queries: tuple[int, ...]) -> ValueError:
-    return ValueError(
-        f"{names}: another node replaces the self-attention of block {tuple(site)} and gave"
-        f" {got} for queries of {queries}: it does not go with attention that is fed from several images. Disconnect it"
-        " (Perturbed-Attention Guidance does this), or leave the block out."
-    )
+class OfAttention(SiteHandler):
+    """What can be refused inside an attention. names: of the nodes on the MODEL."""
 
+    def __init__(self, names: str) -> None:
+        self.names = names
 
-def wrong_rows(names: str, site: Site, got: tuple[int, ...], wanted: tuple[int, ...]) -> ValueError:
-    return ValueError(
-        f"{names}: another node cuts the tokens of block {tuple(site)} after they were composed ({got}"
-        f" of {wanted} in q, k and v). Disconnect HyperTile, ToMe and the like from this MODEL."
-    )
+    def wrong_result(self, site: Site, got: tuple[int, ...], queries: tuple[int, ...]) -> ValueError:
+        return ValueError(
+            f"{self.names}: another node replaces the self-attention of block {tuple(site)} and gave {got} for queries"
+            f" of {queries}: it does not go with attention that is fed from several images. Disconnect it"
+            " (Perturbed-Attention Guidance does this), or leave the block out."
+        )
+
+    def wrong_rows(self, site: Site, got: tuple[int, ...], wanted: tuple[int, ...]) -> ValueError:
+        return ValueError(
+            f"{self.names}: another node cuts the tokens of block {tuple(site)} after they were composed ({got} of"
+            f" {wanted} in q, k and v). Disconnect HyperTile, ToMe and the like from this MODEL."
+        )
+
+    def wrong_tokens(self, site: Site, got: tuple[int, ...], wanted: str) -> ValueError:
+        return ValueError(
+            f"{self.names}: the attention of block {tuple(site)} is over {got} where {wanted} and their text were"
+            " expected: another node changes the tokens or the batch inside the model, or adds reference images in a"
+            " way that is not known. Disconnect it from this MODEL."
+        )
+
+    def skipped(self, blocks: Sequence[Site]) -> RuntimeError:
+        return RuntimeError(
+            f"{self.names}: {len(blocks)} blocks of the model were left out or run more than once, the first of them"
+            f" {tuple(blocks[0])}. Disconnect what skips blocks (Skip Layer Guidance, TeaCache and the like) from this"
+            " MODEL."
+        )
+
+    def references(self, title: str) -> ValueError:
+        return ValueError(
+            f"{self.names}: the conditioning carries reference images, whose tokens cannot be told from the picture's"
+            f" own in {title}. Take them out of the conditioning; Flux.1 Kontext, Flux.2 and Qwen-Image Edit can have"
+            " them."
+        )
 
 
 def missing_conditioning(recipe: Recipe, number: int, role: str, sigma: float) -> RuntimeError:

@@ -47,6 +47,7 @@ class Session:
         self.visits = Visits()
         self.calls = 0  # how often the guider's evaluation at hand has called the model
         self.recorder: Recorder | None = None
+        refusals.check_frames(self.names, noise.shape)
         refusals.before_sampling(self)
         self.engine = Engine(self)
 

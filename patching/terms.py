@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 
 Tensor = torch.Tensor
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (q, k, v, the target's tokens that ask or None for all, the images of the batch) -> like q
+Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None", slice], Tensor]
+EVERY = slice(None)  # image of the batch
 
 
 class TargetRows(NamedTuple):
@@ -71,16 +73,17 @@ class PackedAttention(NamedTuple):
         return sum(term.queries for term in self.terms), keys, keys
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention: Attention) -> Tensor:
-        """The attention of the target, [B, tokens, channels], from packed q, k and v. attention: (q, k, v) -> like
-        q.
-        """
+        """The attention of the target, [B, tokens, channels], from packed q, k and v."""
         out = q.new_zeros(q.shape[0], self.tokens, v.shape[-1])
         queries, keys = [term.queries for term in self.terms], [term.keys for term in self.terms]
         parts = zip(q.split(queries, 1), k.split(keys, 1), v.split(keys, 1))
         for term, part in zip(self.terms, parts):
             if term.projected is not None:
                 part = term.projected(*part)
-            result = attention(*part) if term.allowed is None else _attend_each(*part, term.allowed, attention)
+            if term.allowed is None:
+                result = attention(*part, term.rows, EVERY)
+            else:
+                result = _attend_each(*part, term.rows, term.allowed, attention)
             if term.weight is not None:
                 result = result * term.weight.to(result)
             if term.rows is None:
@@ -90,13 +93,15 @@ class PackedAttention(NamedTuple):
         return out
 
 
-def _attend_each(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, attention: Attention) -> Tensor:
+def _attend_each(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, allowed: Tensor, attention: Attention) -> Tensor:
     """Image by image, over its own keys: gathered, since a mask would need queries x keys of memory in some
     backends.
     """
-    return torch.cat(
-        [attention(*(part[i : i + 1] for part in (q, k[:, rows], v[:, rows]))) for i, rows in enumerate(allowed)]
-    )
+    found = []
+    for i, keys in enumerate(allowed):
+        image = slice(i, i + 1)
+        found.append(attention(q[image], k[image, keys], v[image, keys], rows, image))
+    return torch.cat(found)
 
 
 def pack(

@@ -25,7 +25,7 @@ def random(*shape, seed=0):
 
 def attended(branches, tokens, batch=1):
     q, k, v, split = pack([branches], batch, tokens)
-    return split.attend(q, k, v, plain_attention)
+    return split.attend(q, k, v, lambda q, k, v, rows, images: plain_attention(q, k, v))
 
 
 def test_branches_over_parts_of_the_rows_are_the_whole():

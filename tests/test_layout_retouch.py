@@ -534,7 +534,7 @@ def test_a_mask_blends_each_place_by_its_weight():
     mask = torch.rand(2, *SIZE, generator=generator) * OBJECT
     recipe = FromBoth(Window(0, 1, ()), [None], [None], mask)
     q, k, v, split = pack([recipe.attend(None, TargetRows(*[n.expand(2, -1, -1)] * 3), [r, o], SIZE)], 2, 64)
-    found = split.attend(q, k, v, lambda q, k, v: optimized_attention(q, k, v, 4))
+    found = split.attend(q, k, v, lambda q, k, v, *_: optimized_attention(q, k, v, 4))
     weight = mask.flatten(1)[..., None]
     target, source = optimized_attention(n, r, r, 4), optimized_attention(o, o, o, 4)
     close(found, weight * target + (1 - weight) * source, 1e-5)

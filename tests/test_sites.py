@@ -1,5 +1,3 @@
-import comfy.model_base
-import comfy.supported_models
 import pytest
 import torch
 
@@ -71,33 +69,6 @@ def test_a_wrong_text_lists_what_the_model_has(text, part):
     with pytest.raises(ValueError) as error:
         parse_sites("test", random_model("sd15-small"), text)
     assert part in str(error.value) and "d0-5" in str(error.value) and "u0-8" in str(error.value)
-
-
-def test_another_kind_of_model_is_refused_by_name():
-    flux = comfy.supported_models.Flux(
-        {
-            "guidance_embed": True,
-            "image_model": "flux",
-            "in_channels": 16,
-            "hidden_size": 64,
-            "num_heads": 2,
-            "depth": 1,
-            "depth_single_blocks": 1,
-            "axes_dim": [8, 12, 12],
-            "theta": 10,
-            "vec_in_dim": 8,
-            "context_in_dim": 8,
-            "mlp_ratio": 4.0,
-            "qkv_bias": True,
-            "patch_size": 2,
-            "out_channels": 16,
-            "txt_ids_dims": [],
-        }
-    )
-    model = comfy.model_base.Flux(flux, device=torch.device("meta"))
-    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-    with pytest.raises(ValueError, match="this MODEL is a Flux with a Flux. Load an SD1.x, SD2.x or SDXL"):
-        sites_of(patcher)
 
 
 def test_positions_are_fractions_of_the_steps():

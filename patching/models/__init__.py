@@ -12,7 +12,7 @@ from .base import (
     SiteHandler,
     TextAttention,
 )
-from .families import family_of, parse_sites, sites_of
+from .families import family_of, parse_sites, require_unet, sites_of
 
 __all__ = [
     "ModelFamily",
@@ -23,5 +23,6 @@ __all__ = [
     "TextAttention",
     "family_of",
     "parse_sites",
+    "require_unet",
     "sites_of",
 ]

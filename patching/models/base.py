@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..terms import PackedAttention
+from ..terms import PackedAttention, TargetRows
 
 
 class Site(NamedTuple):
@@ -36,14 +36,19 @@ class SelfAttention(NamedTuple):
 
 
 class SelfAttentionRows(NamedTuple):
-    """What the engine wants computed instead: rows for Q, K and V, [conditionings x B, any, C]; packed: how to attend
-    where that takes more than one attention (None: plainly).
+    """What the engine wants computed instead: rows for Q, K and V, [conditionings x B, any, C].
+
+    packed: how to attend where that takes more than one attention (None: plainly). own: with packed rows, the target's
+    own as they were before these, for the text that attends to the image (None: as the model made them). beside:
+    further images that each conditioning holds after its B, of which nothing is changed.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     packed: PackedAttention | None = None
+    own: TargetRows | None = None
+    beside: int = 0
 
 
 class TextAttention(NamedTuple):
@@ -68,7 +73,7 @@ class SiteHandler:
     has the methods that it lists sites for.
     """
 
-    acts_on_self_attention = False  # whether self_attention is to be called, at all sites
+    self_attention_sites: frozenset[Site] = frozenset()  # where self_attention is to be called, at least; none: nowhere
     packed_sites: frozenset[Site] = frozenset()  # where self_attention may return packed rows
     measured_sites: frozenset[Site] = frozenset()  # where text_attention is to be called
     biased_sites: frozenset[Site] = frozenset()  # where bias is to be called
@@ -93,9 +98,29 @@ class SiteHandler:
         """The error for another node that changes the number of tokens after they were composed."""
         raise NotImplementedError
 
+    def wrong_tokens(self, site: Site, got: tuple[int, ...], wanted: str) -> ValueError:
+        """The error for an attention that is not over the tokens that the model makes of its latent."""
+        raise NotImplementedError
+
+    def skipped(self, blocks: Sequence[Site]) -> RuntimeError:
+        """The error for a network in which blocks were left out, or run more than once."""
+        raise NotImplementedError
+
+    def references(self, title: str) -> ValueError:
+        """The error for reference images whose tokens cannot be told from the picture's own."""
+        raise NotImplementedError
+
 
 class ModelFamily(ABC):
-    """A kind of diffusion model. Made anew for each question: it holds the MODEL's network and nothing else."""
+    """A kind of diffusion model. Made anew for each question: it holds the MODEL's network and nothing else.
+
+    lockstep: whether streams are by default evaluated as further images of the target's own batch, which holds nothing,
+    instead of being replayed before it, which is exact to the bit. is_unet: whether it has levels, maps [B, C, h, w] of
+    features, and is small enough to be trained through.
+    """
+
+    lockstep = False
+    is_unet = False
 
     def __init__(self, model: ModelPatcher, network: torch.nn.Module) -> None:
         self.model, self.network = model, network
@@ -108,6 +133,11 @@ class ModelFamily(ABC):
     @abstractmethod
     def sites(self) -> tuple[Site, ...]:
         """Every attention site, in the order of execution."""
+
+    @property
+    def text_sites(self) -> frozenset[Site]:
+        """The sites whose image tokens attend to text."""
+        return frozenset(self.sites())
 
     @abstractmethod
     def parse_sites(self, text: str) -> tuple[Site, ...]:

@@ -4,9 +4,13 @@ from comfy.model_patcher import ModelPatcher
 
 from .. import internals
 from .base import ModelFamily, Site
+from .dit import ARCHITECTURES, DiT
 from .unet import UNet
 
-FAMILIES: tuple[type[ModelFamily], ...] = (UNet,)
+FAMILIES: tuple[type[ModelFamily], ...] = (UNet, DiT)
+WORKING = ", ".join(["SD1.x, SD2.x, SDXL", *dict.fromkeys(known.name for known in ARCHITECTURES.values())])
+# transformers into whose attention ComfyUI lets nobody see, by their class
+CLOSED = {"ErnieImageModel": "ERNIE-Image", "HunYuanDiT": "HunyuanDiT", "PixArtMS": "PixArt"}
 
 
 def family_of(model: ModelPatcher) -> ModelFamily:
@@ -15,10 +19,19 @@ def family_of(model: ModelPatcher) -> ModelFamily:
     for family in FAMILIES:
         if family.owns(network):
             return family(model, network)
-    raise ValueError(
-        "Montage works inside the attention of SD1.x, SD2.x and SDXL UNets; this MODEL is a"
-        f" {type(model.model).__name__} with a {type(network).__name__}. Load an SD1.x, SD2.x or SDXL checkpoint."
-    )
+    kind = type(network).__name__
+    what = f"this MODEL is {CLOSED[kind]}" if kind in CLOSED else f"this MODEL is a {type(model.model).__name__}"
+    why = ", whose attention ComfyUI does not let nodes reach" if kind in CLOSED else f" with a {kind}"
+    raise ValueError(f"Montage works inside the attention of {WORKING}; {what}{why}. Load one of these models.")
+
+
+def require_unet(node: str, model: ModelPatcher, why: str) -> None:
+    """Refuse a MODEL that is no UNet, for a node that needs one. node: its display name. why: what it uses."""
+    if not family_of(model).is_unet:
+        raise ValueError(
+            f"{node}: it works on SD1.x, SD2.x and SDXL only: {why}. This MODEL is a {type(model.model).__name__};"
+            " disconnect the node from it."
+        )
 
 
 def sites_of(model: ModelPatcher) -> tuple[Site, ...]:

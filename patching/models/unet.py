@@ -27,6 +27,7 @@ class UNet(ModelFamily):
     """SD1.x, SD2.x and SDXL."""
 
     network: Any  # a UNetModel, whose parts are declared as plain modules
+    is_unet = True
 
     @classmethod
     def owns(cls, network: torch.nn.Module) -> bool:
@@ -100,7 +101,7 @@ class UNet(ModelFamily):
     def hooked(self, options: dict, handler: SiteHandler) -> dict:
         transformer = options["transformer_options"]
         packed: dict[tuple, PackedAttention] = {}  # (site, uuids) -> how to attend, between the patch and the slot
-        if handler.acts_on_self_attention:
+        if handler.self_attention_sites:
             internals.add_first(options, "attn1_patch", _self_attention_patch(handler, packed))
         for site in handler.packed_sites:
             slots.occupy(transformer, "attn1", site, lambda s, o: _packed_attention(handler, s, o, packed))
@@ -151,7 +152,7 @@ def _packed_attention(
         lengths = q.shape[1], k.shape[1], v.shape[1]
         if lengths != terms.lengths:
             raise handler.wrong_rows(site, lengths, terms.lengths)
-        return terms.attend(q, k, v, lambda *part: attend(*part, extra))
+        return terms.attend(q, k, v, lambda q, k, v, rows, images: attend(q, k, v, extra))
 
     return replace
 
