@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..kernels import graphcut, labels
+from ..kernels.strokes import draw, parse_document
 from ..methods.photomontage import CompositeAttention
 from ..patching.install import install
 from ..patching.models import parse_sites
@@ -268,7 +269,7 @@ class GraphCutMontage(io.ComfyNode):
         """All strokes [N, H, W] in [0, 1], from the three ways to give them."""
         count, height, width = pictures.shape[:3]
         try:
-            painted_base, drawn = labels.parse_document(strokes, count)
+            painted_base, drawn = parse_document(strokes, count)
         except ValueError as error:
             raise ValueError(f"{cls.NAME}: {error}.") from None
         if painted_base not in (None, base):
@@ -276,7 +277,7 @@ class GraphCutMontage(io.ComfyNode):
                 f"{cls.NAME}: base is {base}, but the strokes were painted for base {painted_base}. Set both to the"
                 " same image."
             )
-        marks = labels.draw(drawn, count, height, width)
+        marks = draw(drawn, count, height, width)
         if stroke_masks is not None:
             stroke_masks = mask_of(cls.NAME, "stroke_masks", stroke_masks)
             if stroke_masks.shape != marks.shape:
