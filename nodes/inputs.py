@@ -31,6 +31,29 @@ def mask_of(node, name, mask):
     return finite(node, name, mask.reshape(-1, *mask.shape[-2:])).cpu().float()
 
 
+def mask_for(node, name, mask, size):
+    """A MASK that says something about places of a picture -> [B, H, W] as mask_of, of any size in the picture's
+    proportions. The one rule for all nodes.
+
+    size: (height, width) of the picture, in pixels. Raises ValueError as mask_of, for a mask of other proportions
+    (latents cut a picture to multiples of 8 pixels, so that much may differ), and for the empty mask that Load Image
+    gives for a picture without alpha.
+    """
+    mask = mask_of(node, name, mask)
+    (height, width), (h, w) = mask.shape[1:], size
+    if mask.shape == (1, 64, 64) and size != (64, 64) and not mask.any():
+        raise ValueError(
+            f"{node}: {name} is 64x64 and empty: Load Image gives such a mask for a picture without transparency. Paint"
+            " one (Open in MaskEditor), or connect another."
+        )
+    if abs(height * w - width * h) > max(8 * height, 8 * width, h, w):
+        raise ValueError(
+            f"{node}: {name} is {width}x{height} and the picture {w}x{h}, another shape. Use a mask of the picture, or"
+            " crop both alike."
+        )
+    return mask
+
+
 def finite(node, name, tensor):
     """The same tensor. Raises ValueError for NaN or infinite values."""
     if not torch.isfinite(tensor).all():

@@ -102,7 +102,8 @@ class GraphCutMontage(io.ComfyNode):
                     "stroke_picture",
                     optional=True,
                     tooltip=(
-                        "What to keep, as one picture in the colours of the labels output; dark pixels are unpainted."
+                        "What to keep, as one picture in the colours of the labels output. All else is unpainted: black,"
+                        " white paper, and colours far from those."
                     ),
                 ),
                 io.Boolean.Input(
@@ -216,7 +217,7 @@ class GraphCutMontage(io.ComfyNode):
 
         owner = labels.at_grid(owner, pictures.shape[1:3])
         masks = labels.to_masks(owner, count)
-        paste = (masks[..., None] * pictures).sum(0)
+        paste = labels.paste(pictures, owner)
         regions = labels.picture(owner, count)
         shown = {  # in private keys: "images" would make ComfyUI add a gallery of its own
             "montage_images": [previews.photograph(picture) for picture in pictures],

@@ -67,3 +67,25 @@ def test_colours_are_distinct():
     colours = labels.palette(32)
     distances = torch.cdist(colours, colours) + torch.eye(32)
     assert distances.min() > 0.05 and colours.amax(1).min() > 0.2
+
+
+def test_white_paper_marks_nothing():
+    """Nor do greys, a shaded paper, and colours that no label has; soft edges lose no more than a pixel."""
+    paper = torch.ones(40, 40, 3)
+    paper[:, 20:] = torch.linspace(1, 0, 20)[:, None]
+    assert not labels.from_picture(paper, 10).any()
+    assert not labels.from_picture(torch.tensor([1.0, 1.0, 0.0]).expand(8, 8, 3), 10).any()
+    paper[10:20, 5:15] = labels.palette(10)[3]
+    noise = 2 * torch.rand(40, 40, 3, generator=torch.Generator().manual_seed(0)) - 1
+    marks = labels.from_picture((paper + 0.03 * noise).clamp(0, 1), 10)
+    assert marks[3, 10:20, 5:15].all() and marks.sum() == 100
+    soft = torch.nn.functional.avg_pool2d(paper.movedim(-1, 0), 3, 1, 1, count_include_pad=False).movedim(0, -1)
+    marks = labels.from_picture(soft, 10)
+    assert marks[3, 11:19, 6:14].all() and marks.sum() == marks[3, 10:20, 5:15].sum()
+
+
+def test_a_paste_takes_each_pixel_from_its_picture():
+    pictures = torch.rand(5, 9, 7, 3)
+    owner = torch.randint(5, (9, 7))
+    expected = (labels.to_masks(owner, 5)[..., None] * pictures).sum(0)
+    assert torch.equal(labels.paste(pictures, owner), expected)
