@@ -189,13 +189,14 @@ def minimum_cut(
     start = np.concatenate([tails, heads, np.full(len(supply), source), demand])
     end = np.concatenate([heads, tails, supply, np.full(len(demand), sink)])
     values = np.concatenate([forward, backward, pull[supply], -pull[demand]]).astype(np.int32)
-    capacity = coo_array((values, (start, end)), (nodes + 2, nodes + 2)).tocsr()
-    flow = maximum_flow(capacity, source, sink).flow
-    residual = capacity - flow
+    # All arcs turned round: the search then begins at the few seams, not at every stroke, and takes less time.
+    capacity = coo_array((values, (end, start)), (nodes + 2, nodes + 2)).tocsr()
+    flow = maximum_flow(capacity, sink, source).flow
+    residual = (capacity - flow).T.tocsr()
     residual.eliminate_zeros()
     reached = np.zeros(nodes + 2, bool)
     reached[breadth_first_order(residual, source, return_predecessors=False)] = True
-    along = np.asarray(flow[tails, heads], np.int64).ravel() if len(tails) else np.zeros(0, np.int64)
+    along = np.asarray(flow[heads, tails], np.int64).ravel() if len(tails) else np.zeros(0, np.int64)
     return ~reached[:nodes], along
 
 
