@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 
 MODES = ("or", "and", "sam", "cross")
-EIGHT = np.ones((3, 3))  # neighbours of a pixel, itself among them
+EIGHT = np.ones((3, 3))  # neighbours of a pixel, and itself
 
 
 class AdaptiveMask(NamedTuple):
@@ -54,7 +54,7 @@ def at_size(masks: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     if tuple(masks.shape[1:]) == tuple(size):
         return masks.float()
     if size[0] <= masks.shape[1] and size[1] <= masks.shape[2]:
-        return torch.nn.functional.adaptive_avg_pool2d(masks[:, None].float(), list(size))[:, 0]
+        return torch.nn.functional.adaptive_avg_pool2d(masks[:, None].float(), (size[0], size[1]))[:, 0]
     return torch.nn.functional.interpolate(masks[:, None].float(), size=list(size), mode="bilinear")[:, 0]
 
 
@@ -62,8 +62,9 @@ def without_small_components(mask: np.ndarray, least: float) -> np.ndarray:
     """A boolean array [H, W] without its connected components of fewer than `least` pixels (diagonal neighbours are
     connected).
     """
-    components, count = ndimage.label(mask, EIGHT)
-    kept = ndimage.sum_labels(mask, components, np.arange(count + 1)) >= least
+    components = np.zeros(mask.shape, np.int32)
+    ndimage.label(mask, EIGHT, output=components)
+    kept = np.bincount(components.ravel()) >= least
     kept[0] = False
     return kept[components]
 
@@ -71,12 +72,12 @@ def without_small_components(mask: np.ndarray, least: float) -> np.ndarray:
 def distance_inside(mask: np.ndarray) -> np.ndarray:
     """How deep inside a boolean array [H, W] each pixel lies, Euclidean, as a part of the deepest: float32, 0 outside.
 
-    The picture's edge is no edge of the region: what is cut off there goes on. A mask without an outside is 1
+    The picture's edge is no edge of the region: what is cut off there continues. A mask without an outside is 1
     everywhere.
     """
     if mask.all():
         return np.ones(mask.shape, dtype=np.float32)
-    distance = ndimage.distance_transform_edt(mask)
+    distance = np.asarray(ndimage.distance_transform_edt(mask))
     return (distance / max(distance.max(), 1)).astype(np.float32)
 
 

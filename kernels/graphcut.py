@@ -67,7 +67,7 @@ def edge_weights(distances: Sequence[Pair], lam: float, sigma: float) -> Pair:
     distances: (right, down) of every image. All images count, those not at a seam too; the sum is truncated once.
     """
     right, down = (
-        sum(lam * np.exp(-d / (2 * sigma)) for d in direction).astype(np.int64)
+        np.asarray(sum(lam * np.exp(-d / (2 * sigma)) for d in direction)).astype(np.int64)
         for direction in zip(*distances, strict=True)
     )
     return right, down
@@ -84,13 +84,14 @@ def median_distance(distances: Sequence[Pair]) -> float:
 def stroke_costs(strokes: np.ndarray, count: int, unmarked: int | None = None, edges: Pair | None = None) -> np.ndarray:
     """U [h, w, count], int64, from strokes [h, w] (label, or -1 where nothing was painted).
 
-    unmarked: a label that unpainted cells prefer, or None. The preference, 4 / max(h, w) of the mean edge weight in
-    each cell, is too weak to cross a stroke and strong enough that a region reaches a few cells for its edge.
+    unmarked: a label that unpainted cells prefer, or None; the preference needs the edges' weights. It is 4 / max(h, w)
+    of the mean weight in each cell: too weak to cross a stroke and strong enough that a region reaches a few cells for
+    its edge.
     """
     labels = np.arange(count)
     painted = (strokes >= 0)[..., None]
     costs = STROKE_COST * (painted & (labels != strokes[..., None])).astype(np.int64)
-    if unmarked is not None:
+    if unmarked is not None and edges is not None:
         costs += preference(edges, max(strokes.shape)) * (~painted & (labels != unmarked))
     return costs
 

@@ -67,7 +67,7 @@ def pool(marks: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     image that covers most of it, if any does. Returns [h, w] int64, -1 where nothing was painted.
     """
     covered = (marks > 0.5).float()[None]
-    counts = torch.nn.functional.adaptive_avg_pool2d(covered, list(grid))[0]
+    counts = torch.nn.functional.adaptive_avg_pool2d(covered, (grid[0], grid[1]))[0]
     return torch.where(counts.amax(0) > 0, counts.argmax(0), -1)
 
 

@@ -102,8 +102,8 @@ class GraphCutMontage(io.ComfyNode):
                     "stroke_picture",
                     optional=True,
                     tooltip=(
-                        "What to keep, as one picture in the colours of the labels output. All else is unpainted: black,"
-                        " white paper, and colours far from those."
+                        "What to keep, as one picture in the colours of the labels output. All else is unpainted:"
+                        " black, white paper, and colours far from those."
                     ),
                 ),
                 io.Boolean.Input(

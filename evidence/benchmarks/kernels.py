@@ -1,6 +1,6 @@
 """What the kernels cost by themselves: no model is needed.
 
-    python dev.py benchmark kernels        on one thread of a CPU; prints, and asserts nothing
+python dev.py benchmark kernels        on one thread of a CPU; prints, and asserts nothing
 """
 
 import statistics
