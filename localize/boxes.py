@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..kernels.grid_masks import dilate
 from . import Problem
 
 CHOICES = ["best score", "largest", "all", "index"]
@@ -112,16 +112,6 @@ def fill(boxes: list[dict], height: int, width: int) -> Tensor:
         x0, y0, x1, y1 = (math.floor(value + 0.5) for value in corners(box))
         mask[y0:y1, x0:x1] = True
     return mask
-
-
-def dilate(mask: Tensor, pixels: int) -> Tensor:
-    """A mask (B, H, W) grown by `pixels` on every side, corners square (MCA-Ctrl: 5 at 512 px).
-
-    Rows, then columns: the maximum over a square is separable.
-    """
-    size = 2 * pixels + 1
-    grown = F.max_pool2d(mask[:, None], (1, size), stride=1, padding=(0, pixels))
-    return F.max_pool2d(grown, (size, 1), stride=1, padding=(pixels, 0))[:, 0]
 
 
 def overlay(image: Tensor, subject: Tensor, edit: Tensor, chosen: list[dict], others: list[dict]) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from comfy.sd import CLIP
 
 from ..kernels import collage as kernel
+from ..kernels import token_bias
 from ..patching.bias import Bias
 from ..patching.models import TextAttention
 from ..patching.schedule import Window
@@ -62,20 +63,20 @@ class CollageBias(Bias):
     node = "Collage Cross Attention"
 
     def __init__(self, window: Window, collage: Collage, owned: Owned, strength: float, growth: str) -> None:
-        """growth: of kernels.collage.GROWTH."""
+        """growth: of kernels.token_bias.GROWTH."""
         _, height, width = collage.masks.shape
         super().__init__(window, (height, width))
-        self.collage, self.owned, self.strength, self.growth = collage, owned, strength, kernel.GROWTH[growth]
+        self.collage, self.owned, self.strength, self.growth = collage, owned, strength, token_bias.GROWTH[growth]
 
     def prepare(self, grid: tuple[int, int], tokens: int, copies: int, like: Tensor) -> tuple[Tensor, Tensor]:
         w_pos, w_neg = zip(*((layer.w_pos, layer.w_neg) for layer in self.collage.layers))
-        weights = kernel.spatial_weights(self.collage.masks, w_pos, w_neg, self.owned.values(), grid)
+        weights = token_bias.spatial_weights(self.collage.masks, w_pos, w_neg, self.owned.values(), grid)
         columns = torch.tensor(list(self.owned)) + tokens * torch.arange(copies)[:, None]
         return columns.to(like.device), weights.to(like)
 
     def bias(self, prepared: tuple[Tensor, Tensor], attention: TextAttention, sigma: float) -> Tensor:
         strength = self.strength * self.growth(sigma)
-        return kernel.attention_bias(attention.q, attention.k, attention.heads, *prepared, strength)
+        return token_bias.attention_bias(attention.q, attention.k, attention.heads, *prepared, strength)
 
 
 def owned_tokens(node: str, clip: CLIP, collage: Collage) -> Owned:
@@ -91,4 +92,4 @@ def owned_tokens(node: str, clip: CLIP, collage: Collage) -> Owned:
                 raise ValueError(
                     f"{node}: layer {number} (counted from the back; node {layer.node}): {error}"
                 ) from None
-    return kernel.owners(runs)
+    return token_bias.owners(runs)

@@ -7,6 +7,8 @@ import torch
 from comfy_api.latest import io
 
 from ..kernels import collage as kernel
+from ..kernels.noise_map import noise_map
+from ..kernels.token_bias import GROWTH
 from ..methods.collage import Collage, CollageBias, Layer, owned_tokens, placed
 from ..patching import bias, run_masks
 from ..patching.install import install
@@ -311,8 +313,8 @@ class CollageCanvas(io.ComfyNode):
         numbers(cls.NAME, background_noise=background_noise, blur=blur)
         layers = tuple(sorted(collage, key=lambda layer: layer.depth))
         behind = cls.background(background, background_image, width, height)
-        composite, masks = kernel.over(torch.stack([placed(layer, (height, width)) for layer in layers]), behind)
-        noise = kernel.noise_map(masks, [layer.noise for layer in layers], background_noise, blur)
+        composite, masks = kernel.over(lambda number: placed(layers[number], (height, width)), len(layers), behind)
+        noise = noise_map(masks, [layer.noise for layer in layers], background_noise, blur)
         prompt = prompt.strip() or ", ".join(layer.text for layer in layers if layer.text)
         image = composite.movedim(0, -1)
         shown = {
@@ -401,7 +403,7 @@ class CollageCrossAttn(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "growth",
-                    options=list(kernel.GROWTH),
+                    options=list(GROWTH),
                     default="log log",
                     advanced=True,
                     tooltip=(

@@ -5,7 +5,7 @@ import math
 import torch
 
 
-def image_of(node, name, image):
+def image_of(node: str, name: str, image: torch.Tensor) -> torch.Tensor:
     """IMAGE [B, H, W, C] with 3 or 4 channels -> the same, float32 on the CPU.
 
     node: the display name for messages. Raises ValueError for another shape, for one with nothing in it, and for NaN or
@@ -19,7 +19,7 @@ def image_of(node, name, image):
     return finite(node, name, image).cpu().float()
 
 
-def mask_of(node, name, mask):
+def mask_of(node: str, name: str, mask: torch.Tensor) -> torch.Tensor:
     """MASK [B, H, W], or [H, W], or [B, 1, H, W] as some packs give it -> [B, H, W], float32 on the CPU. Raises
     ValueError as image_of.
     """
@@ -31,7 +31,30 @@ def mask_of(node, name, mask):
     return finite(node, name, mask.reshape(-1, *mask.shape[-2:])).cpu().float()
 
 
-def finite(node, name, tensor):
+def mask_for(node: str, name: str, mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A MASK that says something about places of a picture -> [B, H, W] as mask_of, of any size in the picture's
+    proportions. The one rule for all nodes.
+
+    size: (height, width) of the picture, in pixels. Raises ValueError as mask_of, for a mask of other proportions
+    (latents cut a picture to multiples of 8 pixels, so that much may differ), and for the empty mask that Load Image
+    gives for a picture without alpha.
+    """
+    mask = mask_of(node, name, mask)
+    (height, width), (h, w) = mask.shape[1:], size
+    if mask.shape == (1, 64, 64) and tuple(size) != (64, 64) and not mask.any():
+        raise ValueError(
+            f"{node}: {name} is 64x64 and empty: Load Image gives such a mask for a picture without transparency. Paint"
+            " one (Open in MaskEditor), or connect another."
+        )
+    if abs(height * w - width * h) > max(8 * height, 8 * width, h, w):
+        raise ValueError(
+            f"{node}: {name} is {width}x{height} and the picture {w}x{h}, another shape. Use a mask of the picture, or"
+            " crop both alike."
+        )
+    return mask
+
+
+def finite(node: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The same tensor. Raises ValueError for NaN or infinite values."""
     if not torch.isfinite(tensor).all():
         raise ValueError(
@@ -41,7 +64,7 @@ def finite(node, name, tensor):
     return tensor
 
 
-def numbers(node, **values):
+def numbers(node: str, **values: float) -> None:
     """Raises ValueError for a value that is NaN: ComfyUI's bounds let one from the API through."""
     for name, value in values.items():
         if math.isnan(value):

@@ -10,6 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..kernels import graphcut, labels
+from ..kernels.strokes import draw, parse_document
 from ..methods.photomontage import CompositeAttention
 from ..patching.install import install
 from ..patching.models import parse_sites
@@ -101,7 +102,8 @@ class GraphCutMontage(io.ComfyNode):
                     "stroke_picture",
                     optional=True,
                     tooltip=(
-                        "What to keep, as one picture in the colours of the labels output; dark pixels are unpainted."
+                        "What to keep, as one picture in the colours of the labels output. All else is unpainted:"
+                        " black, white paper, and colours far from those."
                     ),
                 ),
                 io.Boolean.Input(
@@ -215,7 +217,7 @@ class GraphCutMontage(io.ComfyNode):
 
         owner = labels.at_grid(owner, pictures.shape[1:3])
         masks = labels.to_masks(owner, count)
-        paste = (masks[..., None] * pictures).sum(0)
+        paste = labels.paste(pictures, owner)
         regions = labels.picture(owner, count)
         shown = {  # in private keys: "images" would make ComfyUI add a gallery of its own
             "montage_images": [previews.photograph(picture) for picture in pictures],
@@ -269,7 +271,7 @@ class GraphCutMontage(io.ComfyNode):
         """All strokes [N, H, W] in [0, 1], from the three ways to give them."""
         count, height, width = pictures.shape[:3]
         try:
-            painted_base, drawn = labels.parse_document(strokes, count)
+            painted_base, drawn = parse_document(strokes, count)
         except ValueError as error:
             raise ValueError(f"{cls.NAME}: {error}.") from None
         if painted_base not in (None, base):
@@ -277,7 +279,7 @@ class GraphCutMontage(io.ComfyNode):
                 f"{cls.NAME}: base is {base}, but the strokes were painted for base {painted_base}. Set both to the"
                 " same image."
             )
-        marks = labels.draw(drawn, count, height, width)
+        marks = draw(drawn, count, height, width)
         if stroke_masks is not None:
             stroke_masks = mask_of(cls.NAME, "stroke_masks", stroke_masks)
             if stroke_masks.shape != marks.shape:

@@ -285,7 +285,7 @@ class LearnLayerToken(io.ComfyNode):
     @classmethod
     def target(cls, collage, number):
         """What is learned from: the collage with the layer on top of it [3, H, W], and where the layer is [H, W]."""
-        picture, _ = kernel.over(torch.stack([collage.place(below) for below in range(number + 1)]), collage.background)
+        picture, _ = kernel.over(collage.place, number + 1, collage.background)
         mask = collage.place(number)[3]
         if not mask.any():
             raise ValueError(

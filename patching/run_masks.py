@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from comfy.model_sampling import ModelSamplingDiscrete
 from comfy.patcher_extension import WrappersMP
 
-from ..kernels import collage as kernel
+from ..kernels.noise_map import free
 from .refusals import check_shape
 
 KEY = "montage_collage"
@@ -15,8 +15,8 @@ KEY = "montage_collage"
 def with_noise_map(model, node, noise, dilation):
     """A clone of the MODEL in which every place of the latent stays at the image's own until its time comes.
 
-    noise: noise map [H, W] in [0, 1]. dilation: of kernels.collage.free. Works through ComfyUI's own inpainting: a mask
-    for each sigma, times the latent's noise_mask or what another node makes of it.
+    noise: noise map [H, W] in [0, 1]. dilation: of kernels.noise_map.free. Works through ComfyUI's own inpainting: a
+    mask for each sigma, times the latent's noise_mask or what another node makes of it.
     """
 
     def outer_sample(executor, noise_, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
@@ -59,7 +59,7 @@ def masked_by(level, dilation, previous):
         t = part_of_schedule(extra_options["model"].inner_model.model_sampling, sigma[0])
         if previous is not None:
             denoise_mask = previous(sigma, denoise_mask, extra_options=extra_options)
-        return denoise_mask * kernel.free(level, t, dilation)
+        return denoise_mask * free(level, t, dilation)
 
     return mask
 

@@ -20,7 +20,7 @@ from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.collage import masked_mean
+from ..kernels.masked_mean import masked_mean
 from .tokens import content, is_id, same
 
 MADE_BY = "montage_learned_token"  # key of our own entry in the file's metadata

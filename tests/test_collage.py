@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from montage.kernels import collage as kernel
+from montage.kernels import token_bias as kernel
 from montage.nodes.collage import CollageCrossAttn, owned_tokens
 from montage.patching.models import TextAttention, sites_of
 from montage.workshop.collages import BLUE, RED, canvas, layer, plain

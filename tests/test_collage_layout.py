@@ -1,6 +1,7 @@
 """The layout editor draws in the browser what Collage Canvas composites: both keep to the numbers of one file."""
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,32 @@ def test_a_layer_is_where_the_editor_draws_it(place):
     assert (inside > soft).sum() > 100
     assert alpha[inside > soft].min() > 0.99
     assert alpha[inside < -soft].max() < 0.01
+
+
+def test_one_layer_is_in_memory_at_a_time():
+    """And the result is that of all at once (Porter and Duff)."""
+    placed, alive = [], []
+
+    def layer(number):
+        assert not any(reference() is not None for reference in alive)
+        picture = torch.rand(4, 6, 5, generator=torch.Generator().manual_seed(number))
+        picture[:3] *= picture[3]
+        placed.append(number)
+        alive.append(weakref.ref(picture))
+        return picture
+
+    background = torch.rand(3, 6, 5)
+    composite, masks = kernel.over(layer, 7, background)
+    assert placed == [6, 5, 4, 3, 2, 1, 0]
+    alive.clear()
+    expected, left = background, torch.ones(6, 5)
+    for number in range(7):
+        picture = layer(number)
+        expected = picture[:3] + (1 - picture[3]) * expected
+        alive.clear()
+    for number in reversed(range(7)):
+        alpha = layer(number)[3]
+        assert torch.allclose(masks[number], left * alpha, atol=1e-6)
+        left = left * (1 - alpha)
+        alive.clear()
+    assert torch.allclose(composite, expected, atol=1e-6)

@@ -1,11 +1,13 @@
 """Per-layer harmonisation and ControlNet by place."""
 
+import math
+
 import pytest
 import torch
 from comfy.model_sampling import ModelSamplingFlux
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 
-from montage.kernels import collage as kernel
+from montage.kernels import noise_map as kernel
 from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
 from montage.patching.run_masks import part_of_schedule
 from montage.workshop.collages import BLUE, RED, canvas, layer, plain
@@ -300,3 +302,23 @@ def test_noise_and_control_and_bias_and_an_inpaint_mask_together(name):
         out(CollageControl.execute(plain_model, one, 0.0).args[0], words_alone),
     ):  # each of the two acts
         assert (both - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("sigma", [0.5, 10, 63, 65, 500])
+@pytest.mark.parametrize("size", [(40, 56), (1, 30)])
+def test_a_blur_is_the_sum_with_a_gaussian(sigma, size):
+    """Also above the sigma from which Fourier transforms compute it, where the picture is far smaller than the blur."""
+    picture = torch.rand(size, generator=torch.Generator().manual_seed(1))
+    radius = math.ceil(3 * sigma)
+    kernel_1d = torch.exp(-(torch.arange(-radius, radius + 1, dtype=torch.float64) ** 2) / (2 * sigma**2))
+    blurred = picture.double()
+    for _ in range(2):
+        rows = torch.nn.functional.pad(blurred.T[None], [radius, radius], mode="replicate")[0]
+        blurred = rows.unfold(1, 2 * radius + 1, 1) @ (kernel_1d / kernel_1d.sum())
+    assert (kernel.gaussian(picture, sigma) - blurred).abs().max() < 1e-6
+
+
+def test_one_noise_for_all_is_exact_at_any_blur():
+    masks = torch.rand(3, 20, 30) / 3
+    for blur in (0, 10, 500):
+        assert (kernel.noise_map(masks, [0.8] * 3, 0.8, blur) == torch.tensor(0.8)).all()

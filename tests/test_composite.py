@@ -5,7 +5,7 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 
-from montage.kernels import labels
+from montage.kernels import labels, strokes
 from montage.patching.internals import KEY
 from montage.patching.models import sites_of
 from montage.patching.streams import CondRole
@@ -492,8 +492,8 @@ def test_strokes_as_document_masks_and_picture_are_the_same():
     a, b = two()
     images = pictures(1, 2)
     reference, *_ = cut([a, b], images, STROKES)
-    _, strokes = labels.parse_document(STROKES, 2)
-    drawn = labels.draw(strokes, 2, 64, 64)
+    _, painted = strokes.parse_document(STROKES, 2)
+    drawn = strokes.draw(painted, 2, 64, 64)
     assert same(cut([a, b], images, stroke_masks=drawn)[0], reference)
     owner = torch.where(drawn.amax(0) > 0.5, drawn.argmax(0), -1)
     assert same(cut([a, b], images, stroke_picture=labels.picture(owner, 2)[None])[0], reference)

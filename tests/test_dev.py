@@ -119,7 +119,7 @@ ROOMS = {  # folder: the folders of this pack that it may import
     "kernels": {"kernels"},
     "patching": {"patching", "kernels"},
     "methods": {"methods", "patching", "kernels"},
-    "localize": {"localize"},
+    "localize": {"localize", "kernels"},
     "nodes": {"nodes", "methods", "patching", "kernels", "localize", "demo"},
 }
 

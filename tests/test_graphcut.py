@@ -46,6 +46,52 @@ def test_expansion_never_does_worse_than_a_constant_labelling(seed, count, shape
     assert found <= min(graphcut.energy(np.full(shape, label), costs, edges) for label in range(count))
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 3))
+def test_a_move_is_the_best_of_all_moves(seed, count):
+    """After other moves, whose flow it starts with."""
+    rng = np.random.default_rng(seed)
+    costs = rng.integers(0, 40, (3, 3, count))
+    edges = rng.integers(0, 30, (3, 2)), rng.integers(0, 30, (2, 3))
+    moves = graphcut.Expansions(costs, edges)
+    for alpha in rng.integers(0, count, 4):
+        labels = rng.integers(0, count, (3, 3))
+        best = min(
+            graphcut.energy(np.where(np.array(bits).reshape(3, 3), alpha, labels), costs, edges)
+            for bits in itertools.product((False, True), repeat=9)
+        )
+        assert graphcut.energy(moves.expand(labels, alpha), costs, edges) == best
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_kept_flow_changes_no_label(seed, monkeypatch):
+    costs, edges, _ = random_problem(seed, (40, 40), 5)
+    kept = graphcut.alpha_expansion(costs, edges)
+    expand = graphcut.Expansions.expand
+
+    def forgetful(self, labels, alpha):
+        self.flow[:] = 0
+        return expand(self, labels, alpha)
+
+    monkeypatch.setattr(graphcut.Expansions, "expand", forgetful)
+    assert (graphcut.alpha_expansion(costs, edges) == kept).all()
+
+
+@pytest.mark.parametrize("solver", ["auto", "scipy", "gco"])
+@pytest.mark.parametrize("shape, count", [((4, 5), 1), ((1, 1), 1), ((1, 1), 3), ((1, 2), 2), ((7, 1), 3), ((1, 9), 2)])
+def test_one_label_and_grids_of_a_line(shape, count, solver):
+    """gco ends the whole process where there is one label."""
+    if solver == "gco":
+        pytest.importorskip("gco")
+    strokes = np.full(shape, -1)
+    strokes[-1, -1] = count - 1
+    edges = np.full((shape[0], shape[1] - 1), 9), np.full((shape[0] - 1, shape[1]), 9)
+    for unmarked in (None, 0):
+        labels = graphcut.cut(graphcut.stroke_costs(strokes, count, unmarked, edges), edges, solver)
+        assert labels.shape == shape and labels[-1, -1] == count - 1
+    assert graphcut.median_distance([edges]) == (0 if shape == (1, 1) else 9)
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("seed", range(6))
 def test_scipy_and_gco_reach_the_same_energy(seed, count):
@@ -90,7 +136,7 @@ def test_weights_ignore_offset_and_sign_of_the_keys():
     same = [k, k + 3.7, -k, k * torch.tensor([1.0, -1.0]).repeat(12)]
     reference, *others = (graphcut.image_distances([variant], grid, 10) for variant in same)
     for other in others:
-        for a, b in zip(reference, other):
+        for a, b in zip(reference, other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)  # float32 keys; the components are exact
 
 
@@ -112,7 +158,8 @@ def test_all_images_count_in_a_weight():
 
 def test_one_half_alone_is_counted_twice():
     k = keys(4)
-    for single, double in zip(graphcut.image_distances([k], (8, 9), 10), graphcut.image_distances([k, k], (8, 9), 10)):
+    one, two = (graphcut.image_distances(halves, (8, 9), 10) for halves in ([k], [k, k]))
+    for single, double in zip(one, two, strict=True):
         np.testing.assert_allclose(single, double)
 
 

@@ -1,6 +1,4 @@
-"""Label maps and strokes by themselves."""
-
-import json
+"""Label maps by themselves."""
 
 import pytest
 import torch
@@ -71,61 +69,23 @@ def test_colours_are_distinct():
     assert distances.min() > 0.05 and colours.amax(1).min() > 0.2
 
 
-def document(strokes, **more):
-    return json.dumps({"v": 1, "strokes": strokes, **more})
+def test_white_paper_marks_nothing():
+    """Nor do greys, a shaded paper, and colours that no label has; soft edges lose no more than a pixel."""
+    paper = torch.ones(40, 40, 3)
+    paper[:, 20:] = torch.linspace(1, 0, 20)[:, None]
+    assert not labels.from_picture(paper, 10).any()
+    assert not labels.from_picture(torch.tensor([1.0, 1.0, 0.0]).expand(8, 8, 3), 10).any()
+    paper[10:20, 5:15] = labels.palette(10)[3]
+    noise = 2 * torch.rand(40, 40, 3, generator=torch.Generator().manual_seed(0)) - 1
+    marks = labels.from_picture((paper + 0.03 * noise).clamp(0, 1), 10)
+    assert marks[3, 10:20, 5:15].all() and marks.sum() == 100
+    soft = torch.nn.functional.avg_pool2d(paper.movedim(-1, 0), 3, 1, 1, count_include_pad=False).movedim(0, -1)
+    marks = labels.from_picture(soft, 10)
+    assert marks[3, 11:19, 6:14].all() and marks.sum() == marks[3, 10:20, 5:15].sum()
 
 
-def test_a_document_is_drawn_in_order():
-    base, strokes = labels.parse_document(
-        document(
-            [
-                {"k": 1, "r": 500, "p": [1000, 5000, 9000, 5000]},
-                {"k": 0, "r": 500, "p": [5000, 1500]},
-                {"k": 1, "r": 600, "p": [5000, 5000], "e": 1},
-            ],
-            base=1,
-        ),
-        2,
-    )
-    assert base == 1
-    drawn = labels.draw(strokes, 2, 100, 200)  # a radius is in parts of the long side: 10 pixels
-    assert drawn.shape == (2, 100, 200)
-    assert drawn[1, 50, 30] == 1 and drawn[1, 50, 100] == 0 and drawn[1, 50, 170] == 1  # erased in the middle
-    assert drawn[1, 45, 30] == 1 and drawn[1, 65, 30] == 0
-    assert drawn[0, 15, 100] == 1 and float(drawn[0].sum()) == pytest.approx(3.14159 * 100, rel=0.15)
-
-
-def test_the_same_document_fits_every_resolution():
-    _, strokes = labels.parse_document(document([{"k": 0, "r": 700, "p": [2000, 2000, 8000, 7000]}]), 1)
-    small, large = (labels.draw(strokes, 1, size, size) for size in (64, 512))
-    assert float(small.mean()) == pytest.approx(float(large.mean()), rel=0.1)
-
-
-def test_an_empty_text_is_an_empty_document():
-    assert labels.parse_document("", 3) == (None, [])
-    assert labels.draw([], 3, 8, 9).shape == (3, 8, 9)
-
-
-@pytest.mark.parametrize(
-    "text, part",
-    [
-        ("{", "no JSON"),
-        ("[]", "not of version 1"),
-        ('{"v": 2, "strokes": []}', "not of version 1"),
-        ('{"v": 1}', "not of version 1"),
-        (document([], base=2), "base is image 2, and there are 2 images"),
-        (document([7]), "stroke 0 is 7"),
-        (document([{"k": 2, "r": 5, "p": [1, 2]}]), "stroke 0 is on image 2, and there are 2 images (0 to 1)"),
-        (document([{"k": True, "r": 5, "p": [1, 2]}]), "on image True"),
-        (document([{"k": 0, "r": -1, "p": [1, 2]}]), "radius -1"),
-        (document([{"k": 0, "r": 5, "p": [1]}]), "points [1]"),
-        (document([{"k": 0, "r": 5, "p": [1, "x"]}]), "points [1, 'x']"),
-        (document([{"k": 0, "r": 5, "p": [1, 1e9]}]), "points"),
-        ('{"v": 1, "strokes": [{"k": 0, "r": NaN, "p": [0, 0]}]}', "radius nan"),
-        ("x" * 2_000_001, "2000001 characters"),
-    ],
-)
-def test_a_wrong_document_says_what_is_wrong(text, part):
-    with pytest.raises(ValueError) as error:
-        labels.parse_document(text, 2)
-    assert part in str(error.value)
+def test_a_paste_takes_each_pixel_from_its_picture():
+    pictures = torch.rand(5, 9, 7, 3)
+    owner = torch.randint(5, (9, 7))
+    expected = (labels.to_masks(owner, 5)[..., None] * pictures).sum(0)
+    assert torch.equal(labels.paste(pictures, owner), expected)

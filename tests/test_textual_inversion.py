@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy_api.latest import io
 
-from montage.kernels import collage as kernel
+from montage.kernels.masked_mean import masked_mean
 from montage.nodes.collage import CollageCrossAttn, owned_tokens
 from montage.nodes.textual_inversion import TEMPLATES, LearnLayerToken
 from montage.patching import textual_inversion
@@ -56,7 +56,7 @@ def test_what_is_outside_of_the_mask_has_no_gradient():
         errors = torch.ones(2, 4, 6, 6, requires_grad=True)
         mask = torch.zeros(2, 1, 6, 6)
         mask[0, :, :2], mask[1, :, 0, 0] = 1, 0.5
-        means = kernel.masked_mean(errors, mask)
+        means = masked_mean(errors, mask)
         means.sum().backward()
         assert same(means.detach(), torch.ones(2))
         assert (errors.grad[(mask == 0).expand_as(errors)] == 0).all() and (

@@ -1,5 +1,5 @@
 // Strokes on a canvas: the chosen image's strong, the others' faint, and hatching where they conflict.
-import { byImage, findConflicts } from "./raster.js";
+import { byImage, findConflicts, radiusSquared } from "./raster.js";
 import { UNIT } from "./strokes.js";
 import { canvasSize, clear } from "./widget.js";
 
@@ -12,6 +12,7 @@ export class Drawing {
     this.others = document.createElement("canvas");
     this.chosen = document.createElement("canvas");
     this.scratch = document.createElement("canvas");
+    this.size = [1, 1];
     this.hatching = null;
     this.conflicts = [];
     this.release();
@@ -20,18 +21,18 @@ export class Drawing {
   /** size: the picture's [width, height]. */
   resize(size) {
     const [w, h] = canvasSize(size);
-    if (this.canvas.width === w && this.canvas.height === h) return;
+    if (this.canvas.width === w && this.canvas.height === h && this.size.join() === size.join()) return;
+    this.size = size;
     for (const canvas of [this.canvas, this.others, this.chosen, this.scratch]) [canvas.width, canvas.height] = [w, h];
     this.strokes = null;
   }
 
   /** Brings the layers up to date and shows them. colourOf: image -> CSS colour. */
   show(strokes, image, colourOf) {
-    const { width, height } = this.canvas;
     const painted = strokes !== this.strokes;
     if (painted) {
-      const { mask, pairs } = findConflicts(strokes, width, height);
-      this.hatching = mask && hatched(mask, width, height);
+      const { mask, pairs } = findConflicts(strokes, ...this.size); // where Python will look for them: in the picture's pixels
+      this.hatching = mask && hatched(mask, this.size, this.canvas);
       this.conflicts = pairs;
     }
     if (painted || image !== this.image) {
@@ -80,7 +81,7 @@ function drawStrokes(canvas, strokes, colour) {
   context.lineCap = context.lineJoin = "round";
   for (const { r, p, e } of strokes) {
     context.globalCompositeOperation = e ? "destination-out" : "source-over";
-    const radius = Math.max(0.5, (r / UNIT) * Math.max(width, height));
+    const radius = Math.sqrt(radiusSquared(r, width, height));
     context.lineWidth = 2 * radius;
     context.beginPath();
     for (let i = 0; i < p.length; i += 2) context.lineTo((p[i] / UNIT) * width, (p[i + 1] / UNIT) * height);
@@ -93,15 +94,18 @@ function drawStrokes(canvas, strokes, colour) {
   context.globalCompositeOperation = "source-over";
 }
 
-/** Black and white stripes, seen on any picture. */
-function hatched(mask, width, height) {
+/** Black and white stripes, seen on any picture, where a mask of the picture's pixels says. size: the picture's [width, height]. */
+function hatched(mask, [across, down], { width, height }) {
   const canvas = Object.assign(document.createElement("canvas"), { width, height });
   const image = new ImageData(width, height);
   const words = new Uint32Array(image.data.buffer);
   const stripe = Math.max(2, Math.round(Math.max(width, height) / 128));
-  for (let y = 0, i = 0; y < height; y++) {
-    for (let x = 0; x < width; x++, i++) {
-      if (mask[i]) words[i] = Math.floor((x + y) / stripe) % 2 ? 0xffffffff : 0xff000000;
+  for (let row = 0, i = 0; row < down; row++) {
+    const y = Math.floor((row * height) / down);
+    for (let column = 0; column < across; column++, i++) {
+      if (!mask[i]) continue;
+      const x = Math.floor((column * width) / across);
+      words[y * width + x] = Math.floor((x + y) / stripe) % 2 ? 0xffffffff : 0xff000000;
     }
   }
   canvas.getContext("2d").putImageData(image, 0, 0);

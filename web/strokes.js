@@ -7,7 +7,8 @@
 export const UNIT = 10_000;
 export const LONG_TEXT = 300_000; // characters: from here on redrawing, undo and drafts get slow
 const MOST_IMAGES = 1000; // as many as the node's base may name
-const REACH = 2 * UNIT; // how far outside the picture a point may lie
+const REACH = 2 * UNIT; // how far outside the picture a point of a new stroke may lie
+const FARTHEST = 10 * UNIT; // and of any: the node refuses more
 const UNDO_STEPS = 100;
 const POINTS_WANTED = 45; // of one stroke, so that 200 strokes stay under 100 KB
 
@@ -26,8 +27,13 @@ export function readDocument(text) {
 
 function readStroke(stroke, number) {
   const { k, r, p, e } = stroke ?? {};
-  const isPath = Array.isArray(p) && p.length >= 2 && p.length % 2 === 0 && p.every(Number.isFinite);
-  if (!(Number.isInteger(k) && k >= 0 && k < MOST_IMAGES) || !Number.isFinite(r) || !isPath)
+  const isPath =
+    Array.isArray(p) &&
+    p.length >= 2 &&
+    p.length % 2 === 0 &&
+    p.every((value) => Number.isFinite(value) && Math.abs(value) <= FARTHEST);
+  const isPen = Number.isFinite(r) && r >= 0 && r <= UNIT;
+  if (!(Number.isInteger(k) && k >= 0 && k < MOST_IMAGES) || !isPen || !isPath)
     throw new Error(`stroke ${number} is damaged`);
   return e ? { k, r, p, e: 1 } : { k, r, p };
 }

@@ -1,7 +1,9 @@
 // The stroke document and its history, and what strokes cover: pure state, tested without a browser.
 import assert from "node:assert/strict";
+import { createHash } from "node:crypto";
+import { readFileSync } from "node:fs";
 import { describe, test } from "node:test";
-import { coverage, findConflicts } from "../../web/raster.js";
+import { byImage, coverage, findConflicts } from "../../web/raster.js";
 import { Painting, UNIT, makeStroke, readDocument, simplify, writeDocument } from "../../web/strokes.js";
 
 const line = (k, y, more = {}) => ({ k, r: 250, p: [1000, y, 9000, y], ...more });
@@ -84,6 +86,9 @@ describe("the document", () => {
     '{"v":1,"strokes":[{"k":1e9,"r":1,"p":[1,2]}]}',
     '{"v":1,"strokes":[{"k":0,"r":1,"p":[1,2,3]}]}',
     '{"v":1,"strokes":[{"k":0,"r":1,"p":[1,"2"]}]}',
+    '{"v":1,"strokes":[{"k":0,"r":-1,"p":[1,2]}]}',
+    '{"v":1,"strokes":[{"k":0,"r":10001,"p":[1,2]}]}',
+    '{"v":1,"strokes":[{"k":0,"r":1,"p":[1,100001]}]}',
   ]) {
     test(`that cannot be read is kept and never edited: ${text}`, () => {
       const painting = new Painting();
@@ -227,8 +232,9 @@ describe("coverage", () => {
             ),
           );
         }
-        if (Math.abs(nearest - Math.max(0.5, radius)) > 1e-6)
-          assert.equal(mask[i], nearest < Math.max(0.5, radius) ? 1 : 0, `pixel ${centre}, ${nearest} of ${radius}`);
+        const reach = Math.max(Math.SQRT1_2, radius);
+        if (Math.abs(nearest - reach) > 1e-6)
+          assert.equal(mask[i], nearest < reach ? 1 : 0, `pixel ${centre}, ${nearest} of ${reach}`);
       }
     }
   });
@@ -239,6 +245,38 @@ describe("coverage", () => {
     const again = coverage([line(0, 5000), { ...line(0, 5000), r: 400, e: 1 }, line(0, 5000)], 64, 64);
     assert.equal(again.mask.includes(1), true);
   });
+});
+
+/** tests/test_strokes.py's random_document: the same generator, the same draws. */
+function randomDocument(seed) {
+  let state = seed + 1;
+  const below = (limit) => (state = (state * 16807) % 2147483647) % limit;
+  const [images, height, width] = [1 + below(4), 1 + below(72), 1 + below(96)];
+  const strokes = Array.from({ length: 1 + below(6) }, () => {
+    const stroke = { k: below(images), r: below([60, 60, 400, 2000][below(4)]) / 4, p: [] };
+    const values = 2 * (1 + below(5));
+    for (let i = 0; i < values; i++) {
+      const place = below(8);
+      stroke.p.push(place < 2 ? [0, 10_000][place] : below(48_000) / 4 - 1000);
+    }
+    return below(5) === 0 ? { ...stroke, e: 1 } : stroke;
+  });
+  return { images, height, width, strokes };
+}
+
+test("random documents cover the pixels that Python draws, and conflict where Python refuses them", () => {
+  const expected = JSON.parse(readFileSync(new URL("../data/stroke_masks.json", import.meta.url), "utf8"));
+  assert.equal(expected.length, 500);
+  const found = expected.map((_, seed) => {
+    const { images, height, width, strokes } = randomDocument(seed);
+    const groups = byImage(strokes);
+    const hash = createHash("sha256");
+    for (let image = 0; image < images; image++) hash.update(coverage(groups.get(image) ?? [], width, height).mask);
+    const { mask, pairs } = findConflicts(strokes, width, height);
+    assert.equal(mask !== null, pairs.length > 0);
+    return `${hash.digest("hex").slice(0, 12)} ${mask ? mask.filter(Boolean).length : 0}`;
+  });
+  assert.deepEqual(found, expected);
 });
 
 describe("conflicts", () => {
