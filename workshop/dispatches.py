@@ -10,35 +10,33 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-VIEWS = set(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "transpose",
-        "permute",
-        "expand",
-        "slice",
-        "select",
-        "split",
-        "chunk",
-        "unsqueeze",
-        "squeeze",
-        "t",
-        "detach",
-        "alias",
-        "as_strided",
-        "split_with_sizes",
-        "unbind",
-        "unfold",
-        "_reshape_alias",
-        "narrow",
-        "lift_fresh",
-        "diagonal",
-        "movedim",
-        "unsafe_split",
-    ]
-)
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "transpose",
+    "permute",
+    "expand",
+    "slice",
+    "select",
+    "split",
+    "chunk",
+    "unsqueeze",
+    "squeeze",
+    "t",
+    "detach",
+    "alias",
+    "as_strided",
+    "split_with_sizes",
+    "unbind",
+    "unfold",
+    "_reshape_alias",
+    "narrow",
+    "lift_fresh",
+    "diagonal",
+    "movedim",
+    "unsafe_split",
+}
 WAITS = {"_local_scalar_dense", "item", "nonzero", "equal", "is_nonzero", "masked_select"}
 
 
