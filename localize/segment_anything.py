@@ -130,6 +130,7 @@ class Segmenter(nn.Module):
         mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
         pixels = F.pad((pixels - mean) / std, (0, self.size - width, 0, self.size - height))
         device = self.prompt_encoder.no_mask_embed.weight.device
+        # autocast, not comfy.ops: the module is the package's own, and its norms must stay in fp32 (see halve).
         with torch.autocast(device.type, torch.float16) if self.in_fp16 else nullcontext():
             return self.image_encoder(pixels.to(device)).float()
 
