@@ -450,8 +450,10 @@ def lint_commands(folder: Path, env: Environment, fix: bool) -> dict[str, list[s
         step(message + ": left out.")
         return commands
     node = [shutil.which("node") or "node"]
-    typed = folder / "pyrightconfig.json"
-    typed.write_text(json.dumps({"extends": str(ROOT / "pyproject.toml"), "extraPaths": [str(env.comfy)]}))
+    config = json.dumps({"extends": str(ROOT / "pyproject.toml"), "extraPaths": [str(env.comfy)]})
+    # One for each checkout: they share the folder.
+    typed = folder / f"pyright-{hashlib.sha256(config.encode()).hexdigest()[:12]}.json"
+    typed.write_text(config)
     eslint = [modules / "eslint" / "bin" / "eslint.js", "--config", folder / "eslint.config.js", *(["--fix"] * fix)]
     prettier = [modules / "prettier" / "bin" / "prettier.cjs", "--write" if fix else "--check", "--log-level", "warn"]
     return {

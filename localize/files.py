@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any, cast
 
 import comfy.model_management as mm
 import comfy.utils
@@ -91,7 +92,7 @@ def read_weights(key: str, name: str) -> dict[str, torch.Tensor]:
         source = f" ({PUBLISHED[key][name]})" if name in PUBLISHED[key] else ""
         raise Problem(f"there is no {name}; put it{source} into {folder_paths.get_folder_paths(key)[0]}.")
     try:
-        weights = comfy.utils.load_torch_file(path, safe_load=True)
+        weights = cast("dict[str, Any]", comfy.utils.load_torch_file(path, safe_load=True))
         weights = weights.get("model", weights)
         return {k.removeprefix("module."): v for k, v in weights.items() if isinstance(v, torch.Tensor)}
     except Exception as error:  # every format's reader has exceptions of its own for a torn file or a pickle with code

@@ -13,6 +13,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,8 @@ def detect_shape(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 def _pixels(image: np.ndarray, short_side: int) -> Tensor:
     """uint8 (H, W, 3) -> (1, 3, h, w), resized on bytes by PIL as the package does, normalised."""
-    height, width = detect_shape(*image.shape[:2], short_side)
+    rows, columns = image.shape[:2]
+    height, width = detect_shape(rows, columns, short_side)
     resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].float() / 255
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
@@ -207,9 +209,10 @@ def _detector_class() -> type[nn.Module]:
             nn.Module.__init__(self)  # the package's own constructor downloads a BERT
             hidden, layers = settings.hidden_dim, settings.dec_layers
             swin = SwinTransformer(drop_path_rate=0.0, **settings.swin)
-            self.backbone = Backbone(swin, build_position_encoding(settings))
-            self.transformer = build_transformer(settings)
+            self.backbone: Any = Backbone(swin, build_position_encoding(settings))
+            self.transformer: Any = build_transformer(settings)
             self.bert, self.tokenizer = TextEncoder(settings.bert), tokenizer
+            # torch's own layers here: ManagedModel loads the module whole, so that comfy.ops would have nothing to do.
             self.feat_map = nn.Linear(settings.bert["hidden_size"], hidden)
 
             # Every backbone map is projected to `hidden` channels; further levels halve the last one.

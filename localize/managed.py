@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import nn
 
 FEATURE_BYTES = 256 * 2**20  # 64 pictures for Segment Anything, 14 for Grounding DINO at 800x1066
 
@@ -23,7 +23,8 @@ class ManagedModel:
     working_memory: bytes beyond the weights that a run needs at its peak.
     """
 
-    def __init__(self, module: nn.Module, working_memory: int):
+    def __init__(self, module: Any, working_memory: int):
+        """module: an nn.Module with `stages`; Any, since its class exists only once its package was imported."""
         # Not CoreModelPatcher: its weights may live in pieces, which modules without comfy.ops cannot use.
         self.patcher = ModelPatcher(module, full_load_device(), mm.unet_offload_device())
         self.working_memory = working_memory
@@ -31,7 +32,7 @@ class ManagedModel:
         for stage in module.stages:  # one picture takes many seconds on a CPU: Cancel must not wait for its end
             stage.register_forward_pre_hook(lambda *_: mm.throw_exception_if_processing_interrupted())
 
-    def load(self) -> nn.Module:
+    def load(self) -> Any:
         """The module, on its device, with room to work."""
         mm.load_models_gpu([self.patcher], memory_required=self.working_memory, force_full_load=True)
         return self.patcher.model
@@ -42,15 +43,15 @@ class FeatureCache:
 
     def __init__(self, limit: int):
         self.limit = limit
-        self.values: OrderedDict[tuple, tuple[object, int]] = OrderedDict()
+        self.values: OrderedDict[tuple, tuple[Any, int]] = OrderedDict()
 
-    def get(self, key: tuple):
+    def get(self, key: tuple) -> Any:
         if key not in self.values:
             return None
         self.values.move_to_end(key)
         return self.values[key][0]
 
-    def put(self, key: tuple, value, tensors: list[torch.Tensor]):
+    def put(self, key: tuple, value: Any, tensors: list[torch.Tensor]) -> Any:
         """Keeps the value, which counts as many bytes as these tensors, and returns it."""
         self.values[key] = value, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         while len(self.values) > 1 and sum(size for _, size in self.values.values()) > self.limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ def rgb_of(image: Tensor) -> Tensor:
 
 
 def _key(picture: np.ndarray) -> tuple:
-    return picture.shape, hashlib.blake2b(np.ascontiguousarray(picture), digest_size=16).digest()
+    return picture.shape, hashlib.blake2b(np.ascontiguousarray(picture).data, digest_size=16).digest()
 
 
 def find(
@@ -66,7 +66,8 @@ def _searchable(detector: ManagedModel, model, picture: np.ndarray, short_side: 
     key = _key(picture), short_side
     features = detector.features.get(key)
     if features is None:
-        height, width = detect_shape(*picture.shape[:2], short_side)
+        rows, columns = picture.shape[:2]
+        height, width = detect_shape(rows, columns, short_side)
         if model.places(height, width) < model.num_queries:
             raise Problem(
                 f"an image of {picture.shape[1]}x{picture.shape[0]} is searched at {width}x{height}, too few pixels; "
@@ -120,7 +121,7 @@ def cut(segmenter: ManagedModel, pictures: list[np.ndarray], prompts: list[list[
     """The union of each picture's prompts: (B, H, W) bool on the CPU; tick() after each picture."""
     height, width = pictures[0].shape[:2]
     masks = torch.zeros(len(pictures), height, width, dtype=torch.bool)
-    model = segmenter.load() if any(prompts) else None
+    model: Any = segmenter.load() if any(prompts) else None
     for mask, picture, wanted in zip(masks, pictures, prompts, strict=True):
         embedding = _embedded(segmenter, model, picture) if wanted else None
         for prompt in wanted:

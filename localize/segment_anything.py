@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class Segmenter(nn.Module):
         width, patch = patches.shape[0], patches.shape[-1]
         grid = sd["image_encoder.pos_embed"].shape[1]
         tables = {
-            int(re.search(r"\d+", key)[0]): table.shape  # (2 * tokens a side - 1, head width)
+            int(key.split(".")[2]): table.shape  # (2 * tokens a side - 1, head width)
             for key, table in sd.items()
             if key.endswith("attn.rel_pos_h")
         }
@@ -61,8 +61,9 @@ class Segmenter(nn.Module):
         windows = [(rows + 1) // 2 for i, (rows, _) in tables.items() if i not in everywhere]
         dim = sd["prompt_encoder.no_mask_embed.weight"].shape[1]
 
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # the package asks for a class and calls it
         self.size = grid * patch  # pixels a side of what the encoder reads, 1024
-        self.half = False
+        self.in_fp16 = False
         self.image_encoder = ImageEncoderViT(
             img_size=self.size,
             patch_size=patch,
@@ -71,10 +72,10 @@ class Segmenter(nn.Module):
             out_chans=dim,
             num_heads=width // tables[0][1],
             use_rel_pos=True,
-            global_attn_indexes=everywhere,
+            global_attn_indexes=tuple(everywhere),
             window_size=windows[0] if windows else 0,
             mlp_ratio=sd["image_encoder.blocks.0.mlp.lin1.weight"].shape[0] / width,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=norm,
         )
         self.prompt_encoder = PromptEncoder(
             embed_dim=dim,
@@ -109,7 +110,7 @@ class Segmenter(nn.Module):
         for part in self.image_encoder.modules():
             if isinstance(part, (nn.Linear, nn.Conv2d)):
                 part.half()
-        self.half = True
+        self.in_fp16 = True
         return self
 
     def scale(self, height: int, width: int) -> float:
@@ -129,7 +130,8 @@ class Segmenter(nn.Module):
         mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
         pixels = F.pad((pixels - mean) / std, (0, self.size - width, 0, self.size - height))
         device = self.prompt_encoder.no_mask_embed.weight.device
-        with torch.autocast(device.type, torch.float16) if self.half else nullcontext():
+        # autocast, not comfy.ops: the module is the package's own, and its norms must stay in fp32 (see halve).
+        with torch.autocast(device.type, torch.float16) if self.in_fp16 else nullcontext():
             return self.image_encoder(pixels.to(device)).float()
 
     def cut(self, embedding: Tensor, size: tuple[int, int], box=None, points=()) -> tuple[Tensor, float]:

@@ -37,7 +37,7 @@ class WordPieces:
     """
 
     def __init__(self, vocabulary: dict[str, int]):
-        from tokenizers.implementations import BertWordPieceTokenizer
+        from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 
         self.tokenizer = BertWordPieceTokenizer(vocab=vocabulary, lowercase=True)
         self.separators = {vocabulary[token] for token in SEPARATORS}

@@ -13,6 +13,7 @@ from ..methods.layout_retouch import FromBoth, FromLayout, FromReference, LiveMa
 from ..patching.attention_maps import TokenMap, marked
 from ..patching.install import install
 from ..patching.models import parse_sites
+from ..patching.recipe import Recipe
 from ..patching.schedule import Window, step_of
 from ..patching.step_blend import Stage, StepBlend
 from ..patching.streams import LATENT_KEY, Recording, Stream, check_together, streams_of, with_prompt
@@ -491,19 +492,19 @@ class MultiSourceSwap(io.ComfyNode):
         cls.check(model, layouts, references, mask, running_mask)
         found = parse_sites(cls.NAME, model, sites)
         latent = {"samples": torch.cat([run.latent_image[row : row + 1] for run, row in layouts])}
-        if layouts[0].run.denoise_mask is not None:
-            latent["noise_mask"] = torch.cat([run.denoise_mask[row : row + 1, :1] for run, row in layouts])
+        masks = [run.denoise_mask[row : row + 1, :1] for run, row in layouts if run.denoise_mask is not None]
+        if masks:
+            latent["noise_mask"] = torch.cat(masks)
         layouts, references = prompted(layouts, model, layout_prompt), prompted(references, model, reference_prompt)
-        recipes = [FromLayout(layouts, layout_end, end)]
-        if mask is None and running_mask is None:
+        recipes: list[Recipe] = [FromLayout(layouts, layout_end, end)]
+        inside = mask if running_mask is None else running_mask
+        if inside is None:
             recipes.append(FromReference(Window(layout_end, end, found), references))
         else:
             blended = max(layout_end, min(mask_start, end))
             recipes += [
                 FromReference(Window(layout_end, blended, found), references),
-                FromBoth(
-                    Window(blended, end, found), references, layouts, mask if running_mask is None else running_mask
-                ),
+                FromBoth(Window(blended, end, found), references, layouts, inside),
             ]
         return io.NodeOutput(install(model, *recipes), latent)
 

@@ -1,6 +1,7 @@
 """MCA-Ctrl (arXiv 2505.01428): the subject of one image in a region of another, by masked self-attention."""
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..kernels import grid_masks
@@ -20,8 +21,9 @@ from ..methods.mca_ctrl import (
 )
 from ..patching.install import install, installed_in
 from ..patching.models import parse_sites
+from ..patching.recipe import Recipe
 from ..patching.schedule import Window
-from ..patching.streams import check_together, streams_of, with_prompt
+from ..patching.streams import Stream, check_together, streams_of, with_prompt
 from .inputs import mask_of, numbers
 
 # ---------------------------------------------------------------- the node
@@ -243,29 +245,28 @@ class CollaborativeAttention(io.ComfyNode):
                 f"{cls.NAME}: subject_mask is empty: nothing of the subject's image is selected. Paint the subject,"
                 " or lower the thresholds of what finds it."
             )
-        if edit_mask is not None:
-            area = MaskArea(grid_masks.dilate(cls.mask("edit_mask", edit_mask, size), dilation))
-        elif installed_in(model).maps:
-            area = WordsArea(map_share, map_form == "soft")
-        else:
+        painted = (
+            None if edit_mask is None else MaskArea(grid_masks.dilate(cls.mask("edit_mask", edit_mask, size), dilation))
+        )
+        if painted is None and not installed_in(model).maps:
             raise ValueError(
                 f"{cls.NAME}: there is no edit_mask, and no Token Attention Map on the MODEL to take it from. Connect"
                 " one of them."
             )
+        area = painted or WordsArea(map_share, map_form == "soft")
         sagi, salq = cls.windows(model, preset, order)
         feeding = (
             cls.prompted(model, subject, subject_positive, negative),
-            cls.prompted(model, condition, condition_positive, negative),
+            condition and cls.prompted(model, condition, condition_positive, negative),
         )
-        painted = condition and edit_mask is not None
-        fresh = area.mask if painted and fresh_noise else None
-        recipes = [
+        fresh = painted.mask if condition and painted and fresh_noise else None
+        recipes: list[Recipe] = [
             recipe(window, *feeding, subject_mask, area, fresh)
             for recipe, window in ((SAGI, sagi), (SALQ, salq))
             if not window.is_empty
         ]
-        if recipes and background_lock and painted:
-            recipes.append(BackgroundLock(condition, area.mask))
+        if recipes and background_lock and condition and painted:
+            recipes.append(BackgroundLock(condition, painted.mask))
         run, row = condition or subject
         latent = run.latent_image[row : row + 1] if condition else torch.zeros_like(run.latent_image[row : row + 1])
         return io.NodeOutput(install(model, *recipes), {"samples": latent})
@@ -281,9 +282,9 @@ class CollaborativeAttention(io.ComfyNode):
         return streams[0]
 
     @classmethod
-    def prompted(cls, model, stream, positive, negative):
+    def prompted(cls, model: ModelPatcher, stream: Stream, positive: list | None, negative: list | None) -> Stream:
         """The stream with prompts of its own, where they are given."""
-        if positive is None or stream is None:
+        if positive is None:
             return stream
         return with_prompt(stream, model, positive=positive, **({"negative": negative} if negative else {}))
 
@@ -315,7 +316,9 @@ class CollaborativeAttention(io.ComfyNode):
         """The windows of SAGI and SALQ."""
         name = preset["preset"]
         chosen = PRESETS.get(name) or Preset(
-            *((preset[f"{part}_start"], preset[f"{part}_end"]) for part in ("sagi", "salq")), preset["salq_sites"]
+            (preset["sagi_start"], preset["sagi_end"]),
+            (preset["salq_start"], preset["salq_end"]),
+            preset["salq_sites"],
         )
         sagi, salq = (chosen.sagi, chosen.salq) if order == FORWARD else (chosen.salq, chosen.sagi)
         sites = []

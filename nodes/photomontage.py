@@ -198,11 +198,13 @@ class GraphCutMontage(io.ComfyNode):
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack)
         pictures = cls.pictures(images, stack)
-        count, grid = len(stack), stack[0].run.keys_grid
+        count = len(stack)
         check_base(cls.NAME, base, count)
         marks = cls.marks(pictures, base, strokes, stroke_masks, stroke_picture)
 
-        distances = [graphcut.image_distances(keys_of(stream), grid, components) for stream in stack]
+        keys, grid = [keys_of(stream) for stream in stack], stack[0].run.keys_grid
+        assert grid is not None  # taken down with the keys
+        distances = [graphcut.image_distances(one, grid, components) for one in keys]
         sigma = sigma or graphcut.median_distance(distances) or 1.0
         edges = graphcut.edge_weights(distances, lam, sigma)
         cells = labels.pool(marks, grid).numpy()
