@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -389,13 +390,24 @@ def running_server(env: Environment, base: Path, *arguments: str) -> Iterator[Se
 # ---------------------------------------------------------------- the commands
 
 
+def save_previews(prompt: dict) -> dict:
+    """The prompt itself, with what it only previews saved as well, named by the number and title of the node."""
+    prefixes = [n["inputs"]["filename_prefix"] for n in prompt.values() if n["class_type"] == "SaveImage"]
+    for number, node in prompt.items():
+        if node["class_type"] == "PreviewImage":
+            title = "-".join(re.findall(r"[a-z0-9]+", node["_meta"]["title"].lower()))
+            node["class_type"] = "SaveImage"
+            node["inputs"]["filename_prefix"] = f"{prefixes[0]}-{number}-{title}"
+    return prompt
+
+
 def demo_workflows() -> list[tuple[str, dict]]:
     """The API workflows that need nothing but the demo model: [(name, prompt)]."""
     found = []
     for path in sorted((ROOT / "example_workflows" / "api").glob("*.json")):
         prompt = json.loads(path.read_text(encoding="utf-8"))
         if any(node["class_type"] == "MontageDemoModel" for node in prompt.values()):
-            found.append((path.stem, prompt))
+            found.append((path.stem, save_previews(prompt)))
     return found
 
 

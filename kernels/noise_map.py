@@ -60,7 +60,7 @@ def _gaussian_along(rows: torch.Tensor, sigma: float, radius: int) -> torch.Tens
 def free(noise: torch.Tensor, t: float, dilation: float) -> torch.Tensor:
     """Where the latent may change at time t: at t <= h, and never where h is 0.
 
-    noise: noise map h [B, 1, h, w]. t: in [0, 1], of the model's 1000 steps. dilation: latent pixels by which what is
+    noise: noise map h [B, 1, h, w]. t: in [0, 1], the time step / 1000. dilation: latent pixels by which what is
     not yet free is grown at t = 1, less the lower t is (the authors': 4). The freest places are free at every t: a run
     that begins later than they could loses nothing, and a map of one value is plain image-to-image. Returns [B, 1, h,
     w], 0 or 1.

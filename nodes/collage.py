@@ -96,6 +96,7 @@ class CollageLayer(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "w_pos",
+                    display_name="attract",
                     default=0.4,
                     min=0.0,
                     max=5.0,
@@ -107,6 +108,7 @@ class CollageLayer(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "w_neg",
+                    display_name="repel",
                     default=0.7,
                     min=0.0,
                     max=5.0,
@@ -118,6 +120,7 @@ class CollageLayer(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "noise",
+                    display_name="denoise",
                     default=0.8,
                     min=0.0,
                     max=1.0,
@@ -257,6 +260,7 @@ class CollageCanvas(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "background_noise",
+                    display_name="background denoise",
                     default=0.8,
                     min=0.0,
                     max=1.0,
@@ -299,7 +303,11 @@ class CollageCanvas(io.ComfyNode):
                         "background's they sum to one."
                     ),
                 ),
-                io.Mask.Output("noise_map", tooltip="The denoise map: how much each place may change, 0 to 1."),
+                io.Mask.Output(
+                    "noise_map",
+                    display_name="denoise map",
+                    tooltip="The denoise map: how much each place may change, 0 to 1.",
+                ),
                 io.String.Output(
                     "full_prompt",
                     display_name="prompt",
@@ -399,7 +407,7 @@ class CollageCrossAttn(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Multiplies every layer's w_pos and w_neg; 0 is off.",
+                    tooltip="Multiplies every layer's attract and repel; 0 is off.",
                 ),
                 io.Combo.Input(
                     "growth",
@@ -507,7 +515,7 @@ class CollageNoise(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "Per-layer denoise: each layer changes as much as its noise value says, and 0 stays exactly as it "
+                "Per-layer denoise: each layer changes as much as its denoise says, and 0 stays exactly as it "
                 "is (Collage Diffusion, per-layer harmonisation). Sample the encoded image of Collage Canvas."
             ),
             search_aliases=[

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from montage.workshop import release
+from montage.workshop import help_pages, release
 from montage.workshop.package_contents import ROOT, archive, git, schemas, shipped_modules
 
 try:
@@ -233,6 +233,20 @@ def test_translations_are_in_their_language(language):
         ]
         for sentence in sentences:
             assert re.search(script, sentence), f"{node}: {sentence}"
+
+
+def test_the_help_pages_of_every_language_are_of_its_words():
+    assert {path.stem for path in help_pages.pages()} == set(LANGUAGES)
+    for path, text in help_pages.pages().items():
+        assert path.is_file() and path.read_text(encoding="utf-8") == text, "python workshop/help_pages.py"
+
+
+def test_the_editors_words_are_translated_into_every_language():
+    words = [
+        json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["montage"]
+        for language in LANGUAGES
+    ]
+    assert all(set(one) == set(words[0]) and all(one.values()) for one in words)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -90,12 +90,12 @@ def test_the_photomontage_runs_and_is_the_same_again(server):
 @pytest.mark.parametrize(
     "name, node, count",
     [
-        ("Montage - a personal subject in a new layout (demo model)", "53", 1),
-        ("Montage - a personal subject in four layouts (demo model)", "53", 4),
-        ("Montage - a personal subject in your picture (demo model)", "35", 1),
-        ("Montage - subject swap (demo model)", "44", 1),
-        ("Montage - subject addition (demo model)", "44", 1),
-        ("Montage - subject generation (demo model)", "44", 1),
+        ("15 Personal subject, new layout (demo)", "53", 1),
+        ("16 Personal subject, four layouts (demo)", "53", 4),
+        ("17 Personal subject in your picture (demo)", "35", 1),
+        ("11 Subject swap (demo)", "44", 1),
+        ("12 Subject insertion (demo)", "44", 1),
+        ("13 Subject generation (demo)", "44", 1),
     ],
 )
 def test_the_subjects_run(server, name, node, count):
@@ -128,7 +128,7 @@ def test_evicting_any_one_output_changes_nothing(server):
         again = copy.deepcopy(prompt)
         again["44"]["inputs"]["seed"] = 1000 + seed  # makes the composite run; its noise is the base's all the same
         evicted = evict(server, node)
-        assert evicted or prompt[node]["class_type"] == "SaveImage", node
+        assert evicted or prompt[node]["class_type"] in ("SaveImage", "PreviewImage"), node
         assert equal(picture(server, server.run(again, f"without {node}")), reference), (
             f"evicted {node} ({prompt[node]['class_type']})"
         )
@@ -216,42 +216,51 @@ def pictures(server, outputs):
     "name, expected",
     [
         (
-            "Montage - a first collage (demo model)",
-            ["first-collage-1-layers", "first-collage-2-image-to-image", "first-collage-3-collage"],
+            "06 Collage (demo)",
+            ["collage", "collage-22-composited-layers", "collage-33-baseline-plain-img2img"],
         ),
         (
-            "Montage - a collage with a noise for each layer (demo model)",
-            ["noise-1-layers", "noise-2-the-same-for-all", "noise-3-of-each-layer"],
+            "08 Collage, denoise per layer (demo)",
+            [
+                "collage-denoise",
+                "collage-denoise-22-composited-layers",
+                "collage-denoise-44-baseline-denoise-0-9-for-all",
+            ],
         ),
         (
-            "Montage - a collage with a learned look (demo model)",
-            ["look-1-layers", "look-2-words", "look-3-learned", "look-4-loss"],
+            "10 Collage with textual inversion (demo)",
+            [
+                "collage-embedding",
+                "collage-embedding-22-composited-layers",
+                "collage-embedding-26-training-loss",
+                "collage-embedding-34-without-the-embedding",
+            ],
         ),
     ],
 )
 def test_a_collage_runs(server, name, expected):
-    prompt = quick(workflow(name))
+    prompt = dev.save_previews(quick(workflow(name)))
     found = pictures(server, server.run(prompt, name))
     assert sorted(found) == expected
-    *_, without, collage = (found[picture][0] for picture in expected if "loss" not in picture)
+    collage, *_, without = (found[picture][0] for picture in expected)
     assert collage.size == (128, 128) and len(collage.getcolors(1 << 24)) > 1000 and not equal(without, collage)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "a first collage",
-        "a collage with a noise for each layer",
-        "a collage with a learned look",
-        "one object of a collage again and again",
-        "subject swap",
-        "subject addition",
-        "subject generation",
-        "an existing picture in the stack",
+        "06 Collage",
+        "08 Collage, denoise per layer",
+        "10 Collage with textual inversion",
+        "09 Collage, iterative object editing",
+        "11 Subject swap",
+        "12 Subject insertion",
+        "13 Subject generation",
+        "05 Photomontage with a photo",
     ],
 )
 def test_a_workflow_runs_on_the_structure_of_sdxl(server, name):
-    prompt = quick(workflow(f"Montage - {name} (demo model)"))
+    prompt = dev.save_previews(quick(workflow(f"{name} (demo)")))
     (loader,) = (number for number, node in prompt.items() if node["class_type"] == "MontageDemoModel")
     for node in prompt.values():
         for key, value in node["inputs"].items():
@@ -264,21 +273,21 @@ def test_a_workflow_runs_on_the_structure_of_sdxl(server, name):
     assert all(
         len(picture.getcolors(1 << 24)) > 100
         for kind, those in found.items()
-        if "labels" not in kind
+        if "regions" not in kind
         for picture in those
     )
 
 
 def test_one_object_is_made_again_while_all_others_stay(server):
-    prompt = quick(workflow("Montage - one object of a collage again and again (demo model)"))
+    prompt = dev.save_previews(quick(workflow("09 Collage, iterative object editing (demo)")))
     found = pictures(server, server.run(prompt, "again"))
-    before = found["again-2-first"][0]
-    for step, box in (
-        (4, (64, 0, 128, 64)),
-        (6, (46, 56, 120, 128)),
+    before = found["collage-iterative-34-first-collage"][0]
+    for ten, one, box in (
+        ("-211-ten-stars", "-213-picked-star", (64, 0, 128, 64)),
+        ("-311-ten-boxes", "", (46, 56, 120, 128)),
     ):  # where the new object lies, with the blur around it
-        first, second = found[next(name for name in found if name.startswith(f"again-{step - 1}-ten"))]
-        (picked,) = found[f"again-{step}-picked"]
+        first, second = found[f"collage-iterative{ten}"]
+        (picked,) = found[f"collage-iterative{one}"]
         assert equal(picked, first) and not equal(first, second)
         changed = ImageChops.difference(before, picked).getbbox()
         assert (
@@ -337,7 +346,7 @@ def full_size(tmp_path_factory):
 
 
 def test_the_sd15_workflow_runs_on_a_model_of_full_size(full_size):
-    prompt = quick(workflow("Montage - photomontage with SD1.5 and ControlNet"), steps=1)
+    prompt = quick(workflow("02 Photomontage with ControlNet (SD1.5)"), steps=1)
     for node in prompt.values():
         if node["class_type"] in ("EmptyLatentImage", "ImageScale"):
             node["inputs"].update(width=64, height=64)
@@ -350,7 +359,7 @@ def test_the_sd15_workflow_runs_on_a_model_of_full_size(full_size):
 
 
 def test_the_sd15_workflow_of_a_personal_subject_runs_on_a_model_of_full_size(full_size):
-    prompt = quick(workflow("Montage - a personal subject with SD1.5"))
+    prompt = quick(workflow("14 Personal subject (SD1.5)"))
     for node in prompt.values():
         if node["class_type"] in ("EmptyLatentImage", "ImageScale"):
             node["inputs"].update(width=64, height=64)
@@ -361,7 +370,7 @@ def test_the_sd15_workflow_of_a_personal_subject_runs_on_a_model_of_full_size(fu
 
 
 def test_the_sd15_collage_runs_on_a_model_of_full_size(full_size):
-    prompt = quick(workflow("Montage - collage with SD1.5 and ControlNet"), steps=1)
+    prompt = quick(workflow("07 Collage with ControlNet (SD1.5)"), steps=1)
     for node in prompt.values():
         if node["class_type"] == "CollageCanvas":
             node["inputs"].update(width=64, height=64)
@@ -372,7 +381,7 @@ def test_the_sd15_collage_runs_on_a_model_of_full_size(full_size):
 
 def test_a_look_is_learned_on_a_model_of_full_size(full_size):
     """SD1.5 in half precision, at its own size of text and embedding."""
-    prompt = workflow("Montage - a collage with a learned look (demo model)")
+    prompt = workflow("10 Collage with textual inversion (demo)")
     prompt["1"] = {
         "class_type": "CheckpointLoaderSimple",
         "inputs": {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"},

@@ -10,7 +10,9 @@ from montage.workshop.workflows import WORKFLOWS
 
 pytestmark = pytest.mark.slow
 
-NAMES = sorted(path.name for path in WORKFLOWS.glob("*.json"))
+NAMES = sorted(  # without those with a subgraph, which has no API form of its own
+    path.name for path in WORKFLOWS.glob("*.json") if "definitions" not in json.loads(path.read_text(encoding="utf-8"))
+)
 
 
 @pytest.fixture(scope="module")

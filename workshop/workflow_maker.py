@@ -1,8 +1,8 @@
 """Makes what an example workflow needs besides its API form: the page's own form, a thumbnail, and words to translate.
 
-    python dev.py workflow "example_workflows/api/Montage - NAME.json" [--no-run]
+    python dev.py workflow "example_workflows/api/NAME.json" [--no-run]
 
-writes example_workflows/Montage - NAME.json and, from the last picture that a run saves, its .jpg; names of nodes and
+writes example_workflows/NAME.json and, from the last picture that a run saves, its .jpg; names of nodes and
 inputs that a language in locales/ lacks are added to it in English. What the page's form has already keeps its place,
 size and colour, and its groups and notes stay; a new node goes into the column of its depth.
 """

@@ -8,7 +8,7 @@ from PIL import Image, ImageChops
 from .. import dev
 
 WORKFLOWS = Path(__file__).resolve().parent.parent / "example_workflows"
-PHOTOMONTAGE = "Montage - photomontage of three images (demo model)"
+PHOTOMONTAGE = "04 Photomontage (demo)"
 COMPOSITE = "46"  # its SaveImage of the composite
 
 
@@ -30,9 +30,9 @@ def quick(prompt: dict, steps: int = 3) -> dict:
 
 
 def picture(server: dev.Server, outputs: dict[str, dict], node: str = COMPOSITE) -> Image.Image:
-    """The only picture that a node of a finished prompt saved."""
+    """The only picture that a node of a finished prompt saved or previewed."""
     (image,) = outputs[node]["images"]
-    return Image.open(server.base / "output" / image["subfolder"] / image["filename"]).convert("RGB")
+    return Image.open(server.base / image["type"] / image["subfolder"] / image["filename"]).convert("RGB")
 
 
 def equal(a: Image.Image, b: Image.Image) -> bool:

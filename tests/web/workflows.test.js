@@ -15,6 +15,30 @@ function plain(prompt) {
   return Object.fromEntries(nodes.sort(([a], [b]) => a.localeCompare(b)));
 }
 
+/** The boxes of a workflow's nodes, with their titles, in the graph's units: as the page draws them. */
+function boxes(page) {
+  return page.evaluate(async () => {
+    const { graph, canvas } = window.app;
+    const drawn = (node) => document.querySelector(`[data-node-id="${node.id}"]`);
+    const sizes = () => graph.nodes.map((node) => drawn(node)?.offsetHeight).join();
+    for (let before; before !== (before = sizes()); ) await new Promise((resolve) => setTimeout(resolve, 300));
+    return graph.nodes.map((node) => {
+      const [x, y, width, height] = node.boundingRect;
+      const box = drawn(node)?.getBoundingClientRect();
+      const title = window.LiteGraph.NODE_TITLE_HEIGHT;
+      return {
+        name: `${node.type} ${node.id}`,
+        left: node.pos[0],
+        top: box ? node.pos[1] - title : y,
+        right: box ? node.pos[0] + box.width / canvas.ds.scale : x + width,
+        bottom: box ? node.pos[1] - title + box.height / canvas.ds.scale : y + height,
+      };
+    });
+  });
+}
+
+const cover = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+
 test("there are workflows to check", () => assert.ok(names.length >= 2));
 
 /** What goes into each blueprint to try it: {input: [node type, its output, its widgets]}. */
@@ -53,6 +77,18 @@ for (const modern of [false, true]) {
           return (await window.app.graphToPrompt()).output;
         }, flow);
         assert.deepEqual(plain(converted), plain(twin));
+        const placed = await boxes(comfy.page);
+        const groups = flow.groups.map(({ title, bounding: [left, top, width] }) => ({
+          name: `the title of ${title}`,
+          left,
+          top,
+          right: left + width,
+          bottom: top + 40,
+        }));
+        const covered = placed.flatMap((a, index) =>
+          [...placed.slice(index + 1), ...groups].filter((b) => cover(a, b)).map((b) => `${a.name} and ${b.name}`),
+        );
+        assert.deepEqual(covered, []);
         assert.deepEqual(comfy.faults, []);
       });
     }
