@@ -1,4 +1,8 @@
-"""Generative Photomontage (arXiv 2408.07116): is each region kept, and can its seams be seen?"""
+"""Generative Photomontage (arXiv 2408.07116): is each region kept, and can its seams be seen? On the demo UNet, and on
+the demo transformer.
+"""
+
+import functools
 
 import cv2
 import numpy as np
@@ -7,13 +11,13 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 
 from nodes import ControlNetApplyAdvanced
 
-from ..demo import metrics, scenes
+from ..demo import detector, metrics, scenes
 from ..kernels import graphcut, labels
-from ..workshop.random_models import demo_control_net, demo_model
+from ..workshop.random_models import demo_control_net, demo_model, demo_transformer
 from ..workshop.sampling import cut, inject, recorder, sample
 from . import measurements
 
-SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 910_000
+SIZE, CFG, FIRST = 128, 3.0, 910_000
 SAMPLES = {"own": 40, "one": 12}  # stacks, by their prompts
 BASE, COUNT, GRID = 0, 3, (SIZE // 8, SIZE // 8)
 MARGIN = 4  # pixels between a region's edge and what is measured in it (the paper's 512 pixels: 16)
@@ -22,33 +26,41 @@ OURS = "composite (ours)"
 
 class Stack:
     """One sample: a scene of two objects, three images of its layout, and strokes that keep an object from each of
-    two.
+    two. On the UNet, with a ControlNet that gives all three the same outlines.
     """
+
+    SETTINGS = ("ddim", "normal", 12)  # sampler, scheduler, steps
+    TOKENS = GRID  # of the graph cut's features
 
     def __init__(self, number, prompts):
         self.model, self.clip, self.vae = demo_model()
         generator = torch.Generator().manual_seed(FIRST + number)
         scene = scenes.sample(1, generator, count=2)
         hint = scenes.layout(scene, SIZE).movedim(1, -1)
-        captions = self.captions(scene, generator, prompts)
         self.conditioning = [
             ControlNetApplyAdvanced().apply_controlnet(
                 self.encode(caption), self.encode(""), demo_control_net(), hint, 1.0, 0.0, 1.0
             )
-            for caption in captions
+            for caption in self.captions(scene, generator, prompts)
         ]
+        self.draw(number)
+        objects = scenes.masks(scene, SIZE)[0]
+        background = torch.from_numpy(distance_transform_edt(objects.sum(0) == 0) > 12).float()
+        kept = [torch.from_numpy(binary_erosion(mask > 0.5, iterations=3)).float() for mask in objects[:2]]
+        self.strokes = self.apart([background, *kept])
+
+    def draw(self, number):
+        """Record the images."""
         self.seeds = [FIRST + COUNT * number + k for k in range(COUNT)]
         empty = {"samples": torch.zeros(1, 4, *GRID)}
         self.latents = [self.sampled(*recorder(self.model, empty, 64), k) for k in range(COUNT)]
         self.images = [self.decode(latent["samples"]) for latent in self.latents]
-        objects = scenes.masks(scene, SIZE)[0]
-        self.strokes = torch.stack(
-            [
-                torch.from_numpy(distance_transform_edt(objects.sum(0) == 0) > 12).float(),
-                *(torch.from_numpy(binary_erosion(mask > 0.5, iterations=3)).float() for mask in objects[:2]),
-            ]
-        )
-        self.strokes *= self.strokes.sum(0) < 2  # a stroke belongs to one image
+
+    @staticmethod
+    def apart(strokes):
+        """Strokes [N, H, W] of which each belongs to one image."""
+        strokes = torch.stack(strokes)
+        return strokes * (strokes.sum(0) < 2)
 
     @staticmethod
     def captions(scene, generator, prompts):
@@ -66,23 +78,26 @@ class Stack:
 
     def sampled(self, model, latent, image):
         positive, negative = self.conditioning[image]
-        return sample(model, latent, self.seeds[image], positive, negative, "ddim", "normal", STEPS, CFG)
+        return sample(model, latent, self.seeds[image], positive, negative, *self.SETTINGS, CFG)
 
     def cut_in_features(self):
         """(masks [N, H, W], paste) of the node."""
         masks, _, paste = cut(
             self.latents, [image[None] for image in self.images], stroke_masks=self.strokes, base=BASE, sigma=0.0
-        )
+        )[:3]
         return masks, paste[0]
 
     def cut_in_pixels(self):
         """The same energy over the images' colours instead of their keys."""
         cells = [
-            torch.nn.functional.adaptive_avg_pool2d(image.movedim(-1, 0), GRID).movedim(0, -1) for image in self.images
+            torch.nn.functional.adaptive_avg_pool2d(image.movedim(-1, 0), self.TOKENS).movedim(0, -1)
+            for image in self.images
         ]
         distances = [tuple(d.double().numpy() for d in graphcut.neighbour_distances(cell)) for cell in cells]
         edges = graphcut.edge_weights(distances, 100.0, graphcut.median_distance(distances))
-        owner = graphcut.alpha_expansion(graphcut.stroke_costs(labels.pool(self.strokes, GRID).numpy(), COUNT), edges)
+        owner = graphcut.alpha_expansion(
+            graphcut.stroke_costs(labels.pool(self.strokes, self.TOKENS).numpy(), COUNT), edges
+        )
         masks = labels.to_masks(labels.at_grid(torch.from_numpy(owner), (SIZE, SIZE)), COUNT)
         return masks, (masks[..., None] * torch.stack(self.images)).sum(0)
 
@@ -110,6 +125,39 @@ class Stack:
         return self.decode(
             self.sampled(self.model, {"samples": pasted, "noise_mask": masks[BASE][None]}, BASE)["samples"]
         )
+
+
+class TransformerStack(Stack):
+    """The same on the demo transformer, which has no ControlNet: where its objects are, the images say themselves. Kept
+    are the object that the detector is surest of in each of two images, and the base where it is far from both.
+    """
+
+    SETTINGS = ("euler", "simple", 16)
+    TOKENS = (SIZE // 16, SIZE // 16)
+    RADIUS, FAR = 0.14, 0.3  # of an object's stroke, and of the base's distance from it: parts of the side
+
+    def __init__(self, number, prompts):
+        self.model, self.clip, self.vae = demo_transformer()
+        generator = torch.Generator().manual_seed(FIRST + number)
+        scene = scenes.sample(1, generator, count=2)
+        captions = self.captions(scene, generator, prompts)
+        captions[0] = captions[0] or scenes.caption(scene, 0)
+        self.conditioning = [(self.encode(caption), self.encode("")) for caption in captions]
+        self.draw(number)
+        seen = [metrics.look(reader(), image)[2] for image in self.images]
+        y, x = torch.meshgrid(*[(torch.arange(SIZE) + 0.5) / SIZE] * 2, indexing="ij")
+        kept, far = [], torch.ones(SIZE, SIZE, dtype=torch.bool)
+        for found in seen[1:]:
+            centre = max(found, key=lambda one: one.score).centre if found else (-1.0, -1.0)
+            distance = ((x - centre[0]) ** 2 + (y - centre[1]) ** 2).sqrt()
+            kept.append((distance < self.RADIUS).float())
+            far &= distance > self.FAR
+        self.strokes = self.apart([far.float(), *kept])
+
+
+@functools.cache
+def reader():
+    return detector.load()
 
 
 def _bytes(picture):
@@ -148,9 +196,9 @@ def variants(example):
     return found
 
 
-def measure(prompts):
+def measure(stack, prompts):
     def one(number):
-        example = Stack(number, prompts)
+        example = stack(number, prompts)
         if len(np.unique(labels.from_masks(example.cut_in_features()[0], BASE))) < 2:
             return {}
         return {name: figures(*result, example.images) for name, result in variants(example).items()}
@@ -193,27 +241,54 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
 )
 
 
+STUDIES = (  # name, stack, prompts, title, how its images came about
+    (
+        "photomontage-own",
+        Stack,
+        "own",
+        "other words for every image, none for the base",
+        "three images each from one ControlNet outline",
+    ),
+    (
+        "photomontage-one",
+        Stack,
+        "one",
+        "the same words for all images",
+        "three images each from one ControlNet outline",
+    ),
+    (
+        "photomontage-transformer-own",
+        TransformerStack,
+        "own",
+        "on the transformer, other words for every image",
+        "three images each, without a ControlNet",
+    ),
+    (
+        "photomontage-transformer-one",
+        TransformerStack,
+        "one",
+        "on the transformer, the same words for all images",
+        "three images each, without a ControlNet",
+    ),
+)
+
+
 def sections(options):
-    for prompts, title in (
-        ("own", "other words for every image, none for the base"),
-        ("one", "the same words for all images"),
-    ):
+    for name, stack, prompts, title, made in STUDIES:
         count = SAMPLES[prompts] // (10 if options.quick else 1)
-        found = measurements.Study(f"photomontage-{prompts}", options.folder).run(
-            range(count), measure(prompts), options.address
-        )
+        found = measurements.Study(name, options.folder).run(range(count), measure(stack, prompts), options.address)
         claims = [
             measurements.claim(what, found.difference(a, b, figure), sign, paper)
             for what, a, b, figure, sign, paper in CLAIMS
         ]
         shown = []
         for number in range(4):
-            example = Stack(number, prompts)
+            example = stack(number, prompts)
             shown.append([*example.images, *(picture for picture, _, _ in list(variants(example).values())[:6])])
         text = "\n\n".join(
             [
                 (
-                    f"{count} scenes of two objects, three images each from one ControlNet outline ({title}); strokes"
+                    f"{count} scenes of two objects, {made} ({title}); strokes"
                     " keep one object from each of two images and the background from the base. PSNR (dB) and SSIM"
                     f" are against the image that owns the pixel, {MARGIN} pixels and more from its region's edge;"
                     " *seam* is the mean Sobel magnitude on the seams, *in range* the share of samples in which it"
@@ -223,9 +298,9 @@ def sections(options):
                 found.table(psnr="PSNR", ssim="SSIM", seam="seam", **{"in range": "in range"}),
                 measurements.markdown(measurements.CLAIMS, claims),
                 measurements.grid(
-                    f"photomontage-{prompts}",
+                    name,
                     shown,
-                    ["base", "image 1", "image 2", *list(variants(Stack(0, prompts)))[:6]],
+                    ["base", "image 1", "image 2", *list(variants(stack(0, prompts)))[:6]],
                 ),
             ]
         )

@@ -159,6 +159,14 @@ def demo_model():
     return demo()[:3]
 
 
+@functools.cache
+def demo_transformer():
+    """(MODEL, CLIP, VAE) of the demo's diffusion transformer."""
+    from ..nodes.demo_model import MontageDemoModel
+
+    return tuple(MontageDemoModel.execute("dit").args)[:3]
+
+
 def demo_control_net():
     """Its ControlNet."""
     return demo()[3]
