@@ -165,7 +165,9 @@ class TokenAttentionMap(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "Cross-attention blocks to use. d@2-4,u@2-4: the down and up path at 1/2 and 1/4 of the "
-                        "latent's resolution."
+                        "latent's resolution. On a transformer, which has no such levels, this default means the "
+                        "middle half of its blocks; write all, first half, last half, middle half, or a list such as "
+                        "double0-18,single0-37."
                     ),
                 ),
             ],
@@ -418,7 +420,9 @@ class MultiSourceSwap(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "Self-attention blocks that read the reference: u@1-2 is the up path at the latent's "
-                        "resolution and at half of it (layers 10 to 15 of SD1.5)."
+                        "resolution and at half of it (layers 10 to 15 of SD1.5). On a transformer, which has no such "
+                        "levels, this default means the last half of its blocks; write all, first half, last half, "
+                        "middle half, or a list such as double0-18,single0-37."
                     ),
                 ),
                 io.Mask.Input(

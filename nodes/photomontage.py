@@ -399,7 +399,8 @@ class CompositeAttentionInject(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "Self-attention blocks to compose: all (paper), encoder, middle, decoder, or a list such "
-                        "as d0-3,m0,u2-5."
+                        "as d0-3,m0,u2-5. On a transformer: all, first half, last half, middle half, or a list such "
+                        "as double0-18,single0-37."
                     ),
                 ),
                 io.Combo.Input(

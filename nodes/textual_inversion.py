@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from ..kernels import collage as kernel
 from ..methods.collage import owned_tokens
 from ..patching import textual_inversion
-from ..patching.models import family_of
+from ..patching.models import require_unet
 from ..patching.tokens import token_runs
 from .collage import CATEGORY, COLLAGE
 from .inputs import numbers
@@ -177,7 +177,7 @@ class LearnLayerToken(io.ComfyNode):
         resume,
     ):
         numbers(cls.NAME, learning_rate=learning_rate)
-        family_of(model)  # refuses what is none
+        require_unet(cls.NAME, model, "it trains a word of CLIP through the model's cross-attention")
         path = cls.path(clip, name)
         learned = cls.with_token(clip, collage, layer, name)
         texts = cls.texts(templates, learned.layers[layer].text)

@@ -3,10 +3,11 @@ ControlNets act where."""
 
 import torch
 import torch.nn.functional as F
-from comfy.model_sampling import ModelSamplingDiscrete
+from comfy.model_sampling import CONST, ModelSamplingDiscrete
 from comfy.patcher_extension import WrappersMP
 
 from ..kernels.noise_map import free
+from .models import require_unet
 from .refusals import check_shape
 
 KEY = "montage_collage"
@@ -66,8 +67,15 @@ def masked_by(level, dilation, previous):
 
 def part_of_schedule(sampling: torch.nn.Module, sigma: torch.Tensor) -> float:
     """t / 1000 of a noise level, where t is one of the model's 1000 time steps 0 to 999 (paper, section 3.4: a place is
-    free from t <= 1000 h on, so that h = 0.8 is free at t = 800). Models that know no such steps go from 0 to 1.
+    free from t <= 1000 h on, so that h = 0.8 is free at t = 800). Of a flow it is the time before its schedule is
+    shifted, of which its sigmas are equal steps. Models that know no such steps go from 0 to 1.
     """
+    if isinstance(sampling, CONST):
+        sigma = sigma.cpu().float()
+        sigmas = torch.cat([torch.zeros(1), sampling.sigmas.cpu().float()])
+        after = int(torch.searchsorted(sigmas, sigma).clamp(1, len(sigmas) - 1))
+        low, high = sigmas[after - 1], sigmas[after]
+        return float((after - 1 + (sigma - low) / (high - low)) / (len(sigmas) - 1))
     t, first, last = (
         float(sampling.timestep(torch.as_tensor(s))) for s in (sigma, sampling.sigma_min, sampling.sigma_max)
     )
@@ -78,6 +86,7 @@ def part_of_schedule(sampling: torch.nn.Module, sigma: torch.Tensor) -> float:
 
 def with_control_map(model, node, strength):
     """A clone of the MODEL that multiplies what ControlNets add to it by a map. strength: [H, W]."""
+    require_unet(node, model, "it multiplies maps of features, which transformers do not have")
 
     def outer_sample(executor, noise, *args, **kwargs):
         check_shape(node, strength.shape, noise.shape[-2:])
