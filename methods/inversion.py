@@ -11,7 +11,7 @@ from typing import Any
 import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.model_sampling import CONST
+from comfy.model_sampling import CONST, COSMOS_RFLOW
 
 from ..kernels import inversion as kernel
 from ..patching import internals
@@ -32,14 +32,14 @@ def invert(
     callback: Callable,
     show_bar: bool,
 ) -> tuple[Recording, Tensor]:
-    """(a Recording of the pictures' trajectories, the noise they came from [B, C, h, w]).
+    """(a Recording of the pictures' trajectories, the noise they came from [B, C, h, w]): as a latent that a sampler
+    goes on with; for rectified flows, of whose latent nothing is left at sigma 1, as the noise itself.
 
     latent: [B, C, h, w], encoded pictures. sigmas: descending, ending in 0. iterations: evaluations of each step; 0 is
     one, or for rectified flows as many as keep the picture. Sampled at CFG 1.
     """
     sampling: Any = model.get_model_object("model_sampling")
-    is_flow = isinstance(sampling, CONST)
-    iterations = iterations or (MOST_AUTOMATIC if is_flow else 1)
+    iterations = iterations or (MOST_AUTOMATIC if isinstance(sampling, (CONST, COSMOS_RFLOW)) else 1)
     lowest = min(float(sampling.sigma_min), float(sigmas[-2]))
     ladder = torch.cat([torch.tensor([lowest]), sigmas[:-1].flip(0).cpu()])
     zeros = torch.zeros_like(latent)
@@ -47,14 +47,14 @@ def invert(
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(conditioning, conditioning)
     guider.set_cfg(1.0)
-    settings = {"run": run, "iterations": iterations, "is_flow": is_flow}
+    settings = {"run": run, "iterations": iterations}
     sampler = comfy.samplers.KSAMPLER(_inverting_sampler, extra_options=settings)
     guider.sample(zeros, latent, sampler, ladder, callback=callback, disable_pbar=not show_bar)
     first = run.evaluations[run.sigmas[0], 0, 0].x
     run.noise, run.final = as_noise(model, first, run.sigmas[0]), latent.cpu()
     recording = Recording()
     recording.add(run)
-    return recording, model.model.process_latent_out(first)
+    return recording, run.noise if isinstance(sampling, CONST) else model.model.process_latent_out(first)
 
 
 def _inverting_sampler(
@@ -66,7 +66,6 @@ def _inverting_sampler(
     disable: bool,
     run: Run,
     iterations: int,
-    is_flow: bool,
 ) -> Tensor:
     """A k-diffusion sampler over ascending sigmas, which fills `run` with the trajectory that it finds. What it returns
     is of no use where sigma is 1, since ComfyUI divides a flow's result by 1 - sigma.
@@ -83,19 +82,19 @@ def _inverting_sampler(
         callback({"i": len(found) - 1, "denoised": denoised, "x": y, "sigma": sigma})
         return (y - denoised) / sigma
 
-    if is_flow:  # what a flow's sampler is handed is (1 - sigma) latent; the network's input is not scaled
-        y = x / sampling.noise_scaling(sigmas[:1], x.new_zeros(1), x.new_ones(1))
-        steps = kernel.invert(y, predict_noise, sigmas, lambda sigma: 1.0, iterations)
-    else:
-        data = sampling.sigma_data
-        y = x * (1 + (sigmas[0] / data) ** 2) ** 0.5
-        steps = kernel.invert(y, predict_noise, sigmas, lambda sigma: data**2 + sigma**2, iterations)
+    def variance(sigma: Tensor) -> Tensor:
+        """Of y, where the picture's is 1: what the model itself scales its input by."""
+        level, one = sigma.reshape(1).float().cpu(), torch.ones(1)
+        plain, scaled = (sampling.calculate_input(s, one) for s in (torch.zeros(1), level))
+        return ((plain / scaled) ** 2).to(x)
+
+    # a flow's sampler is handed (1 - sigma) latent
+    y = x / sampling.noise_scaling(sigmas[:1], x.new_zeros(1), x.new_ones(1)) * variance(sigmas[0]) ** 0.5
+    steps = kernel.invert(y, predict_noise, sigmas, variance, iterations)
     for sigma, y in steps:
-        found[float(sigma), 0, 0] = Evaluation(
-            y
-        )  # where the ladder starts with a sigma of the schedule, they are equal
+        found[float(sigma), 0, 0] = Evaluation(y)  # a ladder that starts with a sigma of the schedule gives it twice
     run.evaluations = {key: found[key] for key in reversed(found) if key[0] in run.sigmas}
-    return x if is_flow else y
+    return x if isinstance(sampling, CONST) else y
 
 
 def as_noise(model: ModelPatcher, x: Tensor, sigma: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import comfy.sample
 import comfy.utils
 import folder_paths
 import latent_preview
@@ -122,7 +123,9 @@ class InvertImage(io.ComfyNode):
                     "noise_latent",
                     display_name="noise",
                     tooltip=(
-                        "The inverted noise. Sample it without adding noise (KSampler Advanced, add_noise disabled)."
+                        "The inverted noise. Sample it without adding noise (KSampler Advanced, add_noise disabled). "
+                        "For rectified-flow models (Flux, SD3, Qwen-Image, ...) it is the noise itself, for nodes that "
+                        "take a latent as noise: their samplers keep nothing of a latent at the first step."
                     ),
                 ),
             ],
@@ -131,6 +134,7 @@ class InvertImage(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent, sigmas, conditioning, iterations=0):
         samples = finite(cls.NAME, "latent", latent["samples"])
+        samples = comfy.sample.fix_empty_latent_channels(model, samples)  # some models' latents have frames
         if len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas[:-1] <= sigmas[1:]).any():
             raise ValueError(
                 f"{cls.NAME}: sigmas are {[round(s, 3) for s in sigmas.tolist()][:6]}: a descending schedule that ends"
@@ -145,7 +149,7 @@ class InvertImage(io.ComfyNode):
             latent_preview.prepare_callback(model, len(sigmas) - 1),
             comfy.utils.PROGRESS_BAR_ENABLED,
         )
-        return io.NodeOutput({**latent, LATENT_KEY: recording}, {"samples": noise.to(samples)})
+        return io.NodeOutput({**latent, "samples": samples, LATENT_KEY: recording}, {"samples": noise.to(samples)})
 
 
 class SaveRecording(io.ComfyNode):

@@ -59,14 +59,12 @@ class LiveAttentionMap:
     def begin_evaluation(self) -> None:
         self.before = self.read()
 
-    def look(self, attention: TextAttention) -> None:
-        """Count one attention in, if it is of the map's sites."""
-        if attention.site not in self.wanted.sites:
-            return
-        count = len(attention.uuids)
-        for uuid, q, k in zip(attention.uuids, attention.q.chunk(count), attention.k.chunk(count)):
-            if uuid in self.lengths:
-                self.add(probability(q, k, attention.heads, self.wanted.tokens, self.lengths[uuid]), attention.grid)
+    def look(self, attention: TextAttention, length: int) -> None:
+        """Count one attention in, if it is of the map's sites. attention: of one conditioning that is measured.
+        length: rows of one copy of its text.
+        """
+        if attention.site in self.wanted.sites:
+            self.add(probability(attention.q, attention.k, attention.heads, self.wanted.tokens, length), attention.grid)
 
     def add(self, found: torch.Tensor, grid: tuple[int, int]) -> None:
         """Count one site in. found: [B, tokens]."""

@@ -330,8 +330,12 @@ class Attentions(refusals.OfAttention):
         if self.call.beside:
             q, k = (self.of_target(t, len(attention.uuids)) for t in (attention.q, attention.k))
             attention = attention._replace(q=q, k=k, images=len(q))
+        count = len(attention.uuids)
         for live in self.call.maps:
-            live.look(attention)
+            for uuid, q, k in zip(attention.uuids, attention.q.chunk(count), attention.k.chunk(count)):
+                if uuid in live.lengths:
+                    rows, tokens = self.engine.family.own_text(live.lengths[uuid], k.shape[1])
+                    live.look(attention._replace(uuids=[uuid], q=q, k=k[:, rows]), tokens)
 
     def of_target(self, t: Tensor, count: int) -> Tensor:
         """The target's images of `count` conditionings, without those beside them."""
@@ -353,13 +357,17 @@ class Attentions(refusals.OfAttention):
 
     def biased_by(self, bias: Bias, tokens: int, attention: TextAttention) -> Tensor:
         """One conditioning's bias, [B, 1, tokens, text tokens]."""
-        length, q = attention.k.shape[1], attention.q
+        whole, q = attention.k.shape[1], attention.q
+        rows, tokens = self.engine.family.own_text(tokens, whole)
+        attention = attention._replace(k=attention.k[:, rows])
+        length = attention.k.shape[1]
         refusals.check_text(bias.node, tokens, length)
         key = bias, attention.grid, tokens, length, q.device, q.dtype
         prepared = self.engine.prepared
         if key not in prepared:
             prepared[key] = bias.prepare(attention.grid, tokens, length // tokens, q)
-        return bias.bias(prepared[key], attention, self.call.key[0])
+        found = bias.bias(prepared[key], attention, self.call.key[0])
+        return found if length == whole else torch.nn.functional.pad(found, (rows.start, whole - rows.stop))
 
     def check_reached(self) -> None:
         """Refuse a call in which blocks were left out or run in another node's own way."""

@@ -230,7 +230,7 @@ def build_transformer(name: str, seed: int = 0, dtype: torch.dtype = torch.float
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "", device=torch.device("cpu"))
     fill(model.diffusion_model, seed)
-    return comfy.model_patcher.ModelPatcher(
+    return comfy.model_patcher.CoreModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),

@@ -139,6 +139,12 @@ class ModelFamily(ABC):
         """The sites whose image tokens attend to text."""
         return frozenset(self.sites())
 
+    def own_text(self, tokens: int, length: int) -> tuple[slice, int]:
+        """Which of the text's rows in an attention are those of a conditioning's tokens, and how many rows one copy of
+        it takes: ComfyUI repeats texts to batch them. tokens: of the conditioning. length: rows of the text.
+        """
+        return slice(0, length), tokens
+
     @abstractmethod
     def parse_sites(self, text: str) -> tuple[Site, ...]:
         """The sites that a text names, in the order of execution. Raises ValueError that lists what the model has."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import comfy.ldm.modules.attention as attention
+import comfy.model_base
 import torch
 
 from .. import internals
@@ -129,6 +130,13 @@ class DiT(ModelFamily):
     @property
     def text_sites(self) -> frozenset[Site]:
         return frozenset(site for site in self.sites() if site.index == 0)
+
+    def own_text(self, tokens: int, length: int) -> tuple[slice, int]:
+        if isinstance(self.model.model, comfy.model_base.Flux2):  # padded on the left
+            return slice(max(0, length - tokens), length), tokens
+        if isinstance(self.model.model, comfy.model_base.Anima):  # an adapter makes a text of its own of it
+            return slice(0, length), length
+        return slice(0, length), tokens
 
     def parse_sites(self, text: str) -> tuple[Site, ...]:
         """The sites that a text names, in the order of execution.
