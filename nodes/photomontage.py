@@ -275,7 +275,8 @@ class GraphCutMontage(io.ComfyNode):
         try:
             painted_base, drawn = parse_document(strokes, count)
         except ValueError as error:
-            raise ValueError(f"{cls.NAME}: {error}.") from None
+            alone = " The latents of a list (Rebatch Latents) come one by one: connect a batch." if count == 1 else ""
+            raise ValueError(f"{cls.NAME}: {error}.{alone}") from None
         if painted_base not in (None, base):
             raise ValueError(
                 f"{cls.NAME}: base is {base}, but the strokes were painted for base {painted_base}. Set both to the"
