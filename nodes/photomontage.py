@@ -17,7 +17,7 @@ from ..patching.models import parse_sites
 from ..patching.schedule import Window
 from ..patching.streams import check_together, streams_of
 from . import previews
-from .inputs import image_of, mask_of, numbers
+from .inputs import image_of, mask_for, mask_of, numbers, picture_size
 
 Tensor = torch.Tensor
 
@@ -469,7 +469,7 @@ class CompositeAttentionInject(io.ComfyNode):
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack, model)
         check_base(cls.NAME, base, len(stack))
-        masks = mask_of(cls.NAME, "masks", masks)
+        masks = mask_for(cls.NAME, "masks", masks, picture_size(model, stack[0].run.size))
         if len(masks) != len(stack):
             raise ValueError(
                 f"{cls.NAME}: {len(masks)} masks for {len(stack)} images. Give one mask for each image, in their order."

@@ -11,7 +11,7 @@ from ..methods import inversion
 from ..patching import recording_files
 from ..patching.install import install
 from ..patching.streams import LATENT_KEY, Recording, streams_of
-from .inputs import finite
+from .inputs import finite, latent_of
 
 MEBIBYTE = 2**20
 RECORDING = ".recording.safetensors"  # how the files of recordings end
@@ -71,6 +71,7 @@ class FeatureRecorder(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, cache_mb):
+        latent_of("Feature Recorder", model, latent)
         recording = Recording(budget=cache_mb * MEBIBYTE)
         return io.NodeOutput(install(model, recording=recording), {**latent, LATENT_KEY: recording})
 
@@ -130,7 +131,7 @@ class InvertImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, sigmas, conditioning, iterations=0):
-        samples = finite(cls.NAME, "latent", latent["samples"])
+        samples = finite(cls.NAME, "latent", latent_of(cls.NAME, model, latent))
         if len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas[:-1] <= sigmas[1:]).any():
             raise ValueError(
                 f"{cls.NAME}: sigmas are {[round(s, 3) for s in sigmas.tolist()][:6]}: a descending schedule that ends"
