@@ -139,6 +139,7 @@ def check_run(session: Session, recipe: Recipe, run: Run) -> None:
             " it was made of."
         )
     check_size(recipe, run, context.size)
+    _check_weights(recipe, run.weights, session.weights)
     if not set(context.sigmas[:-1]) <= set(run.sigmas):
         raise ValueError(
             f"{recipe.node}: its images were recorded over {in_words(run.sigmas)} and this run takes"
@@ -152,7 +153,6 @@ def check_run(session: Session, recipe: Recipe, run: Run) -> None:
             " prompt without COUPLE."
         )
     _check_resizing(recipe, run, session.guider.model_options)
-    _check_weights(recipe, run.weights, session.weights)
 
 
 def _check_resizing(recipe: Recipe, run: Run, options: dict) -> None:
