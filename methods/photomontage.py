@@ -28,6 +28,7 @@ class CompositeAttention(Recipe):
         for the paper's ablations "concat" (of all images) or "model" (the running one's).
         """
         super().__init__(window)
+        self.longer_keys = kv == "concat"
         self.owner, self.base, self.base_q, self.kv = owner, base, base_q, kv
         self.base_stream = stack[base]
         self.read = [image for image in range(len(stack)) if self.reads(image)]

@@ -16,7 +16,7 @@ from ..patching.models import parse_sites
 from ..patching.schedule import Window
 from ..patching.tokens import offset_of_words
 from . import previews
-from .inputs import image_of, mask_of, numbers
+from .inputs import connected, encoded, image_of, mask_for, numbers
 
 CATEGORY = "montage/collage"
 LAYERS, COLLAGE = io.Custom("MONTAGE_LAYERS"), io.Custom("MONTAGE_COLLAGE")
@@ -192,7 +192,7 @@ class CollageLayer(io.ComfyNode):
         image = image[0]
         alpha = image[..., 3] if image.shape[-1] == 4 else torch.ones(image.shape[:2])
         if mask is not None:
-            alpha = mask_of(cls.NAME, "mask", mask)[0]
+            alpha = mask_for(cls.NAME, "mask", mask, tuple(image.shape[:2]))[0]
             if alpha.shape != image.shape[:2]:
                 raise ValueError(
                     f"{cls.NAME}: the mask is {alpha.shape[1]}x{alpha.shape[0]} and the image"
@@ -474,13 +474,13 @@ class CollageCrossAttn(io.ComfyNode):
     def execute(cls, model, clip, collage, strength, growth, start, end, sites, conditioning=None):
         numbers(cls.NAME, strength=strength, start=start, end=end)
         window = Window(start, end, parse_sites(cls.NAME, model, sites))
-        owned = owned_tokens(cls.NAME, clip, collage)
+        owned = owned_tokens(cls.NAME, connected(cls.NAME, "clip", clip), collage)
         steered = {
             position: layers
             for position, layers in owned.items()
             if any(collage.layers[layer].w_pos or collage.layers[layer].w_neg for layer in layers)
         }
-        own = clip.encode_from_tokens_scheduled(clip.tokenize(collage.prompt))
+        own = encoded(cls.NAME, clip, collage.prompt)
         given = own if conditioning is None else conditioning
         if not steered or strength == 0 or window.is_empty:
             return io.NodeOutput(model, given)

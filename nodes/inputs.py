@@ -1,8 +1,11 @@
 """Images, masks and numbers as they come in: checked once, for every node that takes them."""
 
 import math
+from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 
 
 def image_of(node: str, name: str, image: torch.Tensor) -> torch.Tensor:
@@ -69,3 +72,49 @@ def numbers(node: str, **values: float) -> None:
     for name, value in values.items():
         if math.isnan(value):
             raise ValueError(f"{node}: {name} is NaN. Enter a number.")
+
+
+def picture_size(model: ModelPatcher, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels of the picture of a latent of `size`."""
+    scale = model.model.latent_format.spacial_downscale_ratio
+    return scale * size[0], scale * size[1]
+
+
+def connected(node: str, name: str, value: Any) -> Any:
+    """A CLIP or VAE. Raises ValueError for the nothing that a loader gives where its file holds none."""
+    if value is None:
+        what = {"clip": "text encoder (Load CLIP)", "vae": "VAE (Load VAE)"}[name]
+        raise ValueError(
+            f"{node}: {name} is empty: the file that was loaded has no {what.split(' (')[0]}. Load the model's {what}."
+        )
+    return value
+
+
+def encoded(node: str, clip: CLIP, prompt: str) -> list:
+    """The CONDITIONING of a prompt, whose tokens stand where its words are looked for. Raises ValueError for a CLIP
+    that encodes them in another way.
+    """
+    tokens = connected(node, "clip", clip).tokenize(prompt)
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    length, wanted = conditioning[0][0].shape[1], max(sum(map(len, chunks)) for chunks in tokens.values())
+    if length != wanted:
+        raise ValueError(
+            f"{node}: this CLIP encodes the prompt's {wanted} tokens to {length}: another node changes them (NegPip),"
+            " and words cannot be found among them. Connect the CLIP and MODEL before that node."
+        )
+    return conditioning
+
+
+def latent_of(node: str, model: ModelPatcher, latent: dict) -> torch.Tensor:
+    """The samples of a LATENT. Raises ValueError for one of another VAE than the MODEL's; an empty one ComfyUI makes
+    fit.
+    """
+    samples, wanted = latent["samples"], model.model.latent_format
+    fits = samples.ndim in (4, wanted.latent_dimensions + 2) and samples.shape[1] == wanted.latent_channels
+    if not fits and (samples.ndim != 4 or samples.any()):
+        raise ValueError(
+            f"{node}: the latent has the shape {'x'.join(map(str, samples.shape))}, and this MODEL works on"
+            f" {wanted.latent_channels} channels of a {'picture' if wanted.latent_dimensions == 2 else 'video'}: it was"
+            " made with another VAE. Encode the picture with the MODEL's own VAE."
+        )
+    return samples

@@ -19,7 +19,7 @@ from ..patching.step_blend import Stage, StepBlend
 from ..patching.streams import LATENT_KEY, Recording, Stream, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
 from ..patching.weights import Weights
-from .inputs import mask_of, numbers
+from .inputs import connected, encoded, latent_of, mask_for, mask_of, numbers, picture_size
 
 CATEGORY = "montage/retouch"
 RUNNING = io.Custom("MONTAGE_RUNNING_MASK")
@@ -199,9 +199,12 @@ class TokenAttentionMap(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent, clip, prompt, words, sites):
         found = parse_sites(cls.NAME, model, sites)
-        token_map = TokenMap(words, prompt, tokens_of(cls.NAME, clip, prompt, words), found)
+        latent_of(cls.NAME, model, latent)
+        token_map = TokenMap(
+            words, prompt, tokens_of(cls.NAME, connected(cls.NAME, "clip", clip), prompt, words), found
+        )
         recording = Recording()
-        conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+        conditioning = encoded(cls.NAME, clip, prompt)
         return io.NodeOutput(
             install(model, recording=recording, token_map=token_map),
             {**latent, LATENT_KEY: recording},
@@ -322,6 +325,7 @@ class AdaptiveMaskBlend(io.ComfyNode):
                 )
             found = torch.stack([list(run.maps.values())[-1][row] for run, row in streams])
             size = tuple(8 * side for side in streams[0].run.size)
+            segment = None if segment is None else mask_for(cls.NAME, "sam_mask", segment, size)
         if segment is not None:
             size = tuple(segment.shape[1:])
             if len(segment) not in (1, len(found)):
@@ -492,7 +496,8 @@ class MultiSourceSwap(io.ComfyNode):
             streams_of(f"{cls.NAME}: {name}", [latent])
             for name, latent in (("layout", layout), ("reference", reference))
         )
-        mask = None if mask is None else mask_of(cls.NAME, "mask", mask).clamp(0, 1)
+        size = picture_size(model, layouts[0].run.size)
+        mask = None if mask is None else mask_for(cls.NAME, "mask", mask, size).clamp(0, 1)
         cls.check(model, layouts, references, mask, running_mask)
         found = parse_sites(cls.NAME, model, sites)
         latent = {"samples": torch.cat([run.latent_image[row : row + 1] for run, row in layouts])}

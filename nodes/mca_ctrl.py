@@ -24,7 +24,7 @@ from ..patching.models import parse_sites
 from ..patching.recipe import Recipe
 from ..patching.schedule import Window
 from ..patching.streams import Stream, check_together, streams_of, with_prompt
-from .inputs import mask_of, numbers
+from .inputs import mask_for, numbers, picture_size
 
 # ---------------------------------------------------------------- the node
 
@@ -238,7 +238,7 @@ class CollaborativeAttention(io.ComfyNode):
             model,
             names=["the subject", "the condition"],
         )
-        size = cls.picture_size(model, subject)
+        size = picture_size(model, subject.run.size)
         subject_mask = cls.mask("subject_mask", subject_mask, size)
         if not subject_mask.any():
             raise ValueError(
@@ -289,25 +289,13 @@ class CollaborativeAttention(io.ComfyNode):
         return with_prompt(stream, model, positive=positive, **({"negative": negative} if negative else {}))
 
     @classmethod
-    def picture_size(cls, model, stream):
-        """(height, width) of the pictures, in pixels."""
-        scale = model.model.latent_format.spacial_downscale_ratio
-        return tuple(scale * side for side in stream.run.size)
-
-    @classmethod
     def mask(cls, name, mask, size):
         """A MASK input as bool at the size of the pictures."""
-        mask = mask_of(cls.NAME, name, mask)
-        (height, width), (h, w) = mask.shape[-2:], size
+        mask = mask_for(cls.NAME, name, mask, size)
         if len(mask) > 1:
             raise ValueError(
                 f"{cls.NAME}: {name} is a batch of {len(mask)}, and one mask was expected. Join them "
                 "with MaskComposite, or connect one."
-            )
-        if abs(height / width - h / w) > 8 / min(h, w):
-            raise ValueError(
-                f"{cls.NAME}: {name} is {width}x{height} and the pictures are {w}x{h}, another aspect ratio. Use a mask"
-                " of the image."
             )
         return grid_masks.at_size(mask[0], size)
 

@@ -17,7 +17,7 @@ from ..patching.models import parse_sites
 from ..patching.schedule import Window
 from ..patching.streams import check_together, streams_of
 from . import previews
-from .inputs import image_of, mask_of, numbers
+from .inputs import image_of, mask_for, mask_of, numbers, picture_size
 
 Tensor = torch.Tensor
 
@@ -275,7 +275,8 @@ class GraphCutMontage(io.ComfyNode):
         try:
             painted_base, drawn = parse_document(strokes, count)
         except ValueError as error:
-            raise ValueError(f"{cls.NAME}: {error}.") from None
+            alone = " The latents of a list (Rebatch Latents) come one by one: connect a batch." if count == 1 else ""
+            raise ValueError(f"{cls.NAME}: {error}.{alone}") from None
         if painted_base not in (None, base):
             raise ValueError(
                 f"{cls.NAME}: base is {base}, but the strokes were painted for base {painted_base}. Set both to the"
@@ -469,7 +470,7 @@ class CompositeAttentionInject(io.ComfyNode):
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack, model)
         check_base(cls.NAME, base, len(stack))
-        masks = mask_of(cls.NAME, "masks", masks)
+        masks = mask_for(cls.NAME, "masks", masks, picture_size(model, stack[0].run.size))
         if len(masks) != len(stack):
             raise ValueError(
                 f"{cls.NAME}: {len(masks)} masks for {len(stack)} images. Give one mask for each image, in their order."

@@ -12,7 +12,7 @@ from ..methods import inversion
 from ..patching import recording_files
 from ..patching.install import install
 from ..patching.streams import LATENT_KEY, Recording, streams_of
-from .inputs import finite
+from .inputs import finite, latent_of
 
 MEBIBYTE = 2**20
 RECORDING = ".recording.safetensors"  # how the files of recordings end
@@ -72,6 +72,7 @@ class FeatureRecorder(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, cache_mb):
+        latent_of("Feature Recorder", model, latent)
         recording = Recording(budget=cache_mb * MEBIBYTE)
         return io.NodeOutput(install(model, recording=recording), {**latent, LATENT_KEY: recording})
 
@@ -133,7 +134,7 @@ class InvertImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, sigmas, conditioning, iterations=0):
-        samples = finite(cls.NAME, "latent", latent["samples"])
+        samples = finite(cls.NAME, "latent", latent_of(cls.NAME, model, latent))
         samples = comfy.sample.fix_empty_latent_channels(model, samples)  # some models' latents have frames
         if len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas[:-1] <= sigmas[1:]).any():
             raise ValueError(

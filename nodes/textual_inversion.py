@@ -19,7 +19,7 @@ from ..patching import textual_inversion
 from ..patching.models import require_unet
 from ..patching.tokens import token_runs
 from .collage import CATEGORY, COLLAGE
-from .inputs import numbers
+from .inputs import connected, numbers
 
 TEMPLATES = (
     "a photo of {}\n{}\na close-up photo of {}\na bright photo of {}\na dark photo of {}\na good photo of {}\na picture"
@@ -178,6 +178,8 @@ class LearnLayerToken(io.ComfyNode):
     ):
         numbers(cls.NAME, learning_rate=learning_rate)
         require_unet(cls.NAME, model, "it trains a word of CLIP through the model's cross-attention")
+        connected(cls.NAME, "clip", clip)
+        connected(cls.NAME, "vae", vae)
         path = cls.path(clip, name)
         learned = cls.with_token(clip, collage, layer, name)
         texts = cls.texts(templates, learned.layers[layer].text)

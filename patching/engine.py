@@ -48,6 +48,7 @@ class ModelCall:
         self.record = record  # sees the self-attentions before the recipes
         self.beside: tuple[Stream, ...] = ()  # streams in lockstep: images of each conditioning after the target's own
         self.selected: dict[tuple[Recipe, int, CondRole, Site], Tensor] = {}  # (recipe, stream number, role, site)
+        self.tokens: dict[tuple[Run, Site], int] = {}  # of streams that were replayed for it
 
 
 class Engine:
@@ -187,12 +188,15 @@ class Engine:
         sites = frozenset(site for recipe, _, _ in readers for site in recipe.window.sites)
 
         def select(site: Site, role: CondRole, n: Tensor, grid: tuple[int, int]) -> None:
+            call.tokens[run, site] = n.shape[1]
             for recipe, number, row in readers:
                 if site in recipe.window.sites:
                     call.selected[recipe, number, role, site] = recipe.select(number, n[row : row + 1], grid)
 
         own = self.conds_on(run, rows, model, device)
         served = dict.fromkeys(refusals.role_of_stream(readers[0][0], run, role).role for role in roles)
+        if run.is_patched_by_others:  # which may count on the batch that they met when it was recorded
+            served = dict.fromkeys(run.conds)
         evaluation, number = run.evaluation(call.key)
         assert evaluation is not None  # gather has asked for it
         biases = self.session.acting_biases(run.biases, call.key[0], run.sigmas)
@@ -222,7 +226,7 @@ class Engine:
         """What a recipe selects of its streams for one conditioning of the target at one site, on its device. beside:
         rows of the streams that go in lockstep, [streams, tokens, C].
         """
-        found = []
+        found, here = [], grid[0] * grid[1]
         for number, (run, row) in enumerate(recipe.streams):
             if Stream(run, row) in call.beside:
                 image = call.beside.index(Stream(run, row))
@@ -235,7 +239,11 @@ class Engine:
                 features = evaluation.features.get((own, site))
                 if features is None:
                     raise refusals.missing_conditioning(recipe, number, role.role, call.key[0])
+                if features.shape[1] != here:
+                    raise refusals.resized(recipe, site, features.shape[1], here)
                 selected = recipe.select(number, features[row : row + 1], grid)
+            elif call.tokens[run, site] != here:
+                raise refusals.resized(recipe, site, call.tokens[run, site], here)
             found.append(selected.to(like))
         return found
 
@@ -352,6 +360,7 @@ class Attentions(refusals.OfAttention):
                 found.append(None)
                 continue
             self.biased.setdefault(uuid, set()).add(attention.site)
+            self.engine.session.acted.add(bias)
             found.append(self.biased_by(bias, tokens, attention._replace(uuids=[uuid], q=q, k=k)))
         return found
 

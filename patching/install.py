@@ -1,8 +1,9 @@
 """How recipes, recordings, maps and biases get into a MODEL.
 
-`install` clones a MODEL and gives it three wrappers, whatever the number of nodes:
+`install` clones a MODEL and gives it four wrappers, whatever the number of nodes:
 
     OUTER_SAMPLE      opens a Session for one sampling run; refuses what does not fit, before anything is computed
+    SAMPLER_SAMPLE    the sampler begins: notices noise that another node has changed since
     PREDICT_NOISE     begins an evaluation of the guider: a visit of a sigma
     CALC_COND_BATCH   hands each call of the model to the engine
 
@@ -17,7 +18,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from . import internals
+from . import internals, refusals
 from .attention_maps import TokenMap
 from .internals import KEY
 from .models import sites_of
@@ -67,6 +68,7 @@ def install(
     patched.set_additional_models(KEY, internals.control_models(conds))
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, _outer_sample),
+        (WrappersMP.SAMPLER_SAMPLE, _sampler_sample),
         (WrappersMP.PREDICT_NOISE, _predict_noise),
         (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
     ):
@@ -85,7 +87,26 @@ def _outer_sample(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
+    refusals.insist()
     guider = executor.class_obj
+    try:
+        return _sample_in_session(executor, guider, noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    except ValueError as refused:
+        refusals.remember(refused)
+        raise
+
+
+def _sample_in_session(
+    executor: Any,
+    guider: Any,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
     session = Session(guider, installed_in(guider.model_patcher), noise, sampler, sigmas)
     noise, latent_image, sigmas = session.start(Start(noise, latent_image, sigmas), denoise_mask)
     guider.model_options["transformer_options"][KEY] = session  # this run's own copy of the options
@@ -96,6 +117,15 @@ def _outer_sample(
     finally:
         session.close()
     return session.finish(output)
+
+
+def _sampler_sample(
+    executor: Callable, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *args: Any
+):
+    session = session_in(extra_args["model_options"])
+    if session is not None:
+        session.begin_sampling(noise)
+    return executor(model_wrap, sigmas, extra_args, callback, noise, *args)
 
 
 def _predict_noise(executor: Callable, x: Tensor, timestep: Tensor, model_options: dict = {}, seed: Any = None):  # noqa: B006  ComfyUI's own signature

@@ -11,6 +11,7 @@ import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
+from comfy_execution.utils import get_executing_context
 
 ATTENTION = "optimized_attention_override"  # ComfyUI's name of the slot for a transformer's attention
 # in transformer options: what a run or an evaluation has of its own
@@ -29,6 +30,13 @@ OF_ONE_CALL = {
 ALONE = ("area", "mask", "control", "gligen", "hooks", "default")
 WEIGHTED = ("strength", "timestep_start", "timestep_end")
 KEY = "montage"  # of our wrappers and attachments in a MODEL, and of the Session in a run's transformer options
+
+
+def node_at_work() -> tuple[str, str] | None:
+    """(id of the prompt, id of the node) that ComfyUI executes now; None outside of a prompt."""
+    context = get_executing_context()
+    return context and (context.prompt_id, context.node_id)
+
 
 # ---------------------------------------------------------------- a MODEL
 
@@ -126,7 +134,8 @@ def replace_attention(options: dict, override: Callable) -> Callable | None:
 
 def module_name(function: Callable) -> str:
     """The last part of the name of the module that a function comes from: by it other nodes' functions can be told."""
-    return function.__module__.replace("\\", "/").replace(".", "/").rpartition("/")[2]
+    module = str(getattr(function, "__module__", None) or type(function).__module__)  # an object that can be called
+    return module.replace("\\", "/").replace(".", "/").rpartition("/")[2]
 
 
 def wrapper_keys(options: dict) -> Iterator[str]:
@@ -161,6 +170,13 @@ def compute_alike(options: dict, others: dict) -> bool:
         for each in (one, other)
     )
     return same_conditioning(one, other)
+
+
+def patching_modules(options: dict) -> set[str]:
+    """The modules of the functions that patch transformer blocks or guidance, by their names without packages."""
+    patches = options.get("transformer_options", {}).get("patches", {}).values()
+    functions = [*(patch for group in patches for patch in group), *options.get("sampler_post_cfg_function", ())]
+    return {module_name(function) for function in functions}
 
 
 # ---------------------------------------------------------------- evaluations

@@ -101,13 +101,14 @@ class Recipe:
 
     node: the display name for messages. streams: whose attention it reads. several_terms: whether it may feed a site
     from several attentions, or from one over a part of the rows. One recipe can at a site and step, and acts after
-    those that do not. same_weights: whether the MODEL must be the one that its streams were recorded with, LoRAs
-    included.
+    those that do not. longer_keys: whether a token may attend to more keys than an image has. same_weights: whether the
+    MODEL must be the one that its streams were recorded with, LoRAs included.
     """
 
     node = "Montage"
     streams: Sequence[Stream] = ()
     several_terms = False
+    longer_keys = False
     same_weights = True
 
     def __init__(self, window: Window) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import internals
 from .models import Site, SiteHandler, TextAttention
 from .recipe import Recipe, never_acts
-from .schedule import in_words
+from .schedule import Window, in_words, position
 from .streams import CondRole, Run
 from .weights import Weights
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 # guidance that perturbs the middle block's self-attention and therefore needs it in one piece
 WHOLE_MIDDLE_BLOCK = {"nodes_pag": "Perturbed-Attention Guidance", "nodes_sag": "Self-Attention Guidance"}
+# what merges or tiles the tokens of an attention, and what resizes the picture inside the UNet, by their modules
+CUT_TOKENS = {"nodes_tomesd": "ToMe", "nodes_hypertile": "HyperTile"}
+RESIZING = {"nodes_model_downscale": "Deep Shrink"}
 # nodes that skip evaluations or blocks and give an earlier result again, by the keys of their wrappers
 CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache", "teacache": "TeaCache", "fbcache": "First Block Cache"}
 
@@ -27,6 +31,7 @@ def before_sampling(session: Session) -> None:
     """Refuse a run that cannot give what the nodes on its MODEL promise. Changes nothing."""
     model = session.context.model
     if session.names:
+        _check_latent(session.names, model, session.noise)
         _check_context_windows(session.names, session.biased_nodes, model)
         _check_caches(session.names, session.guider.model_options)
         _check_skips(session.names, session.guider.model_options)
@@ -36,14 +41,50 @@ def before_sampling(session: Session) -> None:
         recipe.check(session.context)
     _check_several_terms(session)
     _check_guidance(session)
+    _check_windows(session)
+    _check_biases(session)
+
+
+def _check_latent(names: str, model: Any, noise: Any) -> None:
+    """Refuse a latent of another autoencoder; an empty one ComfyUI has made fit by now."""
+    latents = model.model.latent_format
+    if noise.ndim != latents.latent_dimensions + 2 or noise.shape[1] != latents.latent_channels:
+        raise ValueError(
+            f"{names}: the latent has the shape {'x'.join(map(str, noise.shape))}, and this MODEL works on"
+            f" {latents.latent_channels} channels of a {'picture' if latents.latent_dimensions == 2 else 'video'}: it"
+            " was made with another VAE. Encode the picture with the MODEL's own VAE."
+        )
+
+
+def _check_windows(session: Session) -> None:
+    """Refuse a node in whose windows no step lies. One of several windows may hold none (a preset at few steps): the
+    log says so.
+    """
+    steps = len(session.context.sigmas) - 1
     for recipes in session.groups:
         if never_acts(recipes, session.context):
-            windows = " and ".join(f"{r.window.start:g} to {r.window.end:g}" for r in recipes if r.window.sites)
-            raise ValueError(
-                f"{recipes[0].node}: it would never act: the {len(session.context.sigmas) - 1} steps that are sampled"
-                f" lie outside its window ({windows}). Widen the window, sample more steps, or disconnect the node."
-            )
-    _check_biases(session)
+            raise would_never_act(recipes[0].node, [r.window for r in recipes if r.window.sites], steps)
+        for recipe in recipes:
+            if recipe.window.sites and never_acts([recipe], session.context):
+                logging.warning(
+                    "%s: none of the %d steps lies in its window %g to %g, so that this part of it does nothing.",
+                    recipe.node,
+                    steps,
+                    recipe.window.start,
+                    recipe.window.end,
+                )
+    for bias, _ in session.biases.values():
+        sigmas = session.context.sigmas
+        if not any(bias.window.has(position(sigma, sigmas)) for sigma in sigmas[:-1]):
+            raise would_never_act(bias.node, [bias.window], steps)
+
+
+def would_never_act(node: str, windows: Sequence[Window], steps: int) -> ValueError:
+    found = " and ".join(f"{window.start:g} to {window.end:g}" for window in windows)
+    return ValueError(
+        f"{node}: it would never act: the {steps} steps that are sampled lie outside its window ({found}). Widen the"
+        " window, sample more steps, or disconnect the node."
+    )
 
 
 def _check_context_windows(names: str, biased: str, model: Any) -> None:
@@ -98,6 +139,7 @@ def check_run(session: Session, recipe: Recipe, run: Run) -> None:
             " it was made of."
         )
     check_size(recipe, run, context.size)
+    _check_weights(recipe, run.weights, session.weights)
     if not set(context.sigmas[:-1]) <= set(run.sigmas):
         raise ValueError(
             f"{recipe.node}: its images were recorded over {in_words(run.sigmas)} and this run takes"
@@ -106,10 +148,24 @@ def check_run(session: Session, recipe: Recipe, run: Run) -> None:
         )
     if any("hooks" in cond for group in run.conds.values() for cond in group):
         raise ValueError(
-            f"{recipe.node}: its images were recorded with hooks on their conditioning, which cannot be replayed. "
-            "Apply the LoRA to the MODEL instead of the conditioning."
+            f"{recipe.node}: its images were recorded with hooks on their conditioning (a LoRA for one prompt,"
+            " prompt-control's COUPLE), which cannot be replayed. Apply the LoRA to the MODEL instead, and write the"
+            " prompt without COUPLE."
         )
-    _check_weights(recipe, run.weights, session.weights)
+    _check_resizing(recipe, run, session.guider.model_options)
+
+
+def _check_resizing(recipe: Recipe, run: Run, options: dict) -> None:
+    """Refuse what makes blocks compute another number of tokens on one side only."""
+    here = internals.patching_modules(options)
+    there = set().union(*map(internals.patching_modules, run.options.values()))
+    for module, name in RESIZING.items():
+        if (module in here) != (module in there):
+            where = "this MODEL and not on that of its images" if module in here else "the MODEL of its images alone"
+            raise ValueError(
+                f"{recipe.node}: {name} resizes what a block computes, and it is on {where}. Disconnect {name}, or put"
+                " it on both with the same settings."
+            )
 
 
 def _check_weights(recipe: Recipe, recorded: Weights, here: Weights) -> None:
@@ -128,7 +184,8 @@ def check_size(recipe: Recipe, run: Run, size: tuple[int, int]) -> None:
     if run.size != size:
         raise ValueError(
             f"{recipe.node}: its images were recorded at {run.size[0]}x{run.size[1]} latent pixels and this run "
-            f"has {size[0]}x{size[1]}. Sample the LATENT that the node gives, or one of its size."
+            f"has {size[0]}x{size[1]}. Sample the LATENT that the node gives, or one of its size; a detailer wants the"
+            " MODEL before this node."
         )
 
 
@@ -149,10 +206,15 @@ def _check_several_terms(session: Session) -> None:
 
 def _check_guidance(session: Session) -> None:
     """Refuse guidance that would take one term of the middle block's attention for all of it."""
-    functions = session.guider.model_options.get("sampler_post_cfg_function", ())
-    modules = map(internals.module_name, functions)
-    found = next((WHOLE_MIDDLE_BLOCK[module] for module in modules if module in WHOLE_MIDDLE_BLOCK), None)
+    modules = internals.patching_modules(session.guider.model_options)
+    found = next((WHOLE_MIDDLE_BLOCK[module] for module in WHOLE_MIDDLE_BLOCK if module in modules), None)
+    cuts = next((CUT_TOKENS[module] for module in CUT_TOKENS if module in modules), None)
     for recipe in session.recipes:
+        if cuts and (recipe.several_terms or recipe.longer_keys):
+            raise ValueError(
+                f"{recipe.node}: {cuts} on this MODEL counts on an attention over the tokens of one image, and here it"
+                f" is over those of several. Disconnect HyperTile, ToMe and the like from this MODEL."
+            )
         if found and recipe.several_terms and any(site.block == "middle" for site in recipe.window.sites):
             raise ValueError(
                 f"{recipe.node}: {found} needs the middle block's attention in one"
@@ -197,6 +259,28 @@ def check_tokens(
             " match what was recorded: use masks instead of areas, and disconnect what cuts the latent into"
             " tiles."
         )
+
+
+def resized(recipe: Recipe, site: Site, recorded: int, here: int) -> ValueError:
+    return ValueError(
+        f"{recipe.node}: another node resizes what block {tuple(site)} computes: {recorded} tokens for its images and"
+        f" {here} in this run. Disconnect it (Deep Shrink does this), or put it on both with the same settings."
+    )
+
+
+def other_batch(names: str, images: int, evaluated: int) -> ValueError:
+    return ValueError(
+        f"{names}: another node evaluates the model on {evaluated} of the {images} images of this run (context windows"
+        " of its own, as AnimateDiff-Evolved has), which cannot be told apart. Disconnect it from this MODEL."
+    )
+
+
+def other_noise(names: str) -> ValueError:
+    return ValueError(
+        f"{names}: another node changes the noise after this run was begun (sample settings, a noise of its own), so"
+        " that it does not start where its images did. Disconnect it from this MODEL, and give the noise to the sampler"
+        " instead."
+    )
 
 
 def check_measured(names: str, size: tuple[int, int], latent_size: tuple[int, int]) -> None:
@@ -302,6 +386,14 @@ def role_of_stream(recipe: Recipe, run: Run, role: CondRole) -> CondRole:
     return CondRole(run.served[role.role], role.number if role.number < len(group) else 0)
 
 
+def never_acted(node: str, windows: Sequence[Window]) -> RuntimeError:
+    found = " and ".join(f"{window.start:g} to {window.end:g}" for window in windows)
+    return RuntimeError(
+        f"{node}: it never acted: no evaluation of the model lay in its window ({found}), or another node ran the model"
+        " in its own way (DeepCache and the like). Widen the window, or disconnect the other node."
+    )
+
+
 def some_are_foreign(names: str) -> ValueError:
     return ValueError(
         f"{names}: another node evaluates conditionings of its own together with the sampler's, which cannot be"
@@ -312,3 +404,23 @@ def some_are_foreign(names: str) -> ValueError:
 def in_order(names: Iterable[str]) -> str:
     """Names of nodes for a message, each once."""
     return " and ".join(dict.fromkeys(names))
+
+
+# ---------------------------------------------------------------- refusals that another node swallows
+
+_refused: tuple[tuple[str, str], str] | None = None  # (the prompt and node at work, what was refused there last)
+
+
+def remember(refused: ValueError) -> None:
+    """Keep what was refused while a node of a prompt was at work."""
+    global _refused
+    place = internals.node_at_work()
+    _refused = place and (place, str(refused))
+
+
+def insist() -> None:
+    """Raise RuntimeError where the same execution of a node samples again after a refusal: some nodes take every
+    ValueError of a sampler for "nothing to do" (Impact's regional sampler), and go on with what is not composed.
+    """
+    if _refused and _refused[0] == internals.node_at_work():
+        raise RuntimeError(_refused[1])

@@ -28,7 +28,7 @@ class Session:
 
     def __init__(self, guider: Any, installed: Installed, noise: Tensor, sampler: Any, sigmas: Tensor) -> None:
         """Raises ValueError for a run that cannot give what the nodes on its MODEL promise."""
-        self.guider, self.recordings = guider, installed.recordings
+        self.guider, self.recordings, self.noise = guider, installed.recordings, noise
         model = guider.model_patcher
         self.weights = Weights(model)
         height, width = noise.shape[-2:]
@@ -43,7 +43,7 @@ class Session:
         self.biases: dict[Any, tuple[Bias, int]] = biases_of(guider.conds) if self.heeds_bias else {}
         self.biased_nodes = refusals.in_order(bias.node for bias, _ in self.biases.values())
         self.names = self.names_of_nodes(installed)
-        self.acted: set[Recipe] = set()  # recipes that have acted at least once in this run
+        self.acted: set[Recipe | Bias] = set()  # what has acted at least once in this run
         self.visits = Visits()
         self.calls = 0  # how often the guider's evaluation at hand has called the model
         self.recorder: Recorder | None = None
@@ -77,6 +77,7 @@ class Session:
         """Where the run begins, as the recipes say, and from where it is recorded."""
         for recipe in self.recipes:
             start = recipe.start(self.context, start)
+        self.noise = start.noise
         first = float(start.sigmas[0])
         for recipe in self.recipes:
             for run, _ in recipe.followed:
@@ -98,6 +99,15 @@ class Session:
             self.recorder = Recorder(run, self.context.model, self.recordings, last_sigma)
         return start
 
+    def begin_sampling(self, noise: Tensor) -> None:
+        """The sampler begins with `noise`, [B, C, h, w]: another node may have changed it since the start."""
+        if torch.equal(noise.cpu(), self.noise.cpu().to(noise.dtype)):
+            return
+        if self.recipes:
+            raise refusals.other_noise(self.names)
+        if self.recorder:
+            self.recorder.run.noise = noise.cpu()
+
     def begin_evaluation(self, sigma: float) -> None:
         """The guider evaluates its model at a sigma, in one call or in several."""
         self.context.sigma_visit, self.calls = self.visits.next(sigma), 0
@@ -111,6 +121,8 @@ class Session:
         roles = roles_of(self.guider.conds)
         if not any(cond["uuid"] in roles for group in conds for cond in group or ()):
             return execute(model, conds, x, timestep, options)  # another node's own conditionings (Perp-Neg)
+        if len(x) != len(self.noise):
+            raise refusals.other_batch(self.names, len(self.noise), len(x))
         if self.context.sigma_visit is None:  # a guider that does not go through predict_noise
             self.begin_evaluation(float(timestep[0]))
         sigma, visit = self.context.visit
@@ -144,11 +156,10 @@ class Session:
         for group in self.groups:
             wanting = [recipe for recipe in group if recipe.window.sites]
             if wanting and not self.acted.intersection(wanting):
-                windows = " and ".join(f"{recipe.window.start:g} to {recipe.window.end:g}" for recipe in wanting)
-                raise RuntimeError(
-                    f"{group[0].node}: it never acted: no evaluation of the model lay in its window ({windows}), or"
-                    " another node ran the model in its own way. Widen the window, or disconnect the other node."
-                )
+                raise refusals.never_acted(group[0].node, [recipe.window for recipe in wanting])
+        biases = {bias for bias, _ in self.biases.values()}
+        if biases and not self.acted.intersection(biases):
+            raise refusals.never_acted(self.biased_nodes, [bias.window for bias in biases])
 
 
 def session_in(options: dict) -> Session | None:

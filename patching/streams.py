@@ -101,6 +101,11 @@ class Run:
         """{uuid: (bias, text tokens)} of the conditionings that are biased."""
         return biases_of(self.conds) if self.heeds_bias else {}
 
+    @property
+    def is_patched_by_others(self) -> bool:
+        """Whether another pack changes what its evaluations compute."""
+        return any(internals.is_patched_by_others(options) for options in self.options.values())
+
     @functools.cached_property
     def served(self) -> dict[str, str]:
         """Map each role to the first role with identical conditioning, so that one evaluation serves both. Valid once
@@ -109,7 +114,7 @@ class Run:
         Patches that tell the CFG halves apart (IPAdapter reads cond_or_uncond) make them different evaluations even
         where the text is the same.
         """
-        if any(internals.is_patched_by_others(options) for options in self.options.values()):
+        if self.is_patched_by_others:
             return {role: role for role in self.conds}
         same = internals.same_conditioning
         return {
@@ -348,7 +353,7 @@ def rows_to_replay(run: Run, rows: Iterable[int]) -> list[int]:
     patches, a ControlNet with one hint for each image of the batch).
     """
     every = list(range(run.images))
-    if any(internals.is_patched_by_others(options) for options in run.options.values()):
+    if run.is_patched_by_others:
         return every
     for group in run.conds.values():
         for cond in group:

@@ -88,7 +88,9 @@ def test_sites_by_scale():
         Site("output", n, 0) for n in range(3, 9)
     )
     assert {site.number for site in parse_sites("test", random_model("sdxl-small"), "u@1-2")} == {3, 4, 5}
-    with pytest.raises(ValueError, match=r'"u@16": this model has no attention at that scale, only at \[1, 2, 4, 8\]'):
+    with pytest.raises(
+        ValueError, match=r'"u@16": this model has no attention there, only at the scales \[1, 2, 4, 8\]'
+    ):
         parse_sites("test", model, "u@16")
 
 

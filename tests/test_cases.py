@@ -20,7 +20,7 @@ OUTCOMES = {  # what the error says, or RUNS
     "02-perpneg-composed": RUNS,
     "03-easycache-composed-only": SKIPS,
     "03-easycache-recorded-and-composed": SKIPS.replace("Composite Attention Inject", "Feature Recorder"),
-    "06-deepshrink-composed-only": "Composite Attention Inject: .* resizes what a block .* Disconnect",
+    "06-deepshrink-composed-only": "Composite Attention Inject: Deep Shrink resizes .* Disconnect Deep Shrink",
     "08-stack-of-9-samplers": RUNS,
     "21-list-of-latents": RUNS,
     "21-rebatched-before-the-recorder": "Graph Cut Montage: .* a list .* Rebatch Latents",
@@ -75,7 +75,7 @@ def test_a_new_image_leaves_the_recordings_of_the_others(server):
     steps, prompt = 3, quick(workflow(PHOTOMONTAGE), 3)
     prompt["2"]["inputs"]["text"] = "in the evening"  # not what another test of this server has cached
     recorders = [node for node in prompt.values() if node["class_type"] == "FeatureRecorder"]
-    assert len(recorders) == 3 and all(node["inputs"]["cache_mb"] == 1024 for node in recorders)
+    assert len(recorders) == 3
     assert with_evaluations(server, prompt, "three images and their composite") == 4 * 2 * steps
     for seed in range(1001, 1012):  # as often as it takes to meet a bound on runs
         prompt["23"]["inputs"]["seed"] = seed

@@ -2,9 +2,14 @@
 places.
 """
 
+from collections.abc import Callable
+
 import comfy.hooks
+import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
 from ..patching.models import sites_of
 from .random_models import control_net
@@ -140,3 +145,103 @@ def late(conditioning):
         [text, {**extra, "start_percent": 0.0, "end_percent": 0.5}],
         [1.5 * text, {**extra, "start_percent": 0.5, "end_percent": 1.0}],
     ]
+
+
+# ---------------------------------------------------------------- protocols of other packs, each in a few lines
+
+
+def told_halves(model: ModelPatcher) -> ModelPatcher:
+    """IPAdapter's family: acts on the conditional half alone, which it tells by cond_or_uncond."""
+    model = model.clone()
+
+    def patch(n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra: dict) -> tuple:
+        scale = torch.tensor([1.0 if which else 1.5 for which in extra["cond_or_uncond"]])
+        scale = scale.repeat_interleave(len(n) // len(scale))[:, None, None]
+        return n, context * scale, value * scale
+
+    model.set_model_attn2_patch(patch)
+    return model
+
+
+def told_rows(model: ModelPatcher) -> ModelPatcher:
+    """IPAdapter Embeds Batch, LatentKeyframes, StyleAligned: another strength for each image, by its place in the
+    batch.
+    """
+    model = model.clone()
+
+    def patch(n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra: dict) -> tuple:
+        rows = torch.arange(len(n)) % (len(n) // len(extra["cond_or_uncond"]))
+        scale = (1 + 0.5 * rows)[:, None, None]
+        return n, context * scale, value * scale
+
+    model.set_model_attn2_patch(patch)
+    return model
+
+
+def both_halves(model: ModelPatcher) -> ModelPatcher:
+    """bleh's BlockCFG: guidance inside a block, which wants the conditional and the unconditional half together."""
+    model = model.clone()
+
+    def patch(h: torch.Tensor, options: dict) -> torch.Tensor:
+        if sorted(options["cond_or_uncond"]) != [0, 1]:
+            raise RuntimeError("a half came alone")
+        first, second = h.chunk(2)
+        return torch.cat([first + 0.1 * (first - second), second])
+
+    model.set_model_input_block_patch(patch)
+    return model
+
+
+def own_windows(model: ModelPatcher, length: int = 1) -> ModelPatcher:
+    """AnimateDiff-Evolved: context windows of its own, a part of the batch at a time."""
+    model = model.clone()
+
+    def windows(args: dict) -> list[torch.Tensor]:
+        parts = [slice(i, i + length) for i in range(0, len(args["input"]), length)]
+        found = [
+            comfy.samplers.calc_cond_batch(
+                args["model"], args["conds"], args["input"][part], args["sigma"][part], args["model_options"]
+            )
+            for part in parts
+        ]
+        return [torch.cat(of_cond) for of_cond in zip(*found)]
+
+    model.set_model_sampler_calc_cond_batch_function(windows)
+    return model
+
+
+def own_noise(model: ModelPatcher) -> ModelPatcher:
+    """AnimateDiff-Evolved's sample settings: other noise, given inside OUTER_SAMPLE."""
+    model = model.clone()
+
+    def outer_sample(executor: Callable, given: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return executor(given.flip(-1), *args, **kwargs)
+
+    model.add_wrapper(WrappersMP.OUTER_SAMPLE, outer_sample)
+    return model
+
+
+def in_its_own_way(model: ModelPatcher) -> ModelPatcher:
+    """DeepCache and its kin: runs the UNet by itself, without what other nodes have put into the options."""
+    model = model.clone()
+
+    def run(apply: Callable, args: dict) -> torch.Tensor:
+        options = {**args["c"]["transformer_options"], "patches": {}, "patches_replace": {}, "wrappers": {}}
+        return apply(args["input"], args["timestep"], **{**args["c"], "transformer_options": options})
+
+    model.set_model_unet_function_wrapper(run)
+    return model
+
+
+class NegPip:
+    """NegPip's CLIP: encodes keys and values in turn, twice as many tokens."""
+
+    def __init__(self, clip: object) -> None:
+        self.clip = clip
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.clip, name)
+
+    def encode_from_tokens_scheduled(self, tokens: dict) -> list:
+        found = self.clip.encode_from_tokens_scheduled(tokens)
+        return [[features.repeat_interleave(2, 1), extra] for features, extra in found]

@@ -43,7 +43,7 @@ class UNet(ModelFamily):
         for name, modules in (("input", unet.input_blocks), ("middle", middle), ("output", unet.output_blocks)):
             for number, module in enumerate(modules):
                 for layer in module:
-                    if isinstance(layer, SpatialTransformer):
+                    if isinstance(layer, SpatialTransformer) and not layer.transformer_blocks[0].disable_self_attn:
                         found[name, number] = layer.transformer_blocks
         return found
 
@@ -247,6 +247,8 @@ class _Grammar:
             raise ValueError(f'"{word}" names no attention block. {self}')
         letter, first, last, low, high, finest, coarsest = match.groups()
         keys = self.paths[letter]
+        if first is None and not keys:  # a path of a pruned UNet that has no attention: nothing to add
+            return
         numbers = range(int(first or 0), len(keys) if not first or last == "" else int(last or first) + 1)
         if not numbers:
             raise ValueError(f'"{word}" is an empty range. {self}')
@@ -262,7 +264,7 @@ class _Grammar:
 
     def nothing(self, text: str) -> str:
         there = sorted({self.scales[key] for key in self.depth})
-        return f'"{text}": this model has no attention at that scale, only at {there}. {self}'
+        return f'"{text}": this model has no attention there, only at the scales {there}. {self}'
 
     def __str__(self) -> str:
         paths = []
