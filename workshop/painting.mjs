@@ -20,10 +20,10 @@ await mkdir(folder, { recursive: true });
 const flow = JSON.parse(await readFile(WORKFLOW, "utf8"));
 const cut = flow.nodes.find(({ id }) => id === CUT);
 cut.widgets_values[6] = "";
-cut.size = [470, 980];
+cut.size = [470, 900];
 
 const browser = await launch();
-const { page } = await openComfy(browser, { modern: false, viewport: { width: 900, height: 1000 } });
+const { page } = await openComfy(browser, { modern: false, viewport: { width: 900, height: 1300 } });
 await page.evaluate(
   async ([flow, id]) => {
     const { app } = window;
@@ -38,6 +38,7 @@ await page.evaluate(
 const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const editor = page.locator(".montage-editor", { has: page.locator(".montage-images") });
 const canvas = editor.locator(".montage-stage > canvas");
+const view = (name) => editor.locator("button", { hasText: new RegExp(`^${name}$`) }).first();
 let number = 0;
 
 async function frame(milliseconds) {
@@ -70,11 +71,19 @@ for (const [image, points] of STROKES) {
   await page.mouse.up();
   await wait(500);
   await frame(500);
+  for (const name of ["Result", "Image"]) {
+    // the images, pasted along the seams of a cut that the page makes while one paints
+    const button = view(name);
+    if (!(await button.count())) continue;
+    await button.click();
+    await wait(600);
+    if (name === "Result") await frame(800);
+  }
 }
 for (const name of ["Regions", "Result"]) {
   if (name === "Regions") console.log((await queue(page)).error ?? "composed");
   await wait(1000);
-  const button = editor.locator("button", { hasText: name }).first();
+  const button = view(name);
   if (!(await button.count())) continue;
   await button.click();
   await wait(700);
