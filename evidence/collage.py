@@ -27,14 +27,14 @@ FREE = (
     0.9  # noise of what may change freely: an object's place is then given by words and bias more than by the picture
 )
 PLAIN, BIASED, DRAWN, KEPT_AWAY = (
-    "image-to-image (GH)",
+    "img2img (GH)",
     "+ cross-attention (GH+CA)",
     "CA, w_pos alone",
     "CA, w_neg alone",
 )
 AREAS, PASTED = "GH + ComfyUI's areas", "the layers themselves"
 LEVELS = (0.0, 0.3, 0.6, 0.9)
-WORDS, TOKEN, OTHERS = "words alone (GH+CA)", "+ learned token (GH+CA+TI)", "+ another layer's token"
+WORDS, TOKEN, OTHERS = "prompt only (GH+CA)", "+ embedding (GH+CA+TI)", "+ another layer's embedding"
 
 
 class Example:
@@ -180,7 +180,9 @@ def judge():
 
 def noise_levels(number):
     """One layer's noise from 0 up, while the other's stays: how far it is from its input."""
-    return {f"noise {level}": distance(Example(number, 2), *variant) for level, variant in zip(LEVELS, levels(number))}
+    return {
+        f"denoise {level}": distance(Example(number, 2), *variant) for level, variant in zip(LEVELS, levels(number))
+    }
 
 
 @functools.cache
@@ -276,7 +278,7 @@ def placing(options, count):
     claims = [
         measurements.claim(what, found.difference(a, b, figure), 1, "(figures only)")
         for what, a, b, figure in (
-            ("CA puts more objects where their layers are than image-to-image", BIASED, PLAIN, "placed"),
+            ("regional prompting (CA) puts more objects where their layers are than img2img", BIASED, PLAIN, "placed"),
             ("and more of them in their shape", BIASED, PLAIN, "shaped"),
             ("w_pos alone helps", DRAWN, PLAIN, "placed"),
             ("w_neg alone helps", KEPT_AWAY, PLAIN, "placed"),
@@ -298,9 +300,9 @@ def placing(options, count):
             [
                 (
                     f"{count} collages of 4 to 9 layers on a grey canvas of {CROWD}x{CROWD} pixels (the demo model was"
-                    f" trained on scenes of one to three objects at {SIZE}x{SIZE}), a prompt of all their words, noise"
-                    f" {FREE} everywhere, so that little of the input is left. The share of layers whose object the"
-                    " reader finds with its centre in the layer, of the right colour (*in its place*), and of the"
+                    f" trained on scenes of one to three objects at {SIZE}x{SIZE}), a prompt with all their words,"
+                    f" denoise {FREE} everywhere, so that little of the input is left. The share of layers whose object"
+                    " the reader finds with its centre in the layer, of the right colour (*in its place*), and of the"
                     " right shape too; *the layers themselves* is the share it finds in the input. The paper shows"
                     " pictures and gives no numbers."
                 ),
@@ -316,10 +318,10 @@ def placing(options, count):
 
 def trading(options, count):
     found = measurements.Study("collage-noise", options.folder).run(range(count), noise_levels, options.address)
-    names = [f"noise {level}" for level in LEVELS]
+    names = [f"denoise {level}" for level in LEVELS]
     claims = [
         measurements.claim(
-            f"a layer of {high} is farther from its input than one of {low}",
+            f"a layer with {high} is further from its input than one with {low}",
             found.difference(high, low, "error"),
             1,
             "(figures only)",
@@ -328,7 +330,7 @@ def trading(options, count):
     ]
     shown = [[levels(number)[0][1][0], *(picture for *_, picture in levels(number))] for number in range(min(3, count))]
     return measurements.Section(
-        "Collage Diffusion: a noise for each layer",
+        "Collage Diffusion: denoise per layer",
         "\n\n".join(
             [
                 (
@@ -349,11 +351,11 @@ def looking(options, count):
     claims = [
         measurements.claim(what, found.difference(TOKEN, other, figure), sign, "(figures only)")
         for what, other, figure, sign in (
-            ("with the learned token a layer is nearer its input, in pixels", WORDS, "error", -1),
+            ("with the embedding a layer is closer to its input, in pixels", WORDS, "error", -1),
             ("in colours", WORDS, "colour", -1),
             ("in texture", WORDS, "texture", 1),
             (
-                "it is the layer's look that was learned: nearer than with a token of another picture, in pixels",
+                "the embedding holds the layer's look: closer than with the embedding of another picture, in pixels",
                 OTHERS,
                 "error",
                 -1,
@@ -366,18 +368,18 @@ def looking(options, count):
         variants = learned(number)
         shown.append([variants[WORDS][1][0], *(picture for _, _, picture in variants.values())])
     return measurements.Section(
-        "Collage Diffusion: a learned look",
+        "Collage Diffusion: textual inversion of a layer",
         "\n\n".join(
             [
                 (
-                    f"{count} collages of two layers at noise {FREE}; a token is learned from the first layer in"
+                    f"{count} collages of two layers at denoise {FREE}; an embedding is trained on the first layer in"
                     f" {LEARNING_STEPS} steps of {LEARNING_RATE}. RMS error of the layer's pixels; distance of its"
-                    " colours (earth mover's, CIE Lab; smaller is nearer) and similarity of its texture (1 is equal)."
+                    " colours (earth mover's, CIE Lab; smaller is closer) and similarity of its texture (1 is equal)."
                 ),
                 found.table(error="error", colour="colours", texture="texture"),
                 measurements.markdown(measurements.CLAIMS, claims),
                 measurements.grid(
-                    "collage-looks", shown, ["layers", "words alone", "learned token", "another's token"]
+                    "collage-looks", shown, ["layers", "prompt only", "embedding", "another's embedding"]
                 ),
             ]
         ),

@@ -186,7 +186,7 @@ def sections(options):
         [f"{model}, {method}" for model in models for method in BENCHMARKS], beside_plain
     )
     yield measurements.Section(
-        "Cost: beside plain sampling",
+        "Cost: relative to plain sampling",
         "\n\n".join(
             [
                 (

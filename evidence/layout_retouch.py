@@ -23,7 +23,7 @@ SWITCHES = (
 )  # lambda 1, of the schedule: at 10 steps each is whole steps, and so are the paper's lambda 2 and mask start
 SITES = "d@1,u@1"  # of the map: the demo model's 16x16 tokens, as many as SD1.5 has at 1/4 of its latent
 LEAST = 0.3  # threshold of the map
-PLAIN, BASE, BLEND = "plain model", "personalised model", "+ step blend"
+PLAIN, BASE, BLEND = "base model", "personalised model", "+ step blend"
 REFERENCE, SOURCES, OURS = "reference swap alone", "+ multi-source swap", "+ mask blend (ours)"
 ROWS = (BASE, BLEND, REFERENCE, SOURCES, OURS)
 BALL = scenes.SHAPES.index("ball")
@@ -149,9 +149,9 @@ def spread_claim(found, text, first, second):
 
 
 CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
-    ("step blending brings the layout nearer to the plain model's", BLEND, BASE, "layout", 1, "(figures only)"),
+    ("step blending brings the layout closer to the base model's", BLEND, BASE, "layout", 1, "(figures only)"),
     (
-        "and the nearer, the later the switch: 0.3 against 0.1",
+        "and the closer, the later the switch: 0.3 against 0.1",
         "step blend at 0.3",
         BLEND,
         "layout",
@@ -187,7 +187,7 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     ("and follows the prompt better than it", OURS, BASE, "prompt", 1, "T-CLIP .317 / .313"),
 )
 COLUMNS = {
-    "layout": "layout like the plain model's",
+    "layout": "layout like the base model's",
     "colour": "colour distance to the photo",
     "texture": "texture similarity",
     "prompt": "prompt",
@@ -211,7 +211,7 @@ def sections(options):
         for what, a, b, figure, sign, paper in CLAIMS
     ]
     claims += [
-        spread_claim(found, "the plain model places its object more freely than the personalised one", PLAIN, BASE),
+        spread_claim(found, "the base model places its object more freely than the personalised one", PLAIN, BASE),
         spread_claim(found, "and so does the whole method", OURS, BASE),
     ]
     shown, titles = [], ["photo", PLAIN, *ROWS]
@@ -224,15 +224,15 @@ def sections(options):
             (
                 f"{count} prompts of the subject, another object and a place; {STEPS} steps, the paper's parts of the"
                 " schedule. Targets are sampled with the whole prompt: with the subject's alone, the paper's choice,"
-                " this small model leaves the scene. *Layout* is the correlation of the pixels with the plain model's"
-                " picture of the same seed. *Colour distance* (CIE Lab, smaller is liker) and *texture similarity*"
+                " this small model leaves the scene. *Layout* is the correlation of the pixels with the base model's"
+                " picture of the same seed. *Colour distance* (CIE Lab, smaller is more alike) and *texture similarity*"
                 " compare a disc about the subject with its photo; they stand for I-DINO and I-CLIP. *Prompt* is the"
                 " share of place, colour, shape and texture of the other object, and subject that a reader finds; it"
                 " stands for T-CLIP. *PSNR around the subject* is against the picture of stage one, outside the mask,"
                 " which is of the words alone: there is no segmentation here. *Spread* is the mean distance of the"
                 " subject's place from its mean place. Human preference and ImageReward are not checkable here."
             ),
-            "By lambda 1, the part of the schedule that is the plain model's:",
+            "By lambda 1, the part of the schedule that is the base model's:",
             table(found, [named(switch) for switch in SWITCHES]),
             "The rows of the paper's ablation:",
             table(found, ROWS),

@@ -219,10 +219,10 @@ def measure_reconstruction(number):
 
 CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     ("without SALQ, the subject's colours are further off", "without SALQ", OURS, "colour", 1, "DINOsub .424 / .633"),
-    ("without SALQ, its unnamed style too", "without SALQ", OURS, "style", 1, "CLIP-Isub .742 / .779"),
+    ("without SALQ, its undescribed style too", "without SALQ", OURS, "style", 1, "CLIP-Isub .742 / .779"),
     ("without SALQ, the background is kept better", "without SALQ", OURS, "psnr", 1, "DINOback .749 / .668"),
     ("without SAGI, the subject's colours are further off", "without SAGI", OURS, "colour", 1, "DINOsub .590 / .633"),
-    ("without SAGI, its unnamed style too", "without SAGI", OURS, "style", 1, "CLIP-Isub .775 / .779"),
+    ("without SAGI, its undescribed style too", "without SAGI", OURS, "style", 1, "CLIP-Isub .775 / .779"),
     ("without SAGI, the background is kept better", "without SAGI", OURS, "psnr", 1, "DINOback .685 / .668"),
     (
         "without dilation, the subject's colours are further off",
@@ -234,12 +234,19 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     ),
     ("without dilation, the background is kept better", "without dilation", OURS, "psnr", 1, "DINOback .732 / .668"),
     ("SALQ first, the subject's colours are further off", "SALQ first", OURS, "colour", 1, "DINOsub .459 / .633"),
-    ("SALQ first, its unnamed style too", "SALQ first", OURS, "style", 1, "CLIP-Isub .723 / .779"),
+    ("SALQ first, its undescribed style too", "SALQ first", OURS, "style", 1, "CLIP-Isub .723 / .779"),
     ("SALQ first, the background is kept worse", "SALQ first", OURS, "psnr", -1, "DINOback .555 / .668"),
-    ("the subject's unnamed style is nearer than by mutual self-attention", OURS, MASA, "style", -1, "(figures only)"),
+    (
+        "the subject's undescribed style is closer than by mutual self-attention",
+        OURS,
+        MASA,
+        "style",
+        -1,
+        "(figures only)",
+    ),
     ("and the background is kept better", OURS, MASA, "psnr", 1, "(figures only)"),
     (
-        "the subject's unnamed style is nearer than by its words alone",
+        "the subject's undescribed style is closer than with the prompt alone",
         OURS,
         "neither: the prompt alone",
         "style",
@@ -248,7 +255,7 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     ),
     ("and its colours", OURS, "neither: the prompt alone", "colour", -1, "(DiffEdit CLIP-Isub .755 / .779)"),
     (
-        "the right object is there more often than by its words alone",
+        "the right object is there more often than with the prompt alone",
         OURS,
         "neither: the prompt alone",
         "present",
@@ -281,8 +288,8 @@ def sections(options):
                     " the paper's uniform settings (SAGI to 0.4 of the steps, SALQ to 0.96) with true masks; one row"
                     " by the released notebook's (SAGI to 0.1). *right object*: share in which an object of the"
                     " subject's colour and shape stands inside the edit mask. *colour distance* (CIE Lab, less is"
-                    " nearer) and *texture likeness* compare the edited area with the subject, *style error* what"
-                    " words do not say (shade, light, outline, the texture's direction and size; 0 equal, 1/3"
+                    " closer) and *texture likeness* compare the edited area with the subject, *style error* what"
+                    " prompts do not describe (shade, light, outline, the texture's direction and size; 0 equal, 1/3"
                     " unrelated). *background* is the PSNR (dB) outside the dilated edit mask against the picture"
                     " itself, without the background lock, as printed in the paper. DINO, CLIP and ImageReward are"
                     " not checkable without pretrained networks."
@@ -330,13 +337,13 @@ def sections(options):
         size(ADDITIONS), measure_addition, options.address
     )
     yield measurements.Section(
-        "MCA-Ctrl: adding a subject",
+        "MCA-Ctrl: inserting a subject",
         "\n\n".join(
             [
                 (
-                    f"{len(found.samples)} subjects put into an empty place of the other picture, the place that they"
-                    " have in their own. Inverted noise of an empty place leads back to the empty place; *fresh"
-                    " noise*, which the paper has not, begins the edited area with the sampler's own. Figures as"
+                    f"{len(found.samples)} subjects inserted into an empty place of the other picture, the place that"
+                    " they have in their own. Inverted noise of an empty place leads back to the empty place; *fresh"
+                    " noise*, which the paper does not have, starts the edited area from the sampler's own. Figures as"
                     " above."
                 ),
                 found.table(**FIGURES),
@@ -368,7 +375,7 @@ def sections(options):
                     " *soft*: elsewhere as much as the map says). *right object* and *style error* as above, wherever"
                     " it stands. *its place given*: the subject's own mask instead of the map. What falls short is"
                     " the outline: a subject fills its area, and the strongest 30 % of a map are larger and rounder"
-                    " than most objects here (third row below). Its own place is often not where the words draw:"
+                    " than most objects here (third row below). Its own place is often not where the words act:"
                     " there the method changes less."
                 ),
                 found.table(present=FIGURES["present"], style=FIGURES["style"]),
@@ -381,7 +388,7 @@ def sections(options):
                         for form in ("soft", "hard")
                         for what, figure, sign, paper in (
                             (
-                                f"{form} map: the subject's unnamed style is nearer than by its words alone",
+                                f"{form} map: the subject's undescribed style is closer than with the prompt alone",
                                 "style",
                                 -1,
                                 "DINO .661 (IP-Adapter .650)",

@@ -64,7 +64,7 @@ class Stack:
 
     @staticmethod
     def captions(scene, generator, prompts):
-        """ "one": the same words for all; "own": other words for every image, none for the base."""
+        """ "one": the same words for all; "own": a different prompt for every image, an empty one for the base."""
         if prompts == "one":
             return [scenes.caption(scene, 0)] * COUNT
         others = scenes.sample(COUNT, generator, count=2)._replace(shape=scene.shape.expand(COUNT, -1))
@@ -186,7 +186,7 @@ def variants(example):
         "pixel paste": paste,
         "Poisson blending": example.poisson(masks),
         "latent blending": example.latent_blend(masks),
-        "K, V of all images side by side": example.composed(masks, kv="concat"),
+        "K, V of all images together": example.composed(masks, kv="concat"),
         "K, V of the running model": example.composed(masks, kv="model"),
         "Q of the recorded base": example.composed(masks, base_q="stored"),
     }
@@ -208,9 +208,9 @@ def measure(stack, prompts):
 
 CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     (
-        "keeps regions better than K, V of all images side by side",
+        "keeps regions better than K, V of all images together",
         OURS,
-        "K, V of all images side by side",
+        "K, V of all images together",
         "psnr",
         1,
         "PSNR 22.46 / 18.37",
@@ -246,28 +246,28 @@ STUDIES = (  # name, stack, prompts, title, how its images came about
         "photomontage-own",
         Stack,
         "own",
-        "other words for every image, none for the base",
+        "a different prompt for every image, an empty one for the base",
         "three images each from one ControlNet outline",
     ),
     (
         "photomontage-one",
         Stack,
         "one",
-        "the same words for all images",
+        "the same prompt for all images",
         "three images each from one ControlNet outline",
     ),
     (
         "photomontage-transformer-own",
         TransformerStack,
         "own",
-        "on the transformer, other words for every image",
+        "on the transformer, a different prompt for every image",
         "three images each, without a ControlNet",
     ),
     (
         "photomontage-transformer-one",
         TransformerStack,
         "one",
-        "on the transformer, the same words for all images",
+        "on the transformer, the same prompt for all images",
         "three images each, without a ControlNet",
     ),
 )
@@ -290,9 +290,9 @@ def sections(options):
                 (
                     f"{count} scenes of two objects, {made} ({title}); strokes"
                     " keep one object from each of two images and the background from the base. PSNR (dB) and SSIM"
-                    f" are against the image that owns the pixel, {MARGIN} pixels and more from its region's edge;"
-                    " *seam* is the mean Sobel magnitude on the seams, *in range* the share of samples in which it"
-                    " lies between the sources' own. LPIPS and the user study of the paper are not checkable without"
+                    f" are against the image that the pixel comes from, {MARGIN} pixels and more from its region's"
+                    " edge; *seam* is the mean Sobel magnitude on the seams, *in range* the share of samples in which"
+                    " it lies between the sources' own. LPIPS and the user study of the paper are not checkable without"
                     " pretrained networks and people."
                 ),
                 found.table(psnr="PSNR", ssim="SSIM", seam="seam", **{"in range": "in range"}),

@@ -19,17 +19,16 @@ STUDIES = {**{name: method.studies for name, method in METHODS.items()}, "cost":
 
 HEAD = """# The evidence
 
-What each paper claims, measured here on the demo model ([demo/README.md](../demo/README.md)): toy scenes, fixed seeds,
+Each paper's claims, measured here on the demo model ([demo/README.md](../demo/README.md)): toy scenes, fixed seeds,
 real ComfyUI samplers. Made by `python dev.py evidence{quick}` from commit {commit}, {day}, on {machine}.
 
 Means with 95 % intervals; a claim is *reproduced* when the interval of the paired difference lies on the paper's side
 of zero, *not reproduced* when it lies on the other side, *not decided* when it holds zero. Pictures are the first
 samples, unpicked. What the papers measure with pretrained networks (LPIPS, CLIP, DINO, ImageReward) or with people
-cannot be measured here, where there are none: the nearest measure that needs none stands in its place, and is named.
+cannot be measured here: the closest measure that needs neither is used instead, and is named.
 
-Fewer samples than one would wish: no GPU was at hand. How well the demo model draws what it is told, and how far style
-travels through its self-attention, is in demo/README.md. The formulas themselves are tested against the papers' written
-out.
+The samples are few: no GPU was available. How well the demo model follows its prompts, and how far style travels
+through its self-attention, is in demo/README.md. The formulas themselves are tested against the papers'.
 """
 
 

@@ -90,6 +90,7 @@ def owned_tokens(node: str, clip: CLIP, collage: Collage) -> Owned:
                 runs[number] = token_runs(clip, collage.prompt, layer.text)
             except ValueError as error:
                 raise ValueError(
-                    f"{node}: layer {number} (counted from the back; node {layer.node}): {error}"
+                    f"{node}: layer {number} (counted from the back; node {layer.node}): {error} Or clear the prompt of"
+                    " Collage Canvas, which is then built from the layers, or this layer's text."
                 ) from None
     return token_bias.owners(runs)

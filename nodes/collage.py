@@ -443,8 +443,8 @@ class CollageCrossAttn(io.ComfyNode):
                     default="all",
                     advanced=True,
                     tooltip=(
-                        "Cross-attention blocks: all (paper), encoder, middle, decoder, or a list such as "
-                        "d0-3,m0,u2-5. On a transformer: all, first half, last half, middle half, or a list such as "
+                        "Cross-attention blocks: all (paper), encoder, middle, decoder, or a list such as d0-3,m0,u2-5."
+                        " On a transformer: all, first half, last half, middle half, or a list such as "
                         "double0-18,single0-37."
                     ),
                 ),

@@ -194,15 +194,16 @@ class CollaborativeAttention(io.ComfyNode):
                     "collaborating_model",
                     display_name="MODEL",
                     tooltip=(
-                        "The model that attends to both pictures. Sample it with the sampler settings of their"
-                        " histories."
+                        "The model that attends to both images. Sample it with the sampler settings of their "
+                        "inversions or recordings."
                     ),
                 ),
                 io.Latent.Output(
                     "start_latent",
                     display_name="LATENT",
                     tooltip=(
-                        "Where the condition started; KSampler may use any seed. Without a condition: an empty latent."
+                        "The start latent of the image to edit; any seed will do. Without an image to edit: an "
+                        "empty latent."
                     ),
                 ),
             ],

@@ -102,8 +102,8 @@ class GraphCutMontage(io.ComfyNode):
                     "stroke_picture",
                     optional=True,
                     tooltip=(
-                        "What to keep, as one picture in the colours of the labels output. All else is unpainted:"
-                        " black, white paper, and colours far from those."
+                        "What to keep, as one picture in the colours of the labels output. Everything else counts "
+                        "as unpainted: black, white, and colours far from those."
                     ),
                 ),
                 io.Boolean.Input(
@@ -132,8 +132,8 @@ class GraphCutMontage(io.ComfyNode):
                     step=0.1,
                     advanced=True,
                     tooltip=(
-                        "Feature distance that counts as an edge. 0 measures it: the median distance between"
-                        " neighbours, right for every model (paper: 10, for SD1.5)."
+                        "Edge sensitivity: the feature distance treated as an edge. 0 measures it (the median "
+                        "distance between neighbouring tokens), right for every model (paper: 10, for SD1.5)."
                     ),
                 ),
                 io.Int.Input(

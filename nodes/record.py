@@ -163,14 +163,14 @@ class SaveRecording(io.ComfyNode):
             display_name=cls.NAME,
             category="montage",
             description=(
-                "Keeps a recorded latent in a file, so that it can be composed another day or on another machine."
-                " Prompts, ControlNets and the MODEL are not stored: Load Recording takes them again."
+                "Saves a recorded latent to a file, so that it can be used another day or on another machine. "
+                "Prompts, ControlNets and the MODEL are not stored: connect them again to Load Recording."
             ),
             is_output_node=True,
             search_aliases=["save latent", "export recording", "keep recording"],
             inputs=[
                 io.Latent.Input(
-                    "latent", tooltip="A recorded latent: what a sampler behind Feature Recorder returned."
+                    "latent", tooltip="A recorded latent: the LATENT of a sampler behind Feature Recorder."
                 ),
                 io.Model.Input("model", tooltip="The model that it was sampled with."),
                 io.String.Input(
@@ -209,8 +209,8 @@ class LoadRecording(io.ComfyNode):
             display_name=cls.NAME,
             category="montage",
             description=(
-                "Takes up a recorded latent from a file of Save Recording. Connect the MODEL and the prompts that it"
-                " was sampled with, ControlNets included; what does not fit is refused."
+                "Loads a recorded latent from a file of Save Recording. Connect the MODEL, prompts and ControlNets "
+                "that it was sampled with; what does not match is refused."
             ),
             search_aliases=["load latent", "import recording"],
             inputs=[

@@ -35,7 +35,7 @@ def token_runs(clip, prompt, phrase):
     if not any(sought.values()):
         raise ValueError("the phrase is empty: write words of the prompt.")
     if not found:
-        raise ValueError(f'"{phrase}" is not in the prompt "{prompt}". Write it as it stands there, word for word.')
+        raise ValueError(f'"{phrase}" is not in the prompt "{prompt}". Write it exactly as it occurs there.')
     return sorted(found)
 
 
