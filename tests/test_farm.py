@@ -25,7 +25,7 @@ from montage.farm.settings import Settings
 from montage.workshop.live_server import serving
 
 ROOT = Path(__file__).resolve().parent.parent
-PHOTOMONTAGE = "photomontage of three images (demo model)"
+PHOTOMONTAGE = "photomontage (demo)"
 
 
 def prompt_of(**inputs):
@@ -39,7 +39,7 @@ def test_seeds_are_added_to_every_seed_and_the_workflow_stays_as_it_is():
     prompt, path = jobs.load_workflow(PHOTOMONTAGE)
     first, second = jobs.make_jobs(prompt, [], range(2), [path.parent])
     assert first.prompt == prompt and first.id != second.id
-    assert [second.prompt[key]["inputs"]["seed"] for key in ("13", "23", "33", "44")] == [2, 12, 22, 2]
+    assert [second.prompt[key]["inputs"]["seed"] for key in ("13", "23", "33", "44")] == [9, 19, 29, 9]
     assert (first.name, second.name) == ("seed-0000", "seed-0001")
 
 
@@ -102,7 +102,7 @@ def test_equal_rows_are_one_job():
 
 
 def test_workflows_that_cannot_be_run_are_named(tmp_path):
-    with pytest.raises(Failure, match="does not name one workflow of ours: Montage - a collage.*; Montage - a first"):
+    with pytest.raises(Failure, match="does not name one workflow of ours: 06 Collage.*; 07 Collage"):
         jobs.load_workflow("collage")
     (tmp_path / "ui.json").write_text('{"nodes": [], "links": []}')
     with pytest.raises(Failure, match=r"Export \(API\)"):
@@ -254,9 +254,11 @@ def ended(folder, count):
 
 def quick_photomontage(folder):
     prompt, _ = jobs.load_workflow(PHOTOMONTAGE)
-    for node in prompt.values():
+    for key, node in prompt.items():
         small = {"steps": 2, "width": 64, "height": 64}
-        node["inputs"].update({key: value for key, value in small.items() if key in node["inputs"]})
+        node["inputs"].update({entry: value for entry, value in small.items() if entry in node["inputs"]})
+        if node["class_type"] == "PreviewImage":
+            node["class_type"], node["inputs"]["filename_prefix"] = "SaveImage", f"image-{key}"
     path = folder / "photomontage.json"
     path.write_text(json.dumps(prompt))
     return path
