@@ -8,6 +8,7 @@ comes.
 """
 
 import copy
+import logging
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -79,6 +80,9 @@ class StepBlend:
             return latent_image
         steps = max(len(sigmas) - 1, 1)
         needed = set().union(*(shares(self.stages, step, steps) for step in range(steps)))
+        for number, stage in enumerate(self.stages):
+            if number not in needed and stage.start < 1:
+                logging.warning("Step Blend Sampler: none of the %d steps is left for guider %d.", steps, number + 1)
         stages = [stage for number, stage in enumerate(self.stages) if number in needed]
         run = BlendRun(stages, sampler, latent_image, sigmas, denoise_mask, seed)
         return run.enter(0, noise, sigmas, callback, disable_pbar)
