@@ -93,7 +93,7 @@ def test_words_that_a_language_lacks_are_added_in_english(infos, tmp_path, capsy
     assert set(named) == {"FeatureRecorder", "GraphCutMontage.inputs.lam.tooltip"}
     words = json.loads(path.read_text(encoding="utf-8"))
     assert words["FeatureRecorder"]["display_name"] == "Feature Recorder"
-    assert words["GraphCutMontage"]["inputs"]["lam"]["tooltip"].startswith("Weight of a seam")
+    assert words["GraphCutMontage"]["inputs"]["lam"]["tooltip"].startswith("How strongly seams avoid")
     del words["FeatureRecorder"]
     words["GraphCutMontage"]["inputs"]["lam"]["tooltip"] = shipped["GraphCutMontage"]["inputs"]["lam"]["tooltip"]
     assert words == {name: node for name, node in shipped.items() if name != "FeatureRecorder"}
