@@ -169,6 +169,15 @@ def test_every_input_and_output_has_a_tooltip_and_every_node_a_help_page():
             assert (page.parent / picture).is_file(), f"{page.name} shows {picture}, which is not there"
 
 
+@pytest.mark.parametrize(
+    "typed",
+    ["inpaint", "mask from text", "style transfer", "sam", "seam", "regional prompt", "character swap", "face swap"],
+)
+def test_node_search_finds_what_people_type(typed):
+    found = [schema for schema in schemas() if any(typed in alias.lower() for alias in schema.search_aliases or ())]
+    assert found
+
+
 def test_every_workflow_has_a_thumbnail_and_a_twin():
     folder = ROOT / "example_workflows"
     flows = {path.stem for path in folder.glob("*.json")}

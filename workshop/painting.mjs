@@ -25,15 +25,15 @@ cut.size = [470, 900];
 const browser = await launch();
 const { page } = await openComfy(browser, { modern: false, viewport: { width: 900, height: 1300 } });
 await page.evaluate(
-  async ([flow, id]) => {
-    const { app } = window;
-    await app.loadGraphData(flow, true, true, null);
-    const node = app.graph.getNodeById(id);
-    app.canvas.ds.scale = 1.2;
-    app.canvas.ds.offset = [-node.pos[0] + 60, -node.pos[1] + 60];
-    app.canvas.setDirty(true, true);
-  },
-  [flow, CUT],
+    async ([flow, id]) => {
+        const { app } = window;
+        await app.loadGraphData(flow, true, true, null);
+        const node = app.graph.getNodeById(id);
+        app.canvas.ds.scale = 1.2;
+        app.canvas.ds.offset = [-node.pos[0] + 60, -node.pos[1] + 60];
+        app.canvas.setDirty(true, true);
+    },
+    [flow, CUT],
 );
 const wait = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const editor = page.locator(".montage-editor", { has: page.locator(".montage-images") });
@@ -42,52 +42,52 @@ const view = (name) => editor.locator("button", { hasText: new RegExp(`^${name}$
 let number = 0;
 
 async function frame(milliseconds) {
-  const name = `${String(number++).padStart(3, "0")}-${milliseconds}.png`;
-  await editor.screenshot({ path: `${folder}/${name}` });
+    const name = `${String(number++).padStart(3, "0")}-${milliseconds}.png`;
+    await editor.screenshot({ path: `${folder}/${name}` });
 }
 
 async function place([x, y]) {
-  const box = await canvas.boundingBox();
-  const side = Math.min(box.width, box.height);
-  return [box.x + (box.width - side) / 2 + x * side, box.y + (box.height - side) / 2 + y * side];
+    const box = await canvas.boundingBox();
+    const side = Math.min(box.width, box.height);
+    return [box.x + (box.width - side) / 2 + x * side, box.y + (box.height - side) / 2 + y * side];
 }
 
 console.log((await queue(page)).error ?? "recorded");
 await wait(1500);
 await frame(900);
 for (const [image, points] of STROKES) {
-  await page.locator(".montage-image").nth(image).click();
-  await wait(250);
-  await frame(500);
-  const places = await Promise.all(points.map(place));
-  await page.mouse.move(...places[0]);
-  await page.mouse.down();
-  for (let next = 1; next < places.length; next++)
-    for (const part of [0.33, 0.66, 1]) {
-      const [from, to] = [places[next - 1], places[next]];
-      await page.mouse.move(from[0] + part * (to[0] - from[0]), from[1] + part * (to[1] - from[1]));
-      await frame(110);
+    await page.locator(".montage-image").nth(image).click();
+    await wait(250);
+    await frame(500);
+    const places = await Promise.all(points.map(place));
+    await page.mouse.move(...places[0]);
+    await page.mouse.down();
+    for (let next = 1; next < places.length; next++)
+        for (const part of [0.33, 0.66, 1]) {
+            const [from, to] = [places[next - 1], places[next]];
+            await page.mouse.move(from[0] + part * (to[0] - from[0]), from[1] + part * (to[1] - from[1]));
+            await frame(110);
+        }
+    await page.mouse.up();
+    await wait(500);
+    await frame(500);
+    for (const name of ["Result", "Image"]) {
+        // the images, pasted along the seams of a cut that the page makes while one paints
+        const button = view(name);
+        if (!(await button.count())) continue;
+        await button.click();
+        await wait(600);
+        if (name === "Result") await frame(800);
     }
-  await page.mouse.up();
-  await wait(500);
-  await frame(500);
-  for (const name of ["Result", "Image"]) {
-    // the images, pasted along the seams of a cut that the page makes while one paints
+}
+for (const name of ["Regions", "Result"]) {
+    if (name === "Regions") console.log((await queue(page)).error ?? "composed");
+    await wait(1000);
     const button = view(name);
     if (!(await button.count())) continue;
     await button.click();
-    await wait(600);
-    if (name === "Result") await frame(800);
-  }
-}
-for (const name of ["Regions", "Result"]) {
-  if (name === "Regions") console.log((await queue(page)).error ?? "composed");
-  await wait(1000);
-  const button = view(name);
-  if (!(await button.count())) continue;
-  await button.click();
-  await wait(700);
-  await frame(name === "Regions" ? 1300 : 2600);
+    await wait(700);
+    await frame(name === "Regions" ? 1300 : 2600);
 }
 await browser.close();
 process.exit(0);

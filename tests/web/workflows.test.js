@@ -21,7 +21,7 @@ function boxes(page) {
     const { graph, canvas } = window.app;
     const drawn = (node) => document.querySelector(`[data-node-id="${node.id}"]`);
     const sizes = () => graph.nodes.map((node) => drawn(node)?.offsetHeight).join();
-    for (let before; before !== (before = sizes()); ) await new Promise((resolve) => setTimeout(resolve, 300));
+    for (let before; before !== (before = sizes());) await new Promise((resolve) => setTimeout(resolve, 300));
     return graph.nodes.map((node) => {
       const [x, y, width, height] = node.boundingRect;
       const box = drawn(node)?.getBoundingClientRect();
