@@ -35,11 +35,13 @@ def said_by(node: str):
 
 
 class SubjectLocalizeLoader(io.ComfyNode):
+    NAME = "Load Subject Localizer"
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="SubjectLocalizeLoader",
-            display_name="Load Subject Localizer",
+            display_name=cls.NAME,
             category=CATEGORY,
             description=(
                 "Loads Grounding DINO, which detects objects from text, and Segment Anything (SAM), which segments "
@@ -83,7 +85,7 @@ class SubjectLocalizeLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, detector, segmenter, precision):
-        with said_by("SubjectLocalizeLoader"):
+        with said_by(cls.NAME):
             return io.NodeOutput(
                 None if detector == files.NONE else files.load_detector(detector),
                 None if segmenter == files.NONE else files.load_segmenter(segmenter, precision),
@@ -153,11 +155,13 @@ def outputs() -> list:
 
 
 class SubjectLocalize(io.ComfyNode):
+    NAME = "Subject Localize"
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="SubjectLocalize",
-            display_name="Subject Localize",
+            display_name=cls.NAME,
             category=CATEGORY,
             description="Mask from text: detects the phrases in each image (Grounding DINO) and segments them (SAM).",
             search_aliases=[
@@ -255,10 +259,8 @@ class SubjectLocalize(io.ComfyNode):
         nms_threshold,
         segmenter=None,
     ):
-        numbers(
-            "SubjectLocalize", box_threshold=box_threshold, text_threshold=text_threshold, nms_threshold=nms_threshold
-        )
-        with said_by("SubjectLocalize"):
+        numbers(cls.NAME, box_threshold=box_threshold, text_threshold=text_threshold, nms_threshold=nms_threshold)
+        with said_by(cls.NAME):
             if detector is None:
                 raise Problem("the loader has detector = none; choose a Grounding DINO file in Load Subject Localizer.")
             phrases = split_phrases(phrase)
@@ -280,15 +282,17 @@ class SubjectLocalize(io.ComfyNode):
                 masks = torch.stack([boxes.fill(kept, *size) for kept in chosen])
             else:
                 masks = pipeline.cut(segmenter, pictures, [pipeline.prompts_of(kept, [], []) for kept in chosen], tick)
-            return result("SubjectLocalize", image, masks, dilation, chosen, others, reasons, if_nothing_found)
+            return result(cls.NAME, image, masks, dilation, chosen, others, reasons, if_nothing_found)
 
 
 class SubjectSegment(io.ComfyNode):
+    NAME = "Subject Segment"
+
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="SubjectSegment",
-            display_name="Subject Segment",
+            display_name=cls.NAME,
             category=CATEGORY,
             description=(
                 "Segments boxes or points from elsewhere (SAM): from RT-DETR, SAM 3, another detector, or typed in."
@@ -337,13 +341,13 @@ class SubjectSegment(io.ComfyNode):
         positive_coords=None,
         negative_coords=None,
     ):
-        with said_by("SubjectSegment"):
+        with said_by(cls.NAME):
             if segmenter is None:
                 raise Problem(
                     "the loader has segmenter = none; choose a Segment Anything file in Load Subject Localizer."
                 )
             if boxes is None and not (positive_coords or "").strip():
-                raise Problem("there is nothing to cut out; wire boxes or positive_coords.")
+                raise Problem("there is nothing to segment; connect boxes or positive_coords.")
             return segment(
                 segmenter, image, choose, index, dilation, if_nothing_found, boxes, positive_coords, negative_coords
             )
@@ -362,10 +366,9 @@ def segment(segmenter, image, choose, index, dilation, if_nothing_found, given, 
     prompts = [pipeline.prompts_of(kept, positive, negative) for kept in chosen]
     masks = pipeline.cut(segmenter, pictures, prompts, progress(len(pictures)))
     reasons = [
-        "the segmenter cut nothing out of the boxes and points." if row else "no box was given for it."
-        for row in prompts
+        "the segmenter found nothing in the boxes and points." if row else "no box was given for it." for row in prompts
     ]
-    return result("SubjectSegment", image, masks, dilation, chosen, others, reasons, if_nothing_found)
+    return result(SubjectSegment.NAME, image, masks, dilation, chosen, others, reasons, if_nothing_found)
 
 
 def progress(steps: int):
@@ -382,7 +385,7 @@ def progress(steps: int):
 def why_nothing(phrases: list[str], best: float, candidates: list[dict], chosen: list[dict], index: int) -> str:
     """Why an image's mask is empty, if it is, and what to do."""
     if chosen:
-        return "the segmenter cut nothing out of the boxes; try other words or a larger segmenter."
+        return "the segmenter found nothing in the boxes; try other words or a larger segmenter."
     if candidates:
         return f"no label has {index + 1} boxes; lower index."
     return (

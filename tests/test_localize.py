@@ -215,7 +215,7 @@ def test_as_many_masks_as_images_and_a_warning_for_the_empty_one(sees, caplog):
     assert [int(mask.sum()) for mask in subject] == [400, 0, 16]
     assert subject.dtype == torch.float32 and set(subject.unique().tolist()) == {0.0, 1.0}
     assert (
-        "SubjectLocalize: nothing found in image 1: the best score for 'a cat' is 0.00; lower the thresholds"
+        "Subject Localize: nothing found in image 1: the best score for 'a cat' is 0.00; lower the thresholds"
         in caplog.text
     )
     assert [len(row) for row in found] == [1, 0, 1]
@@ -227,7 +227,7 @@ def test_as_many_masks_as_images_and_a_warning_for_the_empty_one(sees, caplog):
 def test_nothing_found_stops_the_run_if_the_user_says_so(sees):
     sees([(10, 10, 20, 20, 0.9)], [])
     with pytest.raises(
-        ValueError, match=r"^SubjectLocalize: nothing found in image 1: the best score for 'a cat' is 0\.00"
+        ValueError, match=r"^Subject Localize: nothing found in image 1: the best score for 'a cat' is 0\.00"
     ):
         run(nodes.SubjectLocalize, detector="d", image=images(2), phrase="a cat", if_nothing_found="error")
     sees([(10, 10, 20, 20, 0.9)])
@@ -281,7 +281,7 @@ def test_core_draws_our_boxes(sees):
 
 @pytest.mark.parametrize("phrase", ["", "  ", ".\n?"])
 def test_an_empty_phrase_is_answered(phrase):
-    with pytest.raises(ValueError, match="^SubjectLocalize: the phrase is empty; write what to find"):
+    with pytest.raises(ValueError, match="^Subject Localize: the phrase is empty; write what to find"):
         run(nodes.SubjectLocalize, detector="d", image=images(1), phrase=phrase)
 
 
@@ -289,22 +289,24 @@ def test_a_picture_of_nan_is_answered():
     broken = images(2)
     broken[1, 3, 3] = float("nan")
     with pytest.raises(
-        ValueError, match="^SubjectLocalize: image 1 holds values that are not numbers; .* decode it in fp32"
+        ValueError, match="^Subject Localize: image 1 holds values that are not numbers; .* decode it in fp32"
     ):
         run(nodes.SubjectLocalize, detector="d", image=broken)
 
 
 def test_a_batch_without_images_is_answered():
-    with pytest.raises(ValueError, match="^SubjectLocalize: the batch holds no image"):
+    with pytest.raises(ValueError, match="^Subject Localize: the batch holds no image"):
         run(nodes.SubjectLocalize, detector="d", image=images(0))
 
 
 def test_models_set_to_none_are_answered():
-    with pytest.raises(ValueError, match="^SubjectLocalize: the loader has detector = none; choose"):
+    with pytest.raises(ValueError, match="^Subject Localize: the loader has detector = none; choose"):
         run(nodes.SubjectLocalize, detector=None, image=images(1))
-    with pytest.raises(ValueError, match="^SubjectSegment: the loader has segmenter = none; choose"):
+    with pytest.raises(ValueError, match="^Subject Segment: the loader has segmenter = none; choose"):
         run(nodes.SubjectSegment, segmenter=None, image=images(1))
-    with pytest.raises(ValueError, match="^SubjectSegment: there is nothing to cut out; wire boxes or positive_coords"):
+    with pytest.raises(
+        ValueError, match="^Subject Segment: there is nothing to segment; connect boxes or positive_coords"
+    ):
         run(nodes.SubjectSegment, segmenter="s", image=images(1))
 
 
@@ -382,7 +384,7 @@ def test_a_missing_file_is_answered_with_its_folder(models):
     with pytest.raises(ValueError) as error:
         load(detector="groundingdino_swint_ogc.pth")
     assert (
-        str(error.value) == "SubjectLocalizeLoader: there is no groundingdino_swint_ogc.pth; put it (694 MB, "
+        str(error.value) == "Load Subject Localizer: there is no groundingdino_swint_ogc.pth; put it (694 MB, "
         f"github.com/IDEA-Research/GroundingDINO/releases) into {models / 'grounding-dino'}."
     )
     with pytest.raises(ValueError, match=r"there is no sam_vit_h_4b8939.pth; put it \(2.6 GB, .*\) into .*sams"):
@@ -403,7 +405,7 @@ def test_pickled_code_does_not_run(models):
     (models / "sams" / "torn.safetensors").write_bytes(b"\xff" * 64)
     for name in ("bomb.pth", "raw.pth", "torn.pth", "torn.safetensors"):
         with pytest.raises(
-            ValueError, match=f"^SubjectLocalizeLoader: {name} in models/sams cannot be read as plain weights"
+            ValueError, match=f"^Load Subject Localizer: {name} in models/sams cannot be read as plain weights"
         ):
             load(segmenter=name)
     assert not (models / "exploded").exists()
@@ -729,11 +731,12 @@ def test_fp16_changes_the_masks_little(small):
 def test_a_long_phrase_and_a_thin_image_are_answered(small):
     with pytest.raises(
         ValueError,
-        match=r"^SubjectLocalize: the phrases are \d+ tokens long and Grounding DINO reads 256; ask for fewer",
+        match=r"^Subject Localize: the phrases are \d+ tokens long and Grounding DINO reads 256; ask for fewer",
     ):
         localize(small, images(1), "cat " * 300)
     with pytest.raises(
-        ValueError, match="^SubjectLocalize: an image of 600x2 is searched at 1200x4, too few pixels; raise detect_size"
+        ValueError,
+        match="^Subject Localize: an image of 600x2 is searched at 1200x4, too few pixels; raise detect_size",
     ):
         small.detector.load().num_queries, before = 900, small.detector.load().num_queries
         try:
@@ -756,7 +759,7 @@ def test_missing_or_wrong_vocabulary_is_answered(small_files, models):
     with pytest.raises(ValueError) as error:
         load(detector="small.pth")
     assert (
-        str(error.value) == "SubjectLocalizeLoader: Grounding DINO needs BERT's vocabulary; put vocab.txt (232 KB, "
+        str(error.value) == "Load Subject Localizer: Grounding DINO needs BERT's vocabulary; put vocab.txt (232 KB, "
         f"huggingface.co/google-bert/bert-base-uncased) into {models / 'bert-base-uncased'}."
     )
 
@@ -794,7 +797,7 @@ def test_a_missing_package_is_answered(small_files, monkeypatch, module, package
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
         ValueError,
-        match=f"^SubjectLocalizeLoader: a Python package is missing .*{module}.*; run `pip install {package}`",
+        match=f"^Load Subject Localizer: a Python package is missing .*{module}.*; run `pip install {package}`",
     ):
         load(**inputs)
     grounding_dino._detector_class.cache_clear()
