@@ -51,8 +51,8 @@ def mask_for(node: str, name: str, mask: torch.Tensor, size: tuple[int, int]) ->
         )
     if abs(height * w - width * h) > max(8 * height, 8 * width, h, w):
         raise ValueError(
-            f"{node}: {name} is {width}x{height} and the picture {w}x{h}, another shape. Use a mask of the picture, or"
-            " crop both alike."
+            f"{node}: {name} is {width}x{height} and the picture {w}x{h}, another aspect ratio. Use a mask of the"
+            " picture, or crop both alike."
         )
     return mask
 

@@ -18,7 +18,9 @@ def test_a_mask_in_the_pictures_proportions_is_taken(mask, picture):
 @pytest.mark.parametrize("mask, picture", OTHER)
 def test_a_mask_of_another_shape_is_refused(mask, picture):
     (height, width), (h, w) = mask, picture
-    with pytest.raises(ValueError, match=f"Node: mask is {width}x{height} and the picture {w}x{h}, another shape"):
+    with pytest.raises(
+        ValueError, match=f"Node: mask is {width}x{height} and the picture {w}x{h}, another aspect ratio"
+    ):
         mask_for("Node", "mask", torch.ones(mask), picture)
 
 

@@ -337,5 +337,5 @@ def test_load_images_empty_mask_is_named():
     a, b = two(latent=empty(size=(16, 16)))
     with pytest.raises(ValueError, match="mask is 64x64 and empty: Load Image gives such a mask"):
         MultiSourceSwap.execute(plain_model(), a, b, 0.0, 0.5, 1.0, "all", torch.zeros(1, 64, 64))
-    with pytest.raises(ValueError, match="masks is 64x32 and the picture 128x128, another shape"):
+    with pytest.raises(ValueError, match="masks is 64x32 and the picture 128x128, another aspect ratio"):
         inject([a, b], torch.ones(2, 32, 64))
