@@ -177,30 +177,18 @@ class Evaluation:
             )
         return errors
 
-    def carried(self) -> dict:
-        return self._carried(self.models)
-
     def dit_carried(self) -> dict:
-        return self._carried(self.dit)
-
-    def _carried(self, models) -> dict:
         """As swap, from prompts that leave colour and texture open: how often do they differ from the first run's?"""
         drawn = scenes.sample(self.args.pairs, torch.Generator().manual_seed(HELD_OUT + 5), count=1)
         captions = [scenes.caption(drawn, i, without=("colour", "texture")) for i in range(len(drawn.radius))]
-        first, seconds = self._fed(models, captions)
+        first, seconds = self._fed(self.dit, captions)
         firsts = [self.main_object(picture) for picture in first]
         return {
             name: _differing([(a, self.main_object(picture)) for a, picture in zip(firsts, pictures)])
             for name, pictures in seconds.items()
         }
 
-    def diversity(self) -> dict:
-        return self._diversity(self.models)
-
     def dit_diversity(self) -> dict:
-        return self._diversity(self.dit)
-
-    def _diversity(self, models) -> dict:
         """How often two pictures of one prompt of one object differ in what the prompt names or leaves open; last, two
         renders of the same shape whose all else is drawn by lot."""
         generator = torch.Generator().manual_seed(HELD_OUT + 6)
@@ -208,7 +196,7 @@ class Evaluation:
         drawn = {}
         for name, without in OMISSIONS.items():
             captions = [scenes.caption(asked, i, without=without) for i in range(len(asked.radius))]
-            drawn[name] = self.draw([caption for caption in captions for _ in range(STACK)], HELD_OUT, models)
+            drawn[name] = self.draw([caption for caption in captions for _ in range(STACK)], HELD_OUT, self.dit)
         lots = scenes.sample(STACK * len(asked.radius), generator, count=1)
         lots.shape[:, 0] = asked.shape[:, 0].repeat_interleave(STACK)
         drawn["all three, renders"] = scenes.render(lots, 128, generator).movedim(1, -1)
@@ -447,13 +435,13 @@ def tables(results: dict) -> dict[str, str]:
         blocks[name] = (
             f"{_score_table(score)}\n| {' | '.join(goals)} |\n\n{results[name]['seconds']:.2f} CPU-seconds an image."
         )
-    for name, head in (("diversity", "left out"), ("carried", "fed")):
-        for section in {name, f"dit_{name}"} & results.keys():
+    for name, head in (("dit_diversity", "left out"), ("dit_carried", "fed")):
+        if name in results:
             rows = [
                 [row, str(shares["pairs"]), *map(_percent, list(shares.values())[1:-1]), f"{shares['style']:.3f}"]
-                for row, shares in results[section].items()
+                for row, shares in results[name].items()
             ]
-            blocks[section] = _table([head, "pairs", "place", "colour", "texture", "shape", "style"], rows)
+            blocks[name] = _table([head, "pairs", "place", "colour", "texture", "shape", "style"], rows)
     for name in ("swap", "dit_swap", "agreement"):
         if name in results:
             blocks[name] = _style_table(results[name])
@@ -486,8 +474,8 @@ def write_readme(results: dict, path: Path = HERE / "README.md") -> None:
 
 
 SECTIONS = (
-    *("judge", "prompts", "dit_prompts", "swap", "dit_swap", "agreement", "carried", "dit_carried"),
-    *("diversity", "dit_diversity", "controlnet", "subject"),
+    *("judge", "prompts", "dit_prompts", "dit_diversity", "swap", "dit_swap", "dit_carried"),
+    *("agreement", "controlnet", "subject"),
 )
 
 

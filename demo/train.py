@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import autoencoder, auxiliary_head, detector, diffusion, dit, scenes, subject
 from .training_loop import Budget, fit, ranks, restore, save_safely
-from .vocabulary import TOKEN_IDS, tokenise
+from .vocabulary import TOKEN_IDS, leave_out, tokenise
 
 HERE = Path(__file__).resolve().parent
 # Share of the time for each part, in the order in which they are trained.
@@ -138,7 +138,7 @@ class Trainer:
 
         def loss_of(generator):
             rows = torch.randint(len(latents), (batch,), generator=generator, device=self.device)
-            ids = self._captions(tokens, rows, empty, 0.1, generator)
+            ids = self._captions(tokens, rows, empty, 0.1, generator, self.args.shortened)
             loss = self.denoising_loss(latents[rows].float(), lambda: self.text(ids), generator)
             with self.autocast():
                 maps = self.heads(seen["features"])
@@ -150,15 +150,16 @@ class Trainer:
 
     def train_dit(self, budget: Budget) -> None:
         """The transformer, told by the text encoder that the denoiser has trained, which it leaves as it is."""
-        latents, _ = self.latents()
+        latents, tokens = self.latents()
         drawn, owner = self.known_scenes(self.args.size // 8 // dit.PATCH)
-        spoken = drawn.to("cpu")
+        empty = tokenise([""]).to(self.device)
         batch = self.args.batch
         network = torch.compile(self.dit) if self.args.compile else self.dit
 
         def loss_of(generator):
             rows = torch.randint(len(latents), (batch,), generator=generator, device=self.device)
-            ids = self._shortened(spoken, rows, SHORTENED_LATE if budget.spent > LATE else SHORTENED, generator)
+            shortened = SHORTENED_LATE if budget.spent > LATE else SHORTENED
+            ids = self._captions(tokens, rows, empty, 0.1, generator, shortened)
             x0 = latents[rows].float()
             noise = torch.randn(x0.shape, generator=generator, device=self.device)
             sigma = self._spread(batch, generator)
@@ -260,28 +261,18 @@ class Trainer:
         crops = pictures[rows[:, None, None], :, (y + along)[:, :, None], (x + along)[:, None, :]]  # (n, s, s, 3)
         return crops.permute(0, 3, 1, 2).float() / 255
 
-    def _captions(self, tokens: Tensor, rows: Tensor, empty: Tensor, without: float, generator) -> Tensor:
-        """(n, 77): the objects named in either order, some captions empty."""
+    def _captions(
+        self, tokens: Tensor, rows: Tensor, empty: Tensor, without: float, generator, shortened: float = 0.0
+    ) -> Tensor:
+        """(n, 77): the objects named in either order, some captions empty, a share of them shortened: without the
+        colours, without the textures and without the place, each in half of them."""
         order = torch.randint(2, rows.shape, generator=generator, device=self.device)
         dropped = torch.rand(rows.shape, generator=generator, device=self.device) < without
-        return torch.where(dropped[:, None], empty, tokens[rows, order].long())
-
-    def _shortened(self, drawn: scenes.Scenes, rows: Tensor, share: float, generator) -> Tensor:
-        """(n, 77): the objects named in either order, some captions empty, a share of them short: without the colours,
-        without the textures and without the place, each in half of them."""
-        drawing = torch.rand(len(rows), 6, generator=generator, device=self.device).tolist()
-        captions = [
-            ""
-            if dropped < 0.1
-            else scenes.caption(
-                drawn,
-                row,
-                backwards < 0.5,
-                without=[part for part, left in zip(scenes.CAPTION_PARTS, leave) if short < share and left < 0.5],
-            )
-            for row, (dropped, backwards, short, *leave) in zip(rows.tolist(), drawing)
-        ]
-        return tokenise(captions).to(self.device)
+        ids = tokens[rows, order].long()
+        if shortened:
+            drawing = torch.rand(len(rows), 4, generator=generator, device=self.device)
+            ids = leave_out(ids, (drawing[:, :1] < shortened) & (drawing[:, 1:] < 0.5))
+        return torch.where(dropped[:, None], empty, ids)
 
     def latents(self) -> tuple[Tensor, Tensor]:
         """Cached latents (n, 4, h, w) half precision and captions (n, 2, 77) in both orders, as token rows."""
@@ -463,6 +454,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, default=384 if gpu else 24)
     parser.add_argument("--crop", type=int, default=128 if gpu else 64, help="pixels the autoencoder sees at once")
+    parser.add_argument(
+        "--shortened", type=float, default=0.0, help="share of the denoiser's captions that leave words out"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-auto", type=float, default=1e-3 if gpu else 2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .scenes import COLOURS, SHAPES, TEXTURES
+
 START, END, TOKENS = 49406, 49407, 77
 CLIP_IDS = {
     "a": [320],
@@ -53,3 +55,26 @@ def tokenise(captions: list[str]) -> Tensor:
         tokens = [UNKNOWN if row is None else row for row in tokens]
         rows[i, : len(tokens) + 1] = torch.tensor([_ROW[START], *tokens])
     return rows
+
+
+_OTHER, _COLOUR, _TEXTURE, _FANCY, _SHAPE = range(5)
+_KINDS = torch.full((len(TOKEN_IDS) + 1,), _OTHER)
+for _kind, _words in ((_COLOUR, COLOURS), (_TEXTURE, TEXTURES[1:]), (_FANCY, ["fancy"]), (_SHAPE, SHAPES)):
+    _KINDS[[_ROW[token] for word in _words for token in CLIP_IDS[word]]] = _kind
+
+
+def leave_out(rows: Tensor, without: Tensor) -> Tensor:
+    """Whole captions (n, 77) as `tokenise` gives them, without the parts that (n, 3) booleans name in the order of
+    scenes.CAPTION_PARTS: what `tokenise` gives for `scenes.caption(..., without=...)`."""
+    kind = _KINDS.to(rows.device)[rows]
+    colour, texture, place = without[:, :, None].unbind(1)
+    behind = (kind == _SHAPE).flip(1).cumsum(1).flip(1) == 0  # the last object
+    gone = (
+        (colour & (kind == _COLOUR))
+        | (texture & (kind == _TEXTURE))
+        | ((colour | texture) & (kind == _FANCY))
+        | (place & behind & (rows != _ROW[START]) & (rows != _ROW[END]))
+    )
+    rows = torch.where(colour & (rows == _ROW[CLIP_IDS["an"][0]]), _ROW[CLIP_IDS["a"][0]], rows)
+    order = gone.byte().argsort(dim=1, stable=True)
+    return rows.gather(1, order).masked_fill(gone.gather(1, order), _ROW[END])

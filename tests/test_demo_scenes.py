@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from montage.demo import inputs, scenes, subject
+from montage.demo import inputs, scenes, subject, vocabulary
 
 
 def sample(n=64, seed=0, **kwargs):
@@ -71,6 +71,23 @@ def test_a_caption_can_leave_words_out(without, told):
     drawn.colour[0, 1], drawn.texture[0, 1] = len(scenes.COLOURS) + 1, len(scenes.TEXTURES)
     fancy = told.replace("an orange star", "a fancy star" if without == ["place"] else "a star")
     assert scenes.caption(drawn, 0, without=without) == fancy
+
+
+def test_words_can_be_left_out_of_many_captions_at_once():
+    n = 300
+    generator = torch.Generator().manual_seed(5)
+    drawn = scenes.sample(n, generator, fancy=0.2)
+    without = torch.rand(n, 3, generator=generator) < 0.5
+    whole = vocabulary.tokenise([scenes.caption(drawn, row) for row in range(n)])
+    told = [
+        scenes.caption(
+            drawn, row, without=[part for part, left in zip(scenes.CAPTION_PARTS, without[row].tolist()) if left]
+        )
+        for row in range(n)
+    ]
+    assert torch.equal(vocabulary.leave_out(whole, without), vocabulary.tokenise(told))
+    empty = vocabulary.tokenise(["", ""])
+    assert torch.equal(vocabulary.leave_out(empty, torch.ones(2, 3, dtype=torch.bool)), empty)
 
 
 @pytest.mark.parametrize(

@@ -178,23 +178,24 @@ def test_a_share_of_the_captions_leaves_words_out(tmp_path):
     trainer = train.Trainer(train.arguments(["--device", "cpu", "--runs", str(tmp_path)]))
     drawn = scenes.sample(1, torch.Generator().manual_seed(0), count=1)
     drawn.colour[0, 0], drawn.texture[0, 0], drawn.shape[0, 0], drawn.background[0] = 0, 1, 0, 1
-    rows = torch.zeros(4000, dtype=torch.long)
+    tokens = train.tokenise([scenes.caption(drawn, 0)]).expand(1, 2, -1)
+    rows, empty = torch.zeros(4000, dtype=torch.long), train.tokenise([""])
     for share in (0.0, 0.5):
-        captions = trainer._shortened(drawn, rows, share, torch.Generator().manual_seed(1))
+        captions = trainer._captions(tokens, rows, empty, 0.1, torch.Generator().manual_seed(1), share)
 
         def part(words, captions=captions):
             return (captions == train.tokenise([words])).all(1).float().mean().item()
 
         assert abs(part("") - 0.1) < 0.02
         assert abs(part("a red striped ball on grass") - 0.9 * (1 - share * 7 / 8)) < 0.03
-        for shorter in (
+        for short in (
             "a striped ball on grass",
             "a red ball on grass",
             "a red striped ball",
             "a ball on grass",
             "a ball",
         ):
-            assert abs(part(shorter) - 0.9 * share / 8) < 0.02, shorter
+            assert abs(part(short) - 0.9 * share / 8) < 0.02, short
 
 
 def test_the_transformer_in_bfloat16_is_the_same():
