@@ -55,7 +55,9 @@ def window_inputs(name, start, end):
             default="all" if name == "SAGI" else LATE,
             tooltip=(
                 f"Self-attention blocks of {name}: all, encoder, middle, decoder, or a list such as d0-3,m0,u2-. "
-                f"The paper: all for SAGI, {LATE} for SALQ when editing and all when generating."
+                f"The paper: all for SAGI, {LATE} for SALQ when editing and all when generating. On a transformer "
+                f"{LATE} means the last half of its blocks; write all, first half, last half, middle half, or a list "
+                "such as double0-18,single0-37."
             ),
         ),
     ]

@@ -1,6 +1,8 @@
 """What a collage does to a whole sampling run, in a MODEL: when each place may begin to change, and how strongly
 ControlNets act where."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from comfy.model_sampling import CONST, ModelSamplingDiscrete
@@ -65,7 +67,7 @@ def masked_by(level, dilation, previous):
     return mask
 
 
-def part_of_schedule(sampling: torch.nn.Module, sigma: torch.Tensor) -> float:
+def part_of_schedule(sampling: Any, sigma: torch.Tensor) -> float:
     """t / 1000 of a noise level, where t is one of the model's 1000 time steps 0 to 999 (paper, section 3.4: a place is
     free from t <= 1000 h on, so that h = 0.8 is free at t = 800). Of a flow it is the time before its schedule is
     shifted, of which its sigmas are equal steps. Models that know no such steps go from 0 to 1.

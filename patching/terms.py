@@ -5,13 +5,13 @@ the token axis, so that each row is projected once and an attention costs querie
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 
 Tensor = torch.Tensor
 # (q, k, v, the target's tokens that ask or None for all, the images of the batch) -> like q
-Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None", slice], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Optional[Tensor], slice], Tensor]  # noqa: UP045  evaluated at import
 EVERY = slice(None)  # image of the batch
 
 

@@ -51,7 +51,7 @@ from montage.workshop.sampling import (
 from nodes import ConditioningSetArea
 
 FAMILIES = list(TRANSFORMERS)
-STEPS = 3
+STEPS = 2
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -92,11 +92,14 @@ def test_recording_changes_nothing(name):
     assert same(recorded(name, cache_mb=64)["samples"], plain)
 
 
-@each_family
-@pytest.mark.parametrize("sampler, cfg", [("euler", 3.0), ("heun", 3.0), ("dpmpp_2m", 1.0)])
+@pytest.mark.parametrize(
+    "name, sampler, cfg",
+    [(name, "euler", 3.0) for name in FAMILIES]
+    + [(name, *kind) for name in ("Flux.1", "SD3.5 medium", "Wan 2.1") for kind in (("heun", 3.0), ("dpmpp_2m", 1.0))],
+)
 def test_identities(exact, name, sampler, cfg):
     """All labels the base's: the base. All labels k's, on k's noise and prompt: k. Half of them: that half moves."""
-    settings = {"sampler": sampler, "cfg": cfg}
+    settings = {"sampler": sampler, "cfg": cfg, "steps": 3}  # in two dpmpp_2m is euler
     a, b = recorded(name, 1, **settings), recorded(name, 2, **settings)
     zeros = torch.zeros_like(labels(name))
     assert same(composed(name, [a, b], zeros, **settings), a["samples"])
@@ -131,8 +134,8 @@ def test_half_of_the_labels_move_that_half(exact, name):
 
 
 @pytest.mark.parametrize("name", ["Flux.1", "SD3.5 medium", "Qwen-Image", "Z-Image", "Cosmos-Predict2", "HiDream-I1"])
-@pytest.mark.parametrize("size", [(7, 9), (12, 5)])
-def test_odd_sizes(exact, name, size):
+def test_odd_sizes(exact, name):
+    size = (7, 9)
     a, b = (recorded(name, seed, latent=empty_latent(name, size=size)) for seed in (1, 2))
     assert same(composed(name, [a, b], torch.zeros(size).long()), a["samples"])
     assert same(composed(name, [a, b], torch.ones(size).long(), base=1), b["samples"])
@@ -453,7 +456,7 @@ def biased(name, model, positive, strength=1.0, start=0.0, sites="all"):
     return install(model, heed_bias=True), attach(positive, bias)
 
 
-@each_family
+@pytest.mark.parametrize("name", ["Flux.1", "Chroma", "SD3.5 medium", "Lumina 2", "Wan 2.1", "Hunyuan-Image"])
 def test_the_collages_bias_draws_its_place_to_its_words(name):
     """More the longer it acts; one of no strength changes nothing."""
     plain_model, positive = random_transformer(name), prompt(name, 1)
@@ -658,25 +661,23 @@ def test_a_flows_time_is_that_of_its_schedule(name):
 # ---------------------------------------------------------------- inversion
 
 
-@pytest.mark.parametrize("name", ["Flux.1", "SD3.5 medium", "Qwen-Image", "Z-Image", "Cosmos-Predict2", "Wan 2.1"])
+@pytest.mark.parametrize("name", ["Flux.1", "SD3.5 medium", "Qwen-Image", "Cosmos-Predict2"])
 def test_an_inverted_picture_is_sampled_again(name):
     """The more iterations, the nearer; and it is a source like any other."""
     model, positive = random_transformer(name), prompt(name, 5)
-    (sigmas,) = BasicScheduler.execute(model, "normal", 8, 1.0).args
-    picture = draw(name, model, empty_latent(name), 3, positive, cfg=1.0, steps=8)
+    (sigmas,) = BasicScheduler.execute(model, "normal", 6, 1.0).args
+    picture = draw(name, model, empty_latent(name), 3, positive, cfg=1.0, steps=6)
     errors = []
-    for iterations in (1, 3, 8):
+    for iterations in (1, 8):
         inverted, noise = InvertImage.execute(model, picture, sigmas, positive, iterations).args
         assert noise["samples"].isfinite().all()
-        again = composed(name, [inverted], 0 * labels(name), seed=9, positive=positive, cfg=1.0, steps=8)
         plain_model, latent = inject([inverted], masks_of(0 * labels(name), 1), 0, model, end=0.0001)
-        alone = draw(name, plain_model, latent, 9, positive, cfg=1.0, steps=8)["samples"]
+        alone = draw(name, plain_model, latent, 9, positive, cfg=1.0, steps=6)["samples"]
         errors.append(float((alone - picture["samples"]).std() / picture["samples"].std()))
-        assert again.isfinite().all()
-    assert errors[2] < 0.05 and errors[2] < errors[0]
+    assert errors[1] < 0.05 and errors[1] < errors[0]
     inverted = InvertImage.execute(model, picture, sigmas, positive).args[0]
-    other = recorded(name, 2, steps=8, cfg=1.0)
-    mixed = composed(name, [inverted, other], labels(name), seed=9, positive=positive, cfg=1.0, steps=8)
+    other = recorded(name, 2, steps=6, cfg=1.0)
+    mixed = composed(name, [inverted, other], labels(name), seed=9, positive=positive, cfg=1.0, steps=6)
     assert mixed.isfinite().all() and (mixed - picture["samples"]).abs().max() > 1e-2
 
 

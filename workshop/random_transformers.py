@@ -47,6 +47,8 @@ FLUX2 = dict(
     FLUX,
     image_model="flux2",
     vec_in_dim=None,
+    depth=1,
+    depth_single_blocks=1,
     patch_size=1,
     in_channels=128,
     out_channels=128,
@@ -112,11 +114,12 @@ LUMINA = {
 }
 Z_IMAGE = dict(
     LUMINA,
-    dim=256,
+    dim=256,  # what its modulation is made for
     n_kv_heads=2,
+    n_layers=2,
     axes_dims=[32, 48, 48],
     rope_theta=256.0,
-    ffn_dim_multiplier=8 / 3,
+    ffn_dim_multiplier=0.5,
     z_image_modulation=True,
     time_scale=1000.0,
     pad_tokens_multiple=32,

@@ -73,6 +73,8 @@ class Cost(NamedTuple):
 class Bench:
     """A model to measure with, and its conditioning: the demo model, or a structure with random weights."""
 
+    settings = f"with CFG, {'GPU fp16' if CUDA else 'CPU fp32'}"
+
     def __init__(self, name, size=16, steps=6):
         """name: "demo" or of STRUCTURES. size: side of the latent."""
         self.name, self.size, self.steps = name, size, steps
@@ -127,8 +129,8 @@ class Bench:
         """Measures, and prints each case beside the plain one."""
         costs = self.measure(cases, repeats)
         print(
-            f"\n{self.name}, latent {self.size}x{self.size}, {self.steps} steps with CFG,"
-            f" {'GPU fp16' if CUDA else 'CPU fp32'}, median of {repeats} rounds"
+            f"\n{self.name}, latent {self.size}x{self.size}, {self.steps} steps {self.settings},"
+            f" median of {repeats} rounds"
         )
         for case, cost in costs.items():
             ratios = [a / b for a, b in zip(cost.seconds, costs[plain].seconds)]
