@@ -602,7 +602,7 @@ def test_other_families_and_shapes(name, size):
         (lambda a, b: collaborate(a, b, subject_mask=torch.zeros(2, 64, 64)), "subject_mask is a batch of 2"),
         (
             lambda a, b: collaborate(a, b, edit_mask=torch.zeros(64, 128)),
-            "edit_mask is 128x64 and the pictures are 64x64, another aspect ratio",
+            "edit_mask is 128x64 and the picture 64x64, another shape",
         ),
         (lambda a, b: collaborate(a, b, edit_mask=None), "no edit_mask, and no Token Attention Map on the MODEL"),
         (lambda a, b: collaborate(a, b, salq_sites="u2-9"), 'salq_sites: "u2-9": this model has no u9'),
