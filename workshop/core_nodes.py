@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +65,13 @@ class CoreNode:
         self.required: dict[str, tuple] = groups.get("required", {})
         self.inputs: dict[str, tuple] = {**self.required, **groups.get("optional", {})}
         self.outputs = [str(output) if isinstance(output, str) else "COMBO" for output in node.RETURN_TYPES]
+
+    @property
+    def function(self) -> Any:
+        """What it does: some nodes differ in nothing but their inputs' names (those that merge models)."""
+        name = "execute" if issubclass(self.node, io.ComfyNode) else self.node.FUNCTION
+        found = getattr(self.node, name)
+        return getattr(found, "__func__", found)
 
     def takes(self, kind: str) -> str | None:
         """The first input of a type."""
@@ -276,10 +284,10 @@ def of_models(core: CoreNode, after: bool) -> dict[str, str]:
     }
     found = {}
     try:
-        images = recorded(model), recorded(model, seed=2)
+        images = (recorded(model),) * 2
         references["first"] = references["plain"]
     except ValueError:  # what cannot be recorded is composed of images without it
-        images = recorded(given["MODEL"]), recorded(given["MODEL"], seed=2)
+        images = (recorded(given["MODEL"]),) * 2
         references["first"] = images[0]["samples"]
     for ours in OURS:
 
@@ -314,7 +322,7 @@ def of_conditionings(core: CoreNode, after: bool) -> dict[str, str]:
         }
 
     def composed() -> Tensor:
-        images = recorded(given["MODEL"], positive=positive), recorded(given["MODEL"], seed=2, positive=positive)
+        images = (recorded(given["MODEL"], positive=positive),) * 2
         return sampled(*base_only(given["MODEL"], images), positive)["samples"]
 
     def with_bias() -> Tensor:
@@ -335,7 +343,7 @@ def of_latents(core: CoreNode, after: bool) -> dict[str, str]:
     if after:
         if not core.takes("LATENT"):
             return {}
-        images = recorded(given["MODEL"]), recorded(given["MODEL"], seed=2)
+        images = (recorded(given["MODEL"]),) * 2
 
         def composed_of_changed() -> Tensor:
             changed = core("LATENT", images[0], given)
@@ -344,8 +352,8 @@ def of_latents(core: CoreNode, after: bool) -> dict[str, str]:
         return {"Composite Attention Inject": outcome(composed_of_changed)}
 
     def composed() -> Tensor:
-        images = [recorded(given["MODEL"], latent, denoise=0.5, seed=seed) for seed in (1, 2)]
-        return sampled(*base_only(given["MODEL"], (images[0], images[1])), denoise=0.5)["samples"]
+        images = (recorded(given["MODEL"], latent, denoise=0.5),) * 2
+        return sampled(*base_only(given["MODEL"], images), denoise=0.5)["samples"]
 
     first = reference[:1] if len(reference) == 1 else None
     return {
@@ -415,7 +423,7 @@ def of_masks(core: CoreNode, after: bool) -> dict[str, str]:
     mask = core("MASK", given["MASK"], given)
     if after:  # what becomes of a MASK that one of ours gives is that node's affair
         return {}
-    images = recorded(given["MODEL"]), recorded(given["MODEL"], seed=2)
+    images = (recorded(given["MODEL"]),) * 2
 
     def composed() -> Tensor:
         masks = torch.cat([mask, mask])[:2]
@@ -456,10 +464,17 @@ class Row(NamedTuple):
 def rows(after: bool) -> Iterator[Row]:
     """Every core node that gives one of the types, and what became of it before, or after, our nodes."""
     for kind, wiring in WIRINGS.items():
+        first: dict[Any, str] = {}  # what a node does -> the first node that does it
         for name, node in core_nodes().items():
             core = CoreNode(name, node)
             if core.gives(kind):
-                yield Row(kind, name, SEPARATE.get(name) or in_words(core, wiring, after))
+                like = first.setdefault(core.function, name)
+                if like != name:
+                    yield Row(kind, name, f"as {like}")
+                    continue
+                row = Row(kind, name, SEPARATE.get(name) or in_words(core, wiring, after))
+                logging.info("%s", row)
+                yield row
 
 
 def in_words(core: CoreNode, wiring: Callable[[CoreNode, bool], dict[str, str]], after: bool) -> str:
