@@ -1,5 +1,6 @@
 """Collage Diffusion (arXiv 2303.00262): layers on a canvas, each with its words, harmonised into one image."""
 
+import logging
 import re
 
 import comfy.utils
@@ -19,6 +20,8 @@ from . import previews
 from .inputs import connected, encoded, image_of, mask_for, numbers
 
 CATEGORY = "montage/collage"
+Tensor = torch.Tensor
+MASK_AUTO, MASK_SHAPE, MASK_TRANSPARENCY = "auto", "shape", "transparency"  # what a layer's mask is
 LAYERS, COLLAGE = io.Custom("MONTAGE_LAYERS"), io.Custom("MONTAGE_COLLAGE")
 
 
@@ -36,7 +39,7 @@ class CollageLayer(io.ComfyNode):
                 "Diffusion). Chain layers from back to front and end with Collage Canvas."
             ),
             search_aliases=["collage diffusion", "cutout", "place image", "layer", "paste image", "regional prompt"],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             inputs=[
                 io.Image.Input(
                     "image",
@@ -154,9 +157,24 @@ class CollageLayer(io.ComfyNode):
                     "mask",
                     optional=True,
                     tooltip=(
-                        "White where the layer is; used instead of the image's alpha. From Subject Localize, for "
-                        "example. Load Image's MASK is the inverse: invert it first."
+                        "Cuts the layer out, instead of the image's alpha: Load Image's MASK, or one that is white"
+                        " where the layer is, as from Subject Localize. mask_is says which."
                     ),
+                ),
+                io.Combo.Input(
+                    "mask_is",
+                    options=[MASK_AUTO, MASK_SHAPE, MASK_TRANSPARENCY],
+                    default=MASK_AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "shape: the mask is white where the layer is. transparency: white where it is transparent, as"
+                        " Load Image gives it. auto: transparency for a mask straight from Load Image, unless it was"
+                        " painted in the Mask Editor; shape for all others."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "flip", default=False, optional=True, advanced=True, tooltip="Mirrors the layer, left to right."
                 ),
             ],
             outputs=[
@@ -170,19 +188,43 @@ class CollageLayer(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, image, text, x, y, scale, rotation, depth, w_pos, w_neg, noise, control, trim=True, collage=(), mask=None
-    ):
+        cls,
+        image: Tensor,
+        text: str,
+        x: float,
+        y: float,
+        scale: float,
+        rotation: float,
+        depth: int,
+        w_pos: float,
+        w_neg: float,
+        noise: float,
+        control: float,
+        trim: bool = True,
+        collage: tuple[Layer, ...] = (),
+        mask: Tensor | None = None,
+        mask_is: str = MASK_SHAPE,
+        flip: bool = False,
+    ) -> io.NodeOutput:
         numbers(
             cls.NAME, x=x, y=y, scale=scale, rotation=rotation, w_pos=w_pos, w_neg=w_neg, noise=noise, control=control
         )
-        picture = cls.picture(image, mask, trim)
+        if mask_is == MASK_AUTO:
+            is_alpha = is_alpha_of_load_image(cls.hidden.prompt or {}, str(cls.hidden.unique_id), "mask")
+            mask_is = MASK_TRANSPARENCY if is_alpha else MASK_SHAPE
+        picture = cls.picture(image, mask, trim, mask_is)
+        if flip:
+            picture = picture.flip(-1)
         layer = Layer(
             str(cls.hidden.unique_id), picture, text.strip(), x, y, scale, rotation, depth, w_pos, w_neg, noise, control
         )
         return io.NodeOutput((*collage, layer))
 
     @classmethod
-    def picture(cls, image, mask, trim):
+    def picture(cls, image: Tensor, mask: Tensor | None, trim: bool, mask_is: str = MASK_SHAPE) -> Tensor:
+        """The layer cut out, [4, h, w], premultiplied RGBA. Raises ValueError for a batch, for a mask of another size,
+        and for a layer of which nothing is left.
+        """
         image = image_of(cls.NAME, "image", image)
         if len(image) > 1:
             raise ValueError(
@@ -192,20 +234,52 @@ class CollageLayer(io.ComfyNode):
         image = image[0]
         alpha = image[..., 3] if image.shape[-1] == 4 else torch.ones(image.shape[:2])
         if mask is not None:
-            alpha = mask_for(cls.NAME, "mask", mask, tuple(image.shape[:2]))[0]
-            if alpha.shape != image.shape[:2]:
-                raise ValueError(
-                    f"{cls.NAME}: the mask is {alpha.shape[1]}x{alpha.shape[0]} and the image"
-                    f" {image.shape[1]}x{image.shape[0]}. Give a mask of the image's size."
-                )
+            alpha = cls.alpha(mask, image.shape[:2], mask_is)
         picture = kernel.premultiplied(image[..., :3], alpha.clamp(0, 1))
         trimmed = kernel.trim(picture)
         if trimmed is None:
-            raise ValueError(
-                f"{cls.NAME}: the layer is invisible, its {'alpha' if mask is None else 'mask'} is 0 everywhere."
-                " A mask is white where the layer is; Load Image's MASK is the inverse and needs Invert Mask."
-            )
+            raise ValueError(f"{cls.NAME}: the layer is invisible, {cls.why_invisible(mask, mask_is)}")
         return trimmed.contiguous() if trim else picture
+
+    @classmethod
+    def alpha(cls, mask: Tensor, size: torch.Size, mask_is: str) -> Tensor:
+        """The alpha that a MASK means, of the image's size [H, W]."""
+        if mask_is == MASK_TRANSPARENCY and not mask.any():
+            return torch.ones(size)  # Load Image's MASK of a picture without alpha: 64x64, whatever the picture's size
+        mask = mask_for(cls.NAME, "mask", mask, (size[0], size[1]))[0]
+        if mask.shape != size:
+            raise ValueError(
+                f"{cls.NAME}: the mask is {mask.shape[1]}x{mask.shape[0]} and the image {size[1]}x{size[0]}. Give a"
+                " mask of the image's size."
+            )
+        return 1 - mask if mask_is == MASK_TRANSPARENCY else mask
+
+    @staticmethod
+    def why_invisible(mask: Tensor | None, mask_is: str) -> str:
+        if mask is None:
+            return "its alpha is 0 everywhere. Connect a picture of which something can be seen."
+        if mask_is == MASK_TRANSPARENCY:
+            return (
+                "its mask is 1 everywhere and was taken as transparency. If it is white where the layer is, set mask_is"
+                " to shape."
+            )
+        return (
+            "its mask is 0 everywhere and was taken as the layer's shape, white where the layer is. If it is Load"
+            " Image's MASK, set mask_is to transparency (or use Invert Mask)."
+        )
+
+
+def is_alpha_of_load_image(prompt: dict[str, dict], node: str, name: str) -> bool:
+    """Whether an input of a node in a prompt gets Load Image's MASK, which is white where the file is transparent. One
+    that was painted in the Mask Editor is white where somebody painted instead; its file lies in the folder clipspace.
+    """
+    link = prompt.get(node, {}).get("inputs", {}).get(name)
+    if not isinstance(link, list):
+        return False
+    source = prompt.get(link[0], {})
+    file = source.get("inputs", {}).get("image")
+    is_painted = isinstance(file, str) and file.startswith("clipspace/")
+    return source.get("class_type") in ("LoadImage", "LoadImageOutput") and link[1] == 1 and not is_painted
 
 
 class CollageCanvas(io.ComfyNode):
@@ -321,7 +395,15 @@ class CollageCanvas(io.ComfyNode):
         numbers(cls.NAME, background_noise=background_noise, blur=blur)
         layers = tuple(sorted(collage, key=lambda layer: layer.depth))
         behind = cls.background(background, background_image, width, height)
-        composite, masks = kernel.over(lambda number: placed(layers[number], (height, width)), len(layers), behind)
+
+        def lay(number: int) -> Tensor:
+            picture = placed(layers[number], (height, width))
+            if not picture[3].any():
+                layer = layers[number]
+                logging.warning('%s: the layer "%s" (node %s) lies off the canvas.', cls.NAME, layer.text, layer.node)
+            return picture
+
+        composite, masks = kernel.over(lay, len(layers), behind)
         noise = noise_map(masks, [layer.noise for layer in layers], background_noise, blur)
         prompt = prompt.strip() or ", ".join(layer.text for layer in layers if layer.text)
         image = composite.movedim(0, -1)

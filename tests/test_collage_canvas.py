@@ -174,6 +174,39 @@ def test_what_cuts_a_layer_out():
     assert torch.equal(layer(torch.cat([rgb, mask[..., None]], -1), mask=1 - mask)[0].picture[3], 1 - mask[0])
 
 
+def test_load_image_can_be_wired_as_it_comes():
+    rgb, shape = noisy(20, 30, 3), torch.zeros(1, 20, 30)
+    shape[:, 5:15, 10:20] = 1
+    wired = {"1": {"inputs": {"mask": ["5", 1]}}, "5": {"class_type": "LoadImage", "inputs": {"image": "cat.png"}}}
+    cut = layer(rgb, mask=shape)[0].picture
+    assert torch.equal(layer(rgb, mask=1 - shape, mask_is="auto", prompt=wired)[0].picture, cut)
+    assert torch.equal(layer(rgb, mask=1 - shape, mask_is="transparency")[0].picture, cut)
+    opaque = layer(rgb, mask=torch.zeros(1, 64, 64), mask_is="auto", prompt=wired)[0].picture
+    assert opaque.shape == (4, 20, 30) and (opaque[3] == 1).all()
+    inverted = wired | {"5": {"class_type": "InvertMask", "inputs": {"mask": ["6", 1]}}}
+    painted = wired | {"5": {"class_type": "LoadImage", "inputs": {"image": "clipspace/painted.png [input]"}}}
+    for prompt in (inverted, painted, None):
+        assert torch.equal(layer(rgb, mask=shape, mask_is="auto", prompt=prompt)[0].picture, cut)
+    assert torch.equal(layer(rgb, mask=shape, prompt=wired)[0].picture, cut)  # saved before mask_is: the shape
+
+
+def test_a_mask_taken_the_wrong_way_is_named():
+    with pytest.raises(ValueError, match="taken as the layer's shape.*set mask_is to transparency"):
+        layer(noisy(8, 8), mask=torch.zeros(1, 8, 8))
+    with pytest.raises(ValueError, match="1 everywhere and was taken as transparency.*set mask_is to shape"):
+        layer(noisy(8, 8), mask=torch.ones(1, 8, 8), mask_is="transparency")
+
+
+def test_flip_mirrors():
+    rgb = noisy(20, 30, 3)
+    assert torch.equal(layer(rgb, flip=True)[0].picture, layer(rgb)[0].picture.flip(-1))
+
+
+def test_a_layer_off_the_canvas_is_told(caplog):
+    canvas(layer(plain(RED), "a red square", x=-1.5, scale=0.5, node="12"))
+    assert 'the layer "a red square" (node 12) lies off the canvas' in caplog.text
+
+
 def test_the_prompt():
     layers = layer(plain(RED), "a red square", behind=layer(plain(BLUE), behind=layer(plain(BLUE), " a blue square ")))
     assert canvas(layers)[4] == "a blue square, a red square"

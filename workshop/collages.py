@@ -22,10 +22,12 @@ def layer(
     behind=(),
     mask=None,
     node="1",
+    prompt=None,
+    **more,
 ):
-    made = CollageLayer.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: node}})
+    made = CollageLayer.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: node, io.Hidden.prompt: prompt}})
     return made.execute(
-        image, text, x, y, scale, rotation, depth, w_pos, w_neg, noise, control, trim, behind, mask
+        image, text, x, y, scale, rotation, depth, w_pos, w_neg, noise, control, trim, behind, mask, **more
     ).args[0]
 
 
