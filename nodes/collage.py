@@ -2,9 +2,12 @@
 
 import logging
 import re
+from typing import Any
 
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..kernels import collage as kernel
@@ -17,7 +20,7 @@ from ..patching.models import parse_sites
 from ..patching.schedule import Window
 from ..patching.tokens import offset_of_words
 from . import previews
-from .inputs import connected, encoded, image_of, mask_for, numbers
+from .inputs import connected, encoded, image_of, mask_for, refuse_nan
 
 CATEGORY = "montage/collage"
 Tensor = torch.Tensor
@@ -29,7 +32,7 @@ class CollageLayer(io.ComfyNode):
     NAME = "Collage Layer"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CollageLayer",
             display_name=cls.NAME,
@@ -206,7 +209,7 @@ class CollageLayer(io.ComfyNode):
         mask_is: str = MASK_SHAPE,
         flip: bool = False,
     ) -> io.NodeOutput:
-        numbers(
+        refuse_nan(
             cls.NAME, x=x, y=y, scale=scale, rotation=rotation, w_pos=w_pos, w_neg=w_neg, noise=noise, control=control
         )
         if mask_is == MASK_AUTO:
@@ -296,7 +299,7 @@ class CollageCanvas(io.ComfyNode):
     NAME = "Collage Canvas"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CollageCanvas",
             display_name=cls.NAME,
@@ -391,8 +394,18 @@ class CollageCanvas(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, collage, width, height, prompt, background, background_noise, blur, background_image=None):
-        numbers(cls.NAME, background_noise=background_noise, blur=blur)
+    def execute(
+        cls,
+        collage: tuple[Layer, ...],
+        width: int,
+        height: int,
+        prompt: str,
+        background: str,
+        background_noise: float,
+        blur: float,
+        background_image: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        refuse_nan(cls.NAME, background_noise=background_noise, blur=blur)
         layers = tuple(sorted(collage, key=lambda layer: layer.depth))
         behind = cls.background(background, background_image, width, height)
 
@@ -425,7 +438,7 @@ class CollageCanvas(io.ComfyNode):
         )
 
     @staticmethod
-    def shown(layer):
+    def shown(layer: Layer) -> dict[str, Any]:
         colour, alpha = layer.picture[:3], layer.picture[3:]
         straight = torch.cat([colour / alpha.clamp(min=1e-6), alpha]).movedim(0, -1)
         return {
@@ -437,7 +450,7 @@ class CollageCanvas(io.ComfyNode):
         }
 
     @classmethod
-    def background(cls, colour, image, width, height):
+    def background(cls, colour: str, image: torch.Tensor, width: int, height: int) -> torch.Tensor:
         """What lies behind all layers, [3, H, W]."""
         if image is None:
             if not re.fullmatch(r"#[0-9a-fA-F]{6}", colour.strip()):
@@ -462,7 +475,7 @@ class CollageCrossAttn(io.ComfyNode):
     NAME = CollageBias.node
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CollageCrossAttn",
             display_name=cls.NAME,
@@ -553,8 +566,19 @@ class CollageCrossAttn(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, collage, strength, growth, start, end, sites, conditioning=None):
-        numbers(cls.NAME, strength=strength, start=start, end=end)
+    def execute(
+        cls,
+        model: ModelPatcher,
+        clip: CLIP,
+        collage: Collage,
+        strength: float,
+        growth: str,
+        start: float,
+        end: float,
+        sites: str,
+        conditioning: list | None = None,
+    ) -> io.NodeOutput:
+        refuse_nan(cls.NAME, strength=strength, start=start, end=end)
         window = Window(start, end, parse_sites(cls.NAME, model, sites))
         owned = owned_tokens(cls.NAME, connected(cls.NAME, "clip", clip), collage)
         steered = {
@@ -593,7 +617,7 @@ class CollageNoise(io.ComfyNode):
     NAME = "Collage Noise"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CollageNoise",
             display_name=cls.NAME,
@@ -639,8 +663,8 @@ class CollageNoise(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, collage, dilation):
-        numbers(cls.NAME, dilation=dilation)
+    def execute(cls, model: ModelPatcher, collage: Collage, dilation: float) -> io.NodeOutput:
+        refuse_nan(cls.NAME, dilation=dilation)
         # rounded, since samplers take int(steps / denoise) steps of a schedule and 0.8 is 0.800000012 in float32
         denoise = round(float(collage.noise.max()), 4)
         return io.NodeOutput(run_masks.with_noise_map(model, cls.NAME, collage.noise, dilation), denoise)
@@ -650,7 +674,7 @@ class CollageControl(io.ComfyNode):
     NAME = "Collage Control"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CollageControl",
             display_name=cls.NAME,
@@ -682,8 +706,8 @@ class CollageControl(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, collage, background):
-        numbers(cls.NAME, background=background)
+    def execute(cls, model: ModelPatcher, collage: Collage, background: float) -> io.NodeOutput:
+        refuse_nan(cls.NAME, background=background)
         factors = torch.tensor([layer.control for layer in collage.layers])
         strength = torch.einsum("n,nhw->hw", factors, collage.masks) + background * (1 - collage.masks.sum(0))
         return io.NodeOutput(run_masks.with_control_map(model, cls.NAME, strength))

@@ -7,6 +7,7 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
@@ -15,7 +16,7 @@ class MontageDemoModel(io.ComfyNode):
     NAME = "Montage Demo Model"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MontageDemoModel",
             display_name=cls.NAME,
@@ -58,7 +59,7 @@ class MontageDemoModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, architecture="unet"):
+    def execute(cls, architecture: str = "unet") -> io.NodeOutput:
         from ..demo import supported_model
 
         supported_model.register()
@@ -82,7 +83,7 @@ class MontageDemoCutout(io.ComfyNode):
     NAME = "Montage Demo Cutout"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MontageDemoCutout",
             display_name=cls.NAME,
@@ -116,7 +117,7 @@ class MontageDemoCutout(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, words, look):
+    def execute(cls, words: str, look: int) -> io.NodeOutput:
         from ..demo import scenes
 
         drawn = scenes.sample(1, torch.Generator().manual_seed(look), count=1)
@@ -144,7 +145,7 @@ class MontageDemoSubject(io.ComfyNode):
     NAME = "Montage Demo Subject"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MontageDemoSubject",
             display_name=cls.NAME,
@@ -166,7 +167,7 @@ class MontageDemoSubject(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, photo):
+    def execute(cls, model: ModelPatcher, photo: int) -> io.NodeOutput:
         from ..demo import scenes, supported_model
 
         lora = comfy.utils.load_torch_file(

@@ -67,7 +67,7 @@ def finite(node: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def numbers(node: str, **values: float) -> None:
+def refuse_nan(node: str, **values: float) -> None:
     """Raises ValueError for a value that is NaN: ComfyUI's bounds let one from the API through."""
     for name, value in values.items():
         if math.isnan(value):

@@ -5,7 +5,11 @@ samples it again from there, with the subject's look fed from a photo and the su
 Swap).
 """
 
+from typing import Any
+
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..kernels import adaptive_mask as kernel
@@ -19,7 +23,7 @@ from ..patching.step_blend import Stage, StepBlend
 from ..patching.streams import LATENT_KEY, Recording, Stream, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
 from ..patching.weights import Weights
-from .inputs import connected, encoded, latent_of, mask_for, mask_of, numbers, picture_size
+from .inputs import connected, encoded, latent_of, mask_for, mask_of, picture_size, refuse_nan
 
 CATEGORY = "montage/retouch"
 RUNNING = io.Custom("MONTAGE_RUNNING_MASK")
@@ -29,7 +33,7 @@ class StepBlendSampler(io.ComfyNode):
     NAME = "Step Blend Sampler"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="StepBlendSampler",
             display_name=cls.NAME,
@@ -99,8 +103,8 @@ class StepBlendSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, first, then, switch, ramp):
-        numbers(cls.NAME, switch=switch, ramp=ramp)
+    def execute(cls, first: Any, then: Any, switch: float, ramp: float) -> io.NodeOutput:
+        refuse_nan(cls.NAME, switch=switch, ramp=ramp)
         if isinstance(then, StepBlend):
             raise ValueError(
                 f"{cls.NAME}: then is itself a Step Blend Sampler. Connect that one to first, and to then the guider"
@@ -128,7 +132,7 @@ class TokenAttentionMap(io.ComfyNode):
     NAME = "Token Attention Map"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="TokenAttentionMap",
             display_name=cls.NAME,
@@ -197,7 +201,9 @@ class TokenAttentionMap(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latent, clip, prompt, words, sites):
+    def execute(
+        cls, model: ModelPatcher, latent: dict[str, Any], clip: CLIP, prompt: str, words: str, sites: str
+    ) -> io.NodeOutput:
         found = parse_sites(cls.NAME, model, sites)
         latent_of(cls.NAME, model, latent)
         token_map = TokenMap(
@@ -212,7 +218,7 @@ class TokenAttentionMap(io.ComfyNode):
         )
 
 
-def tokens_of(node, clip, prompt, words):
+def tokens_of(node: str, clip: CLIP, prompt: str, words: str) -> tuple[int, ...]:
     """The token positions of comma-separated phrases in a prompt, all occurrences."""
     try:
         runs = [run for phrase in words.split(",") for run in token_runs(clip, prompt, phrase.strip())]
@@ -225,7 +231,7 @@ class AdaptiveMaskBlend(io.ComfyNode):
     NAME = "Adaptive Mask Blend"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="AdaptiveMaskBlend",
             display_name=cls.NAME,
@@ -308,8 +314,15 @@ class AdaptiveMaskBlend(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, threshold, min_area, mode, latent=None, sam_mask=None):
-        numbers(cls.NAME, threshold=threshold, min_area=min_area)
+    def execute(
+        cls,
+        threshold: float,
+        min_area: float,
+        mode: str,
+        latent: dict[str, Any] | None = None,
+        sam_mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        refuse_nan(cls.NAME, threshold=threshold, min_area=min_area)
         if sam_mask is None and mode in ("and", "sam"):
             raise ValueError(
                 f'{cls.NAME}: mode "{mode}" needs sam_mask, and none is connected. Connect one, or set mode to or.'
@@ -347,7 +360,7 @@ class MultiSourceSwap(io.ComfyNode):
     NAME = FromBoth.node
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="MultiSourceSwap",
             display_name=cls.NAME,
@@ -479,19 +492,19 @@ class MultiSourceSwap(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        layout,
-        reference,
-        layout_end,
-        mask_start,
-        end,
-        sites,
-        mask=None,
-        running_mask=None,
-        layout_prompt=None,
-        reference_prompt=None,
-    ):
-        numbers(cls.NAME, layout_end=layout_end, mask_start=mask_start, end=end)
+        model: ModelPatcher,
+        layout: dict[str, Any],
+        reference: dict[str, Any],
+        layout_end: float,
+        mask_start: float,
+        end: float,
+        sites: str,
+        mask: torch.Tensor | None = None,
+        running_mask: LiveMask | None = None,
+        layout_prompt: list | None = None,
+        reference_prompt: list | None = None,
+    ) -> io.NodeOutput:
+        refuse_nan(cls.NAME, layout_end=layout_end, mask_start=mask_start, end=end)
         layouts, references = (
             streams_of(f"{cls.NAME}: {name}", [latent])
             for name, latent in (("layout", layout), ("reference", reference))
@@ -518,7 +531,14 @@ class MultiSourceSwap(io.ComfyNode):
         return io.NodeOutput(install(model, *recipes), latent)
 
     @classmethod
-    def check(cls, model, layouts, references, mask, running_mask):
+    def check(
+        cls,
+        model: ModelPatcher,
+        layouts: list[Stream],
+        references: list[Stream],
+        mask: torch.Tensor | None,
+        running_mask: LiveMask | None,
+    ) -> None:
         check_together(
             cls.NAME, [*layouts, *references], names=["the layout"] * len(layouts) + ["the reference"] * len(references)
         )
@@ -547,7 +567,7 @@ class MultiSourceSwap(io.ComfyNode):
             raise ValueError(f"{cls.NAME}: {len(masks)} masks for {images} layouts. Give one for all, or one for each.")
 
 
-def prompted(streams, model, conditioning):
+def prompted(streams: list[Stream], model: ModelPatcher, conditioning: list | None) -> list[Stream]:
     """The streams with a positive prompt of its own, where one is given. Streams of one run stay together, to be
     replayed at once.
     """

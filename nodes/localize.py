@@ -5,7 +5,9 @@ a mask needs nothing of this file.
 """
 
 import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import comfy.model_management as mm
 import comfy.utils
@@ -14,7 +16,7 @@ from comfy_api.latest import io
 
 from ..localize import Problem, boxes, files, pipeline
 from ..localize.vocabulary import split_phrases
-from .inputs import numbers
+from .inputs import refuse_nan
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ files.register_folders()
 
 
 @contextmanager
-def said_by(node: str):
+def said_by(node: str) -> Iterator[None]:
     """A problem inside becomes an error that begins with the node's name."""
     try:
         yield
@@ -38,7 +40,7 @@ class SubjectLocalizeLoader(io.ComfyNode):
     NAME = "Load Subject Localizer"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SubjectLocalizeLoader",
             display_name=cls.NAME,
@@ -84,7 +86,7 @@ class SubjectLocalizeLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, detector, segmenter, precision):
+    def execute(cls, detector: str, segmenter: str, precision: str) -> io.NodeOutput:
         with said_by(cls.NAME):
             return io.NodeOutput(
                 None if detector == files.NONE else files.load_detector(detector),
@@ -158,7 +160,7 @@ class SubjectLocalize(io.ComfyNode):
     NAME = "Subject Localize"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SubjectLocalize",
             display_name=cls.NAME,
@@ -246,20 +248,20 @@ class SubjectLocalize(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        detector,
-        image,
-        phrase,
-        box_threshold,
-        text_threshold,
-        choose,
-        index,
-        dilation,
-        if_nothing_found,
-        detect_size,
-        nms_threshold,
-        segmenter=None,
-    ):
-        numbers(cls.NAME, box_threshold=box_threshold, text_threshold=text_threshold, nms_threshold=nms_threshold)
+        detector: Any,
+        image: torch.Tensor,
+        phrase: str,
+        box_threshold: float,
+        text_threshold: float,
+        choose: str,
+        index: int,
+        dilation: int,
+        if_nothing_found: str,
+        detect_size: int,
+        nms_threshold: float,
+        segmenter: Any | None = None,
+    ) -> io.NodeOutput:
+        refuse_nan(cls.NAME, box_threshold=box_threshold, text_threshold=text_threshold, nms_threshold=nms_threshold)
         with said_by(cls.NAME):
             if detector is None:
                 raise Problem("the loader has detector = none; choose a Grounding DINO file in Load Subject Localizer.")
@@ -289,7 +291,7 @@ class SubjectSegment(io.ComfyNode):
     NAME = "Subject Segment"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SubjectSegment",
             display_name=cls.NAME,
@@ -331,16 +333,16 @@ class SubjectSegment(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        segmenter,
-        image,
-        choose,
-        index,
-        dilation,
-        if_nothing_found,
-        boxes=None,
-        positive_coords=None,
-        negative_coords=None,
-    ):
+        segmenter: Any,
+        image: torch.Tensor,
+        choose: str,
+        index: int,
+        dilation: int,
+        if_nothing_found: str,
+        boxes: Any | None = None,
+        positive_coords: str | None = None,
+        negative_coords: str | None = None,
+    ) -> io.NodeOutput:
         with said_by(cls.NAME):
             if segmenter is None:
                 raise Problem(
@@ -353,7 +355,17 @@ class SubjectSegment(io.ComfyNode):
             )
 
 
-def segment(segmenter, image, choose, index, dilation, if_nothing_found, given, positive_coords, negative_coords):
+def segment(
+    segmenter: Any,
+    image: torch.Tensor,
+    choose: str,
+    index: int,
+    dilation: int,
+    if_nothing_found: str,
+    given: list,
+    positive_coords: str,
+    negative_coords: str,
+) -> io.NodeOutput:
     pictures, (height, width) = pipeline.as_bytes(image), image.shape[1:3]
     positive = boxes.read_points(positive_coords, "positive_coords")
     negative = boxes.read_points(negative_coords, "negative_coords")
@@ -371,11 +383,11 @@ def segment(segmenter, image, choose, index, dilation, if_nothing_found, given, 
     return result(SubjectSegment.NAME, image, masks, dilation, chosen, others, reasons, if_nothing_found)
 
 
-def progress(steps: int):
+def progress(steps: int) -> Callable[[], None]:
     """One step of a progress bar; it raises when the user cancels."""
     bar = comfy.utils.ProgressBar(steps)
 
-    def tick():
+    def tick() -> None:
         mm.throw_exception_if_processing_interrupted()
         bar.update(1)
 
@@ -394,7 +406,16 @@ def why_nothing(phrases: list[str], best: float, candidates: list[dict], chosen:
     )
 
 
-def result(node, image, masks, dilation, chosen, others, reasons, if_nothing_found):
+def result(
+    node: str,
+    image: torch.Tensor,
+    masks: torch.Tensor,
+    dilation: int,
+    chosen: list,
+    others: list,
+    reasons: list[str],
+    if_nothing_found: str,
+) -> io.NodeOutput:
     """Both masks, the boxes and the overlay; reasons[i] is said if mask i is empty."""
     for number, mask in enumerate(masks):
         if not mask.any():

@@ -1,5 +1,7 @@
 """MCA-Ctrl (arXiv 2505.01428): the subject of one image in a region of another, by masked self-attention."""
 
+from typing import Any
+
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -24,12 +26,12 @@ from ..patching.models import parse_sites
 from ..patching.recipe import Recipe
 from ..patching.schedule import Window
 from ..patching.streams import Stream, check_together, streams_of, with_prompt
-from .inputs import mask_for, numbers, picture_size
+from .inputs import mask_for, picture_size
 
 # ---------------------------------------------------------------- the node
 
 
-def window_inputs(name, start, end):
+def window_inputs(name: str, start: float, end: float) -> list:
     return [
         io.Float.Input(
             f"{name.lower()}_start",
@@ -67,7 +69,7 @@ class CollaborativeAttention(io.ComfyNode):
     NAME = MaskedAttention.node
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         custom = io.DynamicCombo.Option(CUSTOM, [*window_inputs("SAGI", 0.0, 0.1), *window_inputs("SALQ", 0.1, 1.0)])
         return io.Schema(
             node_id="CollaborativeAttention",
@@ -214,23 +216,23 @@ class CollaborativeAttention(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        subject,
-        subject_mask,
-        preset,
-        dilation,
-        background_lock,
-        fresh_noise,
-        order,
-        map_share,
-        map_form,
-        condition=None,
-        edit_mask=None,
-        subject_positive=None,
-        condition_positive=None,
-        negative=None,
-    ):
-        numbers(
+        model: ModelPatcher,
+        subject: dict[str, Any],
+        subject_mask: torch.Tensor,
+        preset: dict[str, Any],
+        dilation: int,
+        background_lock: bool,
+        fresh_noise: bool,
+        order: str,
+        map_share: float,
+        map_form: str,
+        condition: dict[str, Any] | None = None,
+        edit_mask: torch.Tensor | None = None,
+        subject_positive: list | None = None,
+        condition_positive: list | None = None,
+        negative: list | None = None,
+    ) -> io.NodeOutput:
+        refuse_nan(
             cls.NAME, map_share=map_share, **{name: value for name, value in preset.items() if isinstance(value, float)}
         )
         subject = cls.stream("subject", subject)
@@ -275,7 +277,7 @@ class CollaborativeAttention(io.ComfyNode):
         return io.NodeOutput(install(model, *recipes), {"samples": latent})
 
     @classmethod
-    def stream(cls, name, latent):
+    def stream(cls, name: str, latent: dict[str, Any]) -> Stream:
         streams = streams_of(f"{cls.NAME}: {name}", [latent])
         if len(streams) > 1:
             raise ValueError(
@@ -292,7 +294,7 @@ class CollaborativeAttention(io.ComfyNode):
         return with_prompt(stream, model, positive=positive, **({"negative": negative} if negative else {}))
 
     @classmethod
-    def mask(cls, name, mask, size):
+    def mask(cls, name: str, mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """A MASK input as bool at the size of the pictures."""
         mask = mask_for(cls.NAME, name, mask, size)
         if len(mask) > 1:
@@ -303,7 +305,7 @@ class CollaborativeAttention(io.ComfyNode):
         return grid_masks.at_size(mask[0], size)
 
     @classmethod
-    def windows(cls, model, preset, order):
+    def windows(cls, model: ModelPatcher, preset: dict[str, Any], order: str) -> tuple[Window, Window]:
         """The windows of SAGI and SALQ."""
         name = preset["preset"]
         chosen = PRESETS.get(name) or Preset(

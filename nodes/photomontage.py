@@ -3,6 +3,7 @@ keys, and one image sampled with self-attention composed from all of them."""
 
 import logging
 import zlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,9 @@ from ..methods.photomontage import CompositeAttention
 from ..patching.install import install
 from ..patching.models import parse_sites
 from ..patching.schedule import Window
-from ..patching.streams import check_together, streams_of
+from ..patching.streams import Stream, check_together, streams_of
 from . import previews
-from .inputs import image_of, mask_for, mask_of, numbers, picture_size
+from .inputs import image_of, mask_for, mask_of, picture_size, refuse_nan
 
 Tensor = torch.Tensor
 
@@ -28,7 +29,7 @@ COLOURS = [
 ]  # for the stroke editor
 
 
-def stack_input(kind, name, tooltip):
+def stack_input(kind: Any, name: str, tooltip: str) -> io.Autogrow.Input:
     return io.Autogrow.Input(
         name + "s",
         template=io.Autogrow.TemplatePrefix(kind.Input(name), prefix=name, min=1, max=STACK),
@@ -40,7 +41,7 @@ class GraphCutMontage(io.ComfyNode):
     NAME = "Graph Cut Montage"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="GraphCutMontage",
             display_name=cls.NAME,
@@ -194,7 +195,7 @@ class GraphCutMontage(io.ComfyNode):
         stroke_picture: Tensor | None = None,
         unmarked: str = UNMARKED_AS_SET,
     ) -> io.NodeOutput:
-        numbers(cls.NAME, lam=lam, sigma=sigma)
+        refuse_nan(cls.NAME, lam=lam, sigma=sigma)
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack)
         pictures = cls.pictures(images, stack)
@@ -245,7 +246,7 @@ class GraphCutMontage(io.ComfyNode):
         }
 
     @classmethod
-    def pictures(cls, images, stack):
+    def pictures(cls, images: dict[str, torch.Tensor], stack: list[Stream]) -> torch.Tensor:
         """The images as one batch [N, H, W, 3], checked against the stack."""
         batches = [image_of(cls.NAME, name, batch) for name, batch in images.items()]
         sizes = {tuple(batch.shape[1:3]) for batch in batches}
@@ -269,7 +270,9 @@ class GraphCutMontage(io.ComfyNode):
         return pictures
 
     @classmethod
-    def marks(cls, pictures, base, strokes, stroke_masks, stroke_picture):
+    def marks(
+        cls, pictures: torch.Tensor, base: int, strokes: str, stroke_masks: torch.Tensor, stroke_picture: torch.Tensor
+    ) -> torch.Tensor:
         """All strokes [N, H, W] in [0, 1], from the three ways to give them."""
         count, height, width = pictures.shape[:3]
         try:
@@ -313,7 +316,7 @@ class GraphCutMontage(io.ComfyNode):
         return marks
 
 
-def keys_of(stream):
+def keys_of(stream: Stream) -> list[torch.Tensor]:
     """K of the first self-attention at the end of the run, [tokens, channels] for each CFG half."""
     keys = [keys[stream.row] for half, keys in stream.run.keys.items() if half.number == 0]
     if not keys:
@@ -333,7 +336,7 @@ class CompositeAttentionInject(io.ComfyNode):
     NAME = CompositeAttention.node
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="CompositeAttentionInject",
             display_name=cls.NAME,
@@ -465,7 +468,7 @@ class CompositeAttentionInject(io.ComfyNode):
         kv: str,
         cut_base: int | None = None,
     ) -> io.NodeOutput:
-        numbers(cls.NAME, start=start, end=end)
+        refuse_nan(cls.NAME, start=start, end=end)
         base = cls.base(base, cut_base)
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack, model)

@@ -9,6 +9,7 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 import torch
@@ -19,7 +20,7 @@ LONG_SIDE = 1024
 THUMBNAIL = 128
 
 
-def photograph(picture):
+def photograph(picture: torch.Tensor) -> str:
     """Keep a picture [H, W, 3] in [0, 1] as JPEG, and its thumbnail beside it; return its name."""
     image = shrunk(picture, Image.Resampling.LANCZOS)
     name = name_of(image)
@@ -28,7 +29,7 @@ def photograph(picture):
     return name
 
 
-def diagram(picture):
+def diagram(picture: torch.Tensor) -> str:
     """Keep a picture of flat colours [H, W, 3] in [0, 1] as PNG; return its name."""
     image = shrunk(picture, Image.Resampling.NEAREST)
     name = name_of(image)
@@ -36,7 +37,7 @@ def diagram(picture):
     return name
 
 
-def cutout(picture):
+def cutout(picture: torch.Tensor) -> str:
     """Keep a picture with alpha [H, W, 4] in [0, 1] as PNG; return its name."""
     image = shrunk(picture, Image.Resampling.LANCZOS)
     name = name_of(image)
@@ -51,19 +52,19 @@ def numbers(data: bytes) -> str:
     return name
 
 
-def shrunk(picture, resampling):
+def shrunk(picture: torch.Tensor, resampling: Image.Resampling) -> Image.Image:
     image = Image.fromarray((picture.clamp(0, 1) * 255).round_().to(torch.uint8).numpy())
     image.thumbnail((LONG_SIDE, LONG_SIDE), resampling)
     return image
 
 
-def name_of(image):
+def name_of(image: Image.Image) -> str:
     return hashlib.sha1(f"{image.width}x{image.height} ".encode() + image.tobytes(), usedforsecurity=False).hexdigest()[
         :20
     ]
 
 
-def keep(name, image, side=LONG_SIDE, **options):
+def keep(name: str, image: Image.Image, side: int = LONG_SIDE, **options: Any) -> None:
     """Write a picture unless it is there."""
 
     def write(passing: Path) -> None:

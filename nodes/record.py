@@ -1,11 +1,14 @@
 """Recordings: of a sampling run, and of an existing image by inversion."""
 
 from pathlib import Path
+from typing import Any
 
 import comfy.sample
 import comfy.utils
 import folder_paths
 import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..methods import inversion
@@ -20,7 +23,7 @@ RECORDING = ".recording.safetensors"  # how the files of recordings end
 
 class FeatureRecorder(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="FeatureRecorder",
             display_name="Feature Recorder",
@@ -71,7 +74,7 @@ class FeatureRecorder(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latent, cache_mb):
+    def execute(cls, model: ModelPatcher, latent: dict[str, Any], cache_mb: int) -> io.NodeOutput:
         latent_of("Feature Recorder", model, latent)
         recording = Recording(budget=cache_mb * MEBIBYTE)
         return io.NodeOutput(install(model, recording=recording), {**latent, LATENT_KEY: recording})
@@ -81,7 +84,7 @@ class InvertImage(io.ComfyNode):
     NAME = "Invert Image"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="InvertImage",
             display_name=cls.NAME,
@@ -133,7 +136,9 @@ class InvertImage(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, latent, sigmas, conditioning, iterations=0):
+    def execute(
+        cls, model: ModelPatcher, latent: dict[str, Any], sigmas: torch.Tensor, conditioning: list, iterations: int = 0
+    ) -> io.NodeOutput:
         samples = finite(cls.NAME, "latent", latent_of(cls.NAME, model, latent))
         samples = comfy.sample.fix_empty_latent_channels(model, samples)  # some models' latents have frames
         if len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas[:-1] <= sigmas[1:]).any():
@@ -157,7 +162,7 @@ class SaveRecording(io.ComfyNode):
     NAME = "Save Recording"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="SaveRecording",
             display_name=cls.NAME,
@@ -183,7 +188,7 @@ class SaveRecording(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, latent, model, filename_prefix):
+    def execute(cls, latent: dict[str, Any], model: ModelPatcher, filename_prefix: str) -> io.NodeOutput:
         streams = streams_of(cls.NAME, [latent])
         height, width = streams[0].run.size
         folder, name, number, subfolder, _ = folder_paths.get_save_image_path(
@@ -203,7 +208,7 @@ class LoadRecording(io.ComfyNode):
     NAME = "Load Recording"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadRecording",
             display_name=cls.NAME,
@@ -229,17 +234,17 @@ class LoadRecording(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file):
+    def validate_inputs(cls, file: str) -> bool | str:
         if not folder_paths.exists_annotated_filepath(file):
             return f"{cls.NAME}: there is no file {file}. Press R to refresh the list, and choose one."
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file, **inputs):
+    def fingerprint_inputs(cls, file: str, **inputs: Any) -> int:
         return Path(folder_paths.get_annotated_filepath(file)).stat().st_mtime_ns
 
     @classmethod
-    def execute(cls, file, model, positive, negative=None):
+    def execute(cls, file: str, model: ModelPatcher, positive: list, negative: list | None = None) -> io.NodeOutput:
         path = Path(folder_paths.get_annotated_filepath(file))
         prompts = {"positive": positive, "negative": negative}
         samples, recording = recording_files.load(cls.NAME, path, model, prompts)

@@ -10,16 +10,18 @@ import comfy.utils
 import numpy as np
 import torch
 import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 
 from ..kernels import collage as kernel
-from ..methods.collage import owned_tokens
+from ..methods.collage import Collage, Layer, owned_tokens
 from ..patching import textual_inversion
 from ..patching.models import require_unet
 from ..patching.tokens import token_runs
 from .collage import CATEGORY, COLLAGE
-from .inputs import connected, numbers
+from .inputs import connected, refuse_nan
 
 TEMPLATES = (
     "a photo of {}\n{}\na close-up photo of {}\na bright photo of {}\na dark photo of {}\na good photo of {}\na picture"
@@ -33,7 +35,7 @@ class LearnLayerToken(io.ComfyNode):
     NAME = "Learn Layer Token"
 
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LearnLayerToken",
             display_name=cls.NAME,
@@ -160,23 +162,23 @@ class LearnLayerToken(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        clip,
-        vae,
-        collage,
-        layer,
-        name,
-        steps,
-        learning_rate,
-        seed,
-        preview_every,
-        batch,
-        vectors,
-        init,
-        templates,
-        resume,
-    ):
-        numbers(cls.NAME, learning_rate=learning_rate)
+        model: ModelPatcher,
+        clip: CLIP,
+        vae: VAE,
+        collage: Collage,
+        layer: int,
+        name: str,
+        steps: int,
+        learning_rate: float,
+        seed: int,
+        preview_every: int,
+        batch: int,
+        vectors: int,
+        init: str,
+        templates: str,
+        resume: bool,
+    ) -> io.NodeOutput:
+        refuse_nan(cls.NAME, learning_rate=learning_rate)
         require_unet(cls.NAME, model, "it trains a word of CLIP through the model's cross-attention")
         connected(cls.NAME, "clip", clip)
         connected(cls.NAME, "vae", vae)
@@ -192,12 +194,12 @@ class LearnLayerToken(io.ComfyNode):
         )
         pictures, bar = [picture.movedim(0, -1)], comfy.utils.ProgressBar(steps)
 
-        def show():
+        def show() -> None:
             bar.update_absolute(
                 len(token.losses), preview=("JPEG", beside(losses_picture(token.losses), pictures[-1]), 1024)
             )
 
-        def done():
+        def done() -> None:
             show() if len(token.losses) % SHOW_EVERY == 0 else bar.update_absolute(len(token.losses))
 
         while len(token.losses) < steps:
@@ -216,7 +218,7 @@ class LearnLayerToken(io.ComfyNode):
         )
 
     @classmethod
-    def path(cls, clip, name):
+    def path(cls, clip: CLIP, name: str) -> Path:
         """Where the embedding is kept: in the first folder that the CLIP finds embeddings in."""
         if not re.fullmatch(r"[\w.-]*\w", name, re.ASCII):
             raise ValueError(f'{cls.NAME}: "{name}" cannot be the name of an embedding. Use letters, digits, - and _.')
@@ -238,7 +240,7 @@ class LearnLayerToken(io.ComfyNode):
         return folder / f"{name}.safetensors"
 
     @classmethod
-    def with_token(cls, clip, collage, number, name):
+    def with_token(cls, clip: CLIP, collage: Collage, number: int, name: str) -> Collage:
         """The collage in which the embedding stands before the layer's own words."""
         if number >= len(collage.layers):
             raise ValueError(
@@ -274,7 +276,7 @@ class LearnLayerToken(io.ComfyNode):
         return collage._replace(layers=tuple(layers), prompt=prompt)
 
     @classmethod
-    def texts(cls, templates, text):
+    def texts(cls, templates: str, text: str) -> list[str]:
         lines = [line.strip() for line in templates.splitlines() if line.strip()]
         wrong = [line for line in lines if "{}" not in line]
         if wrong or not lines:
@@ -285,7 +287,7 @@ class LearnLayerToken(io.ComfyNode):
         return [line.replace("{}", text) for line in lines]
 
     @classmethod
-    def target(cls, collage, number):
+    def target(cls, collage: Collage, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What is learned from: the collage with the layer on top of it [3, H, W], and where the layer is [H, W]."""
         picture, _ = kernel.over(collage.place, number + 1, collage.background)
         mask = collage.place(number)[3]
@@ -297,7 +299,9 @@ class LearnLayerToken(io.ComfyNode):
         return picture, mask
 
     @classmethod
-    def token(cls, model, clip, path, layer, vectors, init, seed, resume):
+    def token(
+        cls, model: ModelPatcher, clip: CLIP, path: Path, layer: Layer, vectors: int, init: str, seed: int, resume: bool
+    ) -> textual_inversion.Token:
         """The token of an earlier run, if it is the same; else a new one."""
         checkpoint = model.get_key_patches("diffusion_model.out.2.")["diffusion_model.out.2.weight"][0][
             0
@@ -320,7 +324,9 @@ class LearnLayerToken(io.ComfyNode):
             raise ValueError(f"{cls.NAME}: {error}") from None
 
     @classmethod
-    def drawn(cls, model, clip, vae, text, shape, seed):
+    def drawn(
+        cls, model: ModelPatcher, clip: CLIP, vae: VAE, text: str, shape: tuple[int, ...], seed: int
+    ) -> torch.Tensor:
         """A picture of the token, [H, W, 3]."""
         latent = torch.zeros(shape)
         positive, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(words)) for words in (text, ""))
@@ -337,11 +343,11 @@ class LearnLayerToken(io.ComfyNode):
         return vae.decode(samples)[0].cpu().float()
 
 
-def digest(tensor):
+def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def losses_picture(losses, width=640, height=320, margin=36):
+def losses_picture(losses: list[float], width: int = 640, height: int = 320, margin: int = 36) -> torch.Tensor:
     """The loss of each step as a dot, their running mean as a line, [H, W, 3]."""
     image = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(image)
@@ -351,7 +357,7 @@ def losses_picture(losses, width=640, height=320, margin=36):
     sums = np.cumsum([0.0, *values])
     means = [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(i + 1, window) for i in range(len(values))]
 
-    def at(step, value):
+    def at(step: int, value: float) -> tuple[float, float]:
         return margin + (width - 2 * margin) * step / max(1, len(values) - 1), height - margin - (
             height - 2 * margin
         ) * min(value / top, 1.0)
@@ -371,7 +377,7 @@ def losses_picture(losses, width=640, height=320, margin=36):
     return torch.from_numpy(np.array(image)).float() / 255
 
 
-def beside(*pictures):
+def beside(*pictures: torch.Tensor) -> Image.Image:
     """Pictures [H, W, 3] side by side, as one image."""
     images = [Image.fromarray((picture.clamp(0, 1) * 255).round().byte().numpy()) for picture in pictures]
     high = max(image.height for image in images)
@@ -384,7 +390,7 @@ def beside(*pictures):
     return row
 
 
-def fitted(picture, like):
+def fitted(picture: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A picture [H, W, 3] at another one's size: a VAE crops what its blocks do not fill."""
     if picture.shape == like.shape:
         return picture

@@ -8,8 +8,8 @@ comes.
 """
 
 import copy
-import logging
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
