@@ -26,7 +26,7 @@ from ..patching.models import parse_sites
 from ..patching.recipe import Recipe
 from ..patching.schedule import Window
 from ..patching.streams import Stream, check_together, streams_of, with_prompt
-from .inputs import mask_for, picture_size
+from .inputs import mask_for, picture_size, refuse_nan
 
 # ---------------------------------------------------------------- the node
 
