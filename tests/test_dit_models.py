@@ -48,7 +48,7 @@ from montage.workshop.sampling import (
     sample,
     sample_custom,
 )
-from nodes import ConditioningSetArea
+from nodes import ConditioningSetArea, KSamplerAdvanced
 
 FAMILIES = list(TRANSFORMERS)
 STEPS = 2
@@ -690,3 +690,57 @@ def test_a_flows_noise_is_noise():
     assert same(noise["samples"], run_of(inverted).noise)
     own = comfy.sample.prepare_noise(empty_latent("Flux.1")["samples"], 3)
     assert float((noise["samples"] - own).std()) < 0.05
+
+
+# ---------------------------------------------------------------- where a run begins
+
+
+def picture_of(name, seed=3):
+    return torch.randn(1, *TRANSFORMERS[name].latent, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ["Flux.1", "Qwen-Image", "Cosmos-Predict2"])
+def test_image_to_image_and_inpainting(exact, name):
+    """With frames too, which a mask does not have."""
+    start = {"samples": picture_of(name), "noise_mask": torch.zeros(1, 96, 64)}
+    start["noise_mask"][:, 32:] = 1
+    settings = {"denoise": 0.6}
+    a, b = (recorded(name, seed, latent=start, **settings) for seed in (1, 2))
+    assert same(composed(name, [a, b], 0 * labels(name), **settings), a["samples"])
+    mixed = composed(name, [a, b], labels(name), **settings)
+    close(mixed[..., :3, :], start["samples"][..., :3, :], 1e-4)
+    assert (mixed - a["samples"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["Flux.1", "Qwen-Image", "Cosmos-Predict2"])
+def test_a_run_goes_on_from_any_step(exact, name):
+    a, b = recorded(name, 1, steps=4), recorded(name, 2, steps=4)
+    model, latent = inject([a, b], masks_of(labels(name) * 0, 2), 0, random_transformer(name))
+    arguments = ("enable", 1, 4, 3.0, "euler", "normal", prompt(name, 1), prompt(name, 99), latent, 2, 1000, "disable")
+    close(KSamplerAdvanced().sample(model, *arguments)[0]["samples"], a["samples"], 1e-3)
+
+
+@pytest.mark.parametrize("name", ["Flux.1", "Qwen-Image"])
+def test_the_background_is_locked_to_the_conditions(name):
+    subject, condition = recorded(name, 1), recorded(name, 2)
+    left = torch.zeros(1, 64)
+    left[:, :32] = 1
+    made = draw(name, *collaborate(name, subject, condition, left, lock=True), 2)["samples"]
+    assert same(made[..., 4:], condition["samples"][..., 4:])
+    assert (made[..., :4] - condition["samples"][..., :4]).abs().max() > 1e-2
+
+
+def test_words_say_where_the_subject_goes():
+    """A token map on a transformer is the area of Collaborative Attention, in lockstep."""
+    subject = recorded("Flux.1", 1, steps=4)
+    token_map = TokenMap("cat", PROMPT_TEXT, TOKENS, sites_of(random_transformer("Flux.1")))
+    model = install(random_transformer("Flux.1"), recording=Recording(), token_map=token_map)
+    settings = {"preset": "notebook generation"}
+    mask = torch.ones(1, 96, 64)
+    arguments = (mask, settings, 0, False, False, "SAGI first", 0.3, "soft")
+    fed, latent = CollaborativeAttention.execute(model, subject, *arguments).args
+    positive = marked(prompt("Flux.1", 1), PROMPT_TEXT)
+    made = draw("Flux.1", fed, latent, 4, positive, steps=4)["samples"]
+    assert made.isfinite().all()
+    plain_run = draw("Flux.1", random_transformer("Flux.1"), latent, 4, positive, steps=4)["samples"]
+    assert (made - plain_run).abs().max() > 1e-2
