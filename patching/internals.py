@@ -1,5 +1,6 @@
 """The seam to ComfyUI: the one file of this pack that reaches behind ComfyUI's public API for patching models."""
 
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -285,13 +286,33 @@ def fits(model: Any, shape: tuple[int, ...], device: torch.device) -> bool:
     return model.memory_required(list(shape)) * 1.5 < model.current_patcher.get_free_memory(device)
 
 
+def owners_of(conds: dict[str, list[dict]]) -> dict[Any, str]:
+    """{uuid: role} of conditionings before they are processed."""
+    return {cond["uuid"]: role for role, group in conds.items() for cond in group}
+
+
+def tell_apart(conds: dict[str, list[dict]], owners: dict[Any, str]) -> None:
+    """Give a uuid of its own to each processed conditioning that ComfyUI has copied from another role: where one prompt
+    has an area, the others get one with that area, under the same uuid and with what this pack attached to it.
+    """
+    for role, group in conds.items():
+        for cond in group:
+            if owners.get(cond["uuid"], role) != role:
+                cond["uuid"] = uuid.uuid4()
+                for key in [key for key in cond if key.startswith(KEY)]:
+                    del cond[key]
+
+
 def processed(model: ModelPatcher, conditionings: dict, noise: torch.Tensor, latent_image: torch.Tensor, mask: Any):
     """{role: CONDITIONING} as a guider processes them for a run."""
     prompts = {role: comfy.sampler_helpers.convert_cond(value) for role, value in conditionings.items()}
     device = noise.device
     if latent_image.count_nonzero():  # as ComfyUI asks it; a checkpoint for inpainting is shown the latent image
         latent_image = model.model.process_latent_in(latent_image)
-    return comfy.samplers.process_conds(model.model, noise, prompts, device, latent_image, denoise_mask=mask)
+    owners = owners_of(prompts)
+    found = comfy.samplers.process_conds(model.model, noise, prompts, device, latent_image, denoise_mask=mask)
+    tell_apart(found, owners)
+    return found
 
 
 def control_models(conds: Iterable[dict]) -> list:

@@ -31,6 +31,7 @@ class Session:
         self.guider, self.recordings, self.noise = guider, installed.recordings, noise
         model = guider.model_patcher
         self.weights = Weights(model)
+        self.owners = internals.owners_of(guider.conds)
         height, width = noise.shape[-2:]
         maps = [LiveAttentionMap(wanted, guider.conds) for wanted in installed.maps]
         name = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
@@ -100,7 +101,10 @@ class Session:
         return start
 
     def begin_sampling(self, noise: Tensor) -> None:
-        """The sampler begins with `noise`, [B, C, h, w]: another node may have changed it since the start."""
+        """The sampler begins with `noise`, [B, C, h, w]: another node may have changed it since the start. By now the
+        conditionings are processed.
+        """
+        internals.tell_apart(self.guider.conds, self.owners)
         if torch.equal(noise.cpu(), self.noise.cpu().to(noise.dtype)):
             return
         if self.recipes:

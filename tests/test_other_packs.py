@@ -39,6 +39,7 @@ from montage.workshop.sampling import (
     two,
     words,
 )
+from nodes import ConditioningSetArea
 
 BASE = masks_of(torch.zeros(8, 8), 2)
 PROMPT = "a red cat beside a blue dog"
@@ -69,6 +70,14 @@ def cached_or_not(model, settings):
     """The same composite of images whose features were all kept."""
     kept = record(model=model, latent=empty(2), cache_mb=256, positive=words(1), negative=words(1))
     return compose([kept], MIXED, base=0, **settings)
+
+
+@pytest.mark.parametrize("cache_mb", [0, 256])
+def test_a_prompt_with_an_area_is_not_taken_for_the_others(cache_mb):
+    """ComfyUI gives every other prompt a copy with that area, under the same uuid. An area over the whole picture."""
+    positive = ConditioningSetArea().append(words(1), 64, 64, 0, 0, 1.0)[0]
+    image = record(positive=positive, cache_mb=cache_mb)
+    close(compose([image, image], BASE, positive=positive), image["samples"])
 
 
 def test_prompts_of_a_batch_repeat_as_in_the_recording():

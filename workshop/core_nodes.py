@@ -38,6 +38,7 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "neighbours.md"
 TYPES = ("MODEL", "CONDITIONING", "LATENT", "SIGMAS", "GUIDER", "MASK")
 STEPS, SIZE, PIXELS, CFG = 2, 8, 64, 3.0
 PROMPT = "a red ball beside a blue cube on grass"
+SMALL = {"width": PIXELS, "height": PIXELS, "length": 1, "batch_size": 1}  # instead of a video of full size
 SAME, RUNS, ALONE = "same", "runs", "does not run by itself here"
 SEPARATE = {"TorchCompileModel": "tested in tests/test_neighbours.py", "TrainLoraNode": "trains, and does not sample"}
 
@@ -108,6 +109,8 @@ class CoreNode:
             if not options:
                 raise NeedsMore("a file")
             return settings.get("default", options[0])
+        if kind == "INT" and name in SMALL:
+            return SMALL[name]
         defaults = {"INT": 1, "FLOAT": 1.0, "BOOLEAN": False, "STRING": ""}
         if kind in defaults:
             return settings.get("default", settings.get("min", defaults[kind]))
