@@ -32,6 +32,7 @@ class Layer(NamedTuple):
     w_neg: float
     noise: float
     control: float
+    flip: bool = False  # the picture is mirrored already
 
 
 class Collage(NamedTuple):

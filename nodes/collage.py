@@ -218,9 +218,8 @@ class CollageLayer(io.ComfyNode):
         picture = cls.picture(image, mask, trim, mask_is)
         if flip:
             picture = picture.flip(-1)
-        layer = Layer(
-            str(cls.hidden.unique_id), picture, text.strip(), x, y, scale, rotation, depth, w_pos, w_neg, noise, control
-        )
+        place = x, y, scale, rotation, depth
+        layer = Layer(str(cls.hidden.unique_id), picture, text.strip(), *place, w_pos, w_neg, noise, control, flip=flip)
         return io.NodeOutput((*collage, layer))
 
     @classmethod
@@ -291,7 +290,8 @@ class CollageCanvas(io.ComfyNode):
     What its editor in the browser gets and does (`ui`): {"montage_canvas": [{"width", "height": the canvas in pixels,
     "background": "#rrggbb" or the name of a preview (temp/montage/NAME.jpg), "layers": [...]}]}, and of each layer,
     back to front: {"node": the id of its CollageLayer node ("7", or "5:7" inside a subgraph), "picture": the name of
-    its preview with alpha (temp/montage/NAME.png), "width", "height": the cut-out in pixels, "text"}. Where a layer
+    its preview with alpha (temp/montage/NAME.png), "width", "height": the cut-out in pixels, "text",
+    "flip": whether it is mirrored}. Where a layer
     lies the editor reads in the widgets x, y, scale, rotation and depth of that node, with the meaning they have there,
     and writes it back to them.
     """
@@ -447,6 +447,7 @@ class CollageCanvas(io.ComfyNode):
             "width": layer.picture.shape[2],
             "height": layer.picture.shape[1],
             "text": layer.text,
+            "flip": layer.flip,
         }
 
     @classmethod

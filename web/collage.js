@@ -1,5 +1,7 @@
 // Puts the layout editor into the CollageCanvas node. It holds no value: the numbers are those of the CollageLayer nodes.
 import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { cutoutAddress, cutoutOf } from "./files.js";
 import {
   addEditor,
   after,
@@ -8,6 +10,8 @@ import {
   fileAddress,
   graphSide,
   isFed,
+  keepMeaning,
+  pictureAddress,
   placeOf,
   settle,
   soon,
@@ -18,6 +22,9 @@ import { idOf, pathOf, pathTo, sourceOf } from "./paths.js";
 
 const CANVAS = "CollageCanvas";
 const LAYER = "CollageLayer";
+const LOADER = "LoadImage";
+const GREY = "#969696";
+const ASIDE = 0.05; // of the canvas, from a layer to its copy
 const VALUES = ["x", "y", "scale", "rotation", "depth"];
 const [MUTED, BYPASSED] = [2, 4]; // modes of a node
 const FILES = { layer: ".png", background: ".jpg" };
@@ -29,7 +36,15 @@ function graphPart(node, shown) {
   const written = new Map(); // widget -> its node, since the last commit
   return {
     ...graphSide(),
-    collage: () => (shown() ? collageNow(node, shown()) : null),
+    collage: () => collageNow(node, shown()),
+    duplicate: (id) => duplicate(node, pathTo(id)),
+    flip(id) {
+      const layer = pathTo(id).at(-1);
+      const widget = widgetOf(layer, "flip");
+      if (!isFed(layer, "flip")) asOneChange(node, () => setValue(layer, widget, !widget.value));
+    },
+    remove: (id) => removeLayer(node, pathTo(id)),
+    addPictures: (files, place) => addPictures(node, files, place),
     write(id, values) {
       const layer = pathTo(id).at(-1);
       for (const [name, value] of Object.entries(values)) {
@@ -53,28 +68,51 @@ function graphPart(node, shown) {
   };
 }
 
-/** What the last run showed, with the numbers of now. */
+/** The collage with the numbers of now: pictures of Load Image as they are, others as the last run showed them. */
 function collageNow(node, shown) {
   const chain = chainOf(node);
-  const here = new Map(
-    shown.layers.map((layer) => [layer.node, layer]).filter(([id]) => pathTo(id)?.at(-1).comfyClass === LAYER),
+  const run = new Map(
+    (shown?.layers ?? []).map((layer) => [layer.node, layer]).filter(([id]) => pathTo(id)?.at(-1).comfyClass === LAYER),
   );
-  const order = chain ? chain.filter((id) => here.has(id)) : [...here.keys()];
-  const size = (name) => (isFed(node, name) ? shown[name] : widgetOf(node, name).value);
+  const ids = chain ?? [...run.keys()];
+  const pictures = new Map(ids.map((id) => [id, fileOf(pathTo(id)) ?? run.get(id)]).filter(([, picture]) => picture));
+  if (!shown && !pictures.size) return null;
+  const size = (name) => (isFed(node, name) ? shown?.[name] : widgetOf(node, name).value);
+  const [width, height] = [size("width"), size("height")];
+  if (!width || !height) return null;
   const colour = isFed(node, "background") ? "" : widgetOf(node, "background").value.trim();
-  const isPlain = shown.background.startsWith("#") && /^#[0-9a-f]{6}$/i.test(colour);
+  const isPlain = (shown?.background ?? "#").startsWith("#") && /^#[0-9a-f]{6}$/i.test(colour);
+  const layers = [...pictures].map(([id, picture]) => layerNow(id, picture));
+  const isOfRun = layers.every(({ id }) => pictures.get(id) === run.get(id));
   return {
-    width: size("width"),
-    height: size("height"),
-    background: isPlain ? colour : shown.background,
-    layers: order.map((id) => layerNow(id, here.get(id))),
-    outdated: chain
-      ? chain.join() !== order.join() || order.length !== shown.layers.length
-      : here.size !== shown.layers.length,
+    width,
+    height,
+    background: isPlain ? colour : (shown?.background ?? GREY),
+    layers,
+    outdated: layers.length !== ids.length || (isOfRun && layers.length !== shown.layers.length),
   };
 }
 
-function layerNow(id, { picture, width, height, text }) {
+/** A layer's picture where it comes from Load Image alone, cut out as the node will do it, or null. */
+function fileOf(path) {
+  const source = sourceOf(path, "image");
+  const loader = source?.path?.at(-1);
+  const name = loader?.comfyClass === LOADER && !isFed(loader, "image") && widgetOf(loader, "image")?.value;
+  const mask = sourceOf(path, "mask");
+  const layer = path.at(-1);
+  const isAlpha =
+    mask?.path?.at(-1) === loader &&
+    mask?.slot === 1 &&
+    (widgetOf(layer, "mask_is").value === "transparency" ||
+      (widgetOf(layer, "mask_is").value === "auto" && !String(name).startsWith("clipspace/")));
+  if (!name || (mask && !isAlpha)) return null;
+  const [, folder, filename, type] = String(name).match(/^(?:(.*)\/)?(.*?)(?: \[(input|output|temp)\])?$/);
+  const address = pictureAddress({ filename, subfolder: folder ?? "", type: type ?? "input" });
+  const made = cutoutOf(address, { opaque: !mask, trim: widgetOf(layer, "trim").value }, renderAll);
+  return made && { ...made, picture: made.name, text: "", flip: false, isUncut: !mask && made.isTransparent };
+}
+
+function layerNow(id, { picture, width, height, text, flip = false, isUncut = false }) {
   const path = pathTo(id);
   const node = path.at(-1);
   const fed = VALUES.filter((name) => isFed(node, name));
@@ -85,6 +123,8 @@ function layerNow(id, { picture, width, height, text }) {
     width,
     height,
     fed,
+    isUncut,
+    mirrored: !isFed(node, "flip") && widgetOf(node, "flip").value !== flip,
     text: isFed(node, "text") ? text : widgetOf(node, "text").value.trim(),
     values: Object.fromEntries(
       VALUES.map((name) => [
@@ -95,6 +135,99 @@ function layerNow(id, { picture, width, height, text }) {
     defaults: Object.fromEntries(VALUES.map((name) => [name, defaultOf(node, name)])),
     depths: [min, max],
   };
+}
+
+// ---- layers that come and go
+
+function setValue(node, widget, value) {
+  widget.value = value;
+  widget.callback?.(value, app.canvas, node);
+}
+
+function slotOf(node, name) {
+  return node.inputs.findIndex((input) => input.name === name);
+}
+
+/** Puts a layer into the chain in front of another, or of none, where it is the last one before the canvas. */
+function insert(canvas, layer, behind) {
+  const graph = layer.graph;
+  const ends = (behind?.outputs[0].links ?? []).map((id) => graph.getLink(id));
+  const next = ends.map((link) => [graph.getNodeById(link.target_id), link.target_slot]).filter(([target]) => target);
+  if (behind) behind.connect(0, layer, slotOf(layer, "collage"));
+  for (const [target, slot] of next.length ? next : [[canvas, slotOf(canvas, "collage")]])
+    layer.connect(0, target, slot);
+}
+
+/** A copy of a layer in front of it, a little to the side, with the same pictures. Returns its id. */
+function duplicate(canvas, path) {
+  const layer = path.at(-1);
+  const { graph } = layer;
+  const copy = layer.clone();
+  asOneChange(canvas, () => {
+    graph.add(copy);
+    copy.pos = [layer.pos[0] + 40, layer.pos[1] + 40];
+    for (const name of ["image", "mask"]) {
+      const link = graph.getLink(layer.inputs[slotOf(layer, name)].link);
+      graph.getNodeById(link?.origin_id)?.connect(link.origin_slot, copy, slotOf(copy, name));
+    }
+    insert(canvas, copy, layer);
+    for (const name of ["x", "y"]) setValue(copy, widgetOf(copy, name), widgetOf(layer, name).value + ASIDE);
+  });
+  return idOf([...path.slice(0, -1), copy]);
+}
+
+/** Takes a layer out of the chain, which is closed behind it. */
+function removeLayer(canvas, path) {
+  const layer = path.at(-1);
+  const { graph } = layer;
+  asOneChange(canvas, () => {
+    const behind = graph.getLink(layer.inputs[slotOf(layer, "collage")].link);
+    const source = graph.getNodeById(behind?.origin_id);
+    for (const link of (layer.outputs[0].links ?? []).map((id) => graph.getLink(id)))
+      source?.connect(behind.origin_slot, graph.getNodeById(link.target_id), link.target_slot);
+    graph.remove(layer);
+  });
+  renderAll();
+}
+
+/** Uploads files and adds each as Load Image and Collage Layer, in front of all others. */
+async function addPictures(canvas, files, [x, y]) {
+  const uploaded = [];
+  for (const file of files) {
+    const body = new FormData();
+    body.append("image", file);
+    const answer = await api.fetchApi("/upload/image", { method: "POST", body });
+    if (!answer.ok) continue;
+    const { name, subfolder } = await answer.json();
+    uploaded.push(subfolder ? `${subfolder}/${name}` : name);
+  }
+  if (!uploaded.length) return;
+  asOneChange(canvas, () => uploaded.forEach((name, i) => addLayer(canvas, name, [x + i * ASIDE, y + i * ASIDE])));
+  renderAll();
+}
+
+function addLayer(canvas, name, [x, y]) {
+  const { graph } = canvas;
+  const last = graph.getNodeById(graph.getLink(canvas.inputs[slotOf(canvas, "collage")].link)?.origin_id);
+  const [layer, loader] = [LAYER, LOADER].map((type) => window.LiteGraph.createNode(type));
+  const anchor = last ?? canvas;
+  for (const node of [layer, loader]) graph.add(node);
+  layer.pos = last
+    ? [anchor.pos[0], anchor.pos[1] + anchor.size[1] + 60]
+    : [canvas.pos[0] - layer.size[0] - 60, canvas.pos[1]];
+  loader.pos = [layer.pos[0] - loader.size[0] - 60, layer.pos[1]];
+  const image = widgetOf(loader, "image");
+  if (Array.isArray(image.options?.values) && !image.options.values.includes(name)) image.options.values.push(name);
+  setValue(loader, image, name);
+  loader.connect(0, layer, slotOf(layer, "image"));
+  loader.connect(1, layer, slotOf(layer, "mask"));
+  if (last?.comfyClass === LAYER) insert(canvas, layer, last);
+  else layer.connect(0, canvas, slotOf(canvas, "collage"));
+  for (const [value, number] of [
+    ["x", x],
+    ["y", y],
+  ])
+    setValue(layer, widgetOf(layer, value), settled(number, widgetOf(layer, value).options));
 }
 
 function widgetOf(node, name) {
@@ -136,7 +269,7 @@ function remember(place, shown) {
 function addLayout(node) {
   let shown = null;
   const editor = new LayoutEditor({
-    address: (name, kind) => fileAddress(name + FILES[kind]),
+    address: (name, kind) => cutoutAddress(name) ?? fileAddress(name + FILES[kind]),
     node: graphPart(node, () => shown),
   });
   const widget = addEditor(node, "layout", "MONTAGE_LAYOUT", editor, { serialize: false, getMinHeight: () => 340 });
@@ -160,7 +293,8 @@ app.registerExtension({
   nodeCreated(node) {
     const isCanvas = node.comfyClass === CANVAS;
     if (isCanvas) addLayout(node);
-    else if (node.comfyClass !== LAYER) return;
+    else if (node.comfyClass === LAYER) keepMeaning(node, "mask_is", "shape");
+    else if (node.comfyClass !== LOADER) return;
     for (const widget of node.widgets) if (widget.name !== "layout") after(widget, "callback", renderAll);
     for (const method of ["onConnectionsChange", "onAdded", "onRemoved"]) after(node, method, renderAll);
   },

@@ -59,6 +59,30 @@ export function pointIn(layer, canvas, [x, y]) {
   return [(dx * a + dy * b) / factor2 / layer.width + 0.5, (dy * a - dx * b) / factor2 / layer.height + 0.5];
 }
 
+/** Whether nothing of a layer lies on the canvas: some side of one of the two parts them. */
+export function isOffCanvas(layer, canvas) {
+  const ends = (values) => [Math.min(...values), Math.max(...values)];
+  const parted = (points, [width, height]) =>
+    [width, height].some((most, axis) => {
+      const [least, greatest] = ends(points.map((point) => point[axis]));
+      return greatest <= 0 || least >= most;
+    });
+  const { width, height } = canvas;
+  const corners = [
+    [0, 0],
+    [width, 0],
+    [width, height],
+    [0, height],
+  ];
+  return (
+    parted(cornersOf(layer, canvas), [width, height]) ||
+    parted(
+      corners.map((corner) => pointIn(layer, canvas, corner)),
+      [1, 1],
+    )
+  );
+}
+
 export function isInside([u, v]) {
   return u >= 0 && u < 1 && v >= 0 && v < 1;
 }

@@ -4,6 +4,7 @@ import {
   cornersOf,
   handleOf,
   isInside,
+  isOffCanvas,
   matrixOf,
   moved,
   pointIn,
@@ -35,7 +36,9 @@ export class LayoutEditor extends NodeEditor {
    *     {id, picture: name, width, height, text, values: {x, y, scale, rotation, depth}, fed: [names of values that come from
    *     other nodes], defaults: values, depths: [least, most]};
    *   write(id, values): set them, as far as they are not fed; commit(): one step of the graph's history, of what was written;
-   *   travel("undo" or "redo"): in the graph's history.
+   *   travel("undo" or "redo"): in the graph's history;
+   *   duplicate(id): the new layer's id, flip(id), remove(id): each one step of the graph's history;
+   *   addPictures(files, [x, y]): as layers, the first with its centre there, in fractions of the canvas.
    */
   constructor({ address, node }) {
     super(node, "Layout: Tab chooses a layer, arrows move it, [ and ] send it back and bring it forward");
@@ -61,8 +64,15 @@ export class LayoutEditor extends NodeEditor {
       reset: button("Reset", "Put the chosen layer back to where a new one lies, upright (double-click)", () =>
         this.reset(),
       ),
+      add: button("Add", "Add a picture as a layer; or drop pictures onto the canvas", () => this.files.click()),
+      duplicate: button("Duplicate", "Add a copy of the chosen layer (D)", () => this.duplicate()),
+      flip: button("Flip", "Mirror the chosen layer, left to right (M)", () => this.flip()),
+      remove: button("Delete", "Remove the chosen layer and its node (Delete)", () => this.remove()),
+      undo: button("Undo", "Take back the last change of the graph (Ctrl+Z)", () => this.travel("undo")),
+      redo: button("Redo", "Bring it back (Ctrl+Y)", () => this.travel("redo")),
       ...this.viewTools,
     };
+    this.files = make("input", { type: "file", accept: "image/*", multiple: true, hidden: true });
     this.canvas = make("canvas");
     this.hint = make("div", { className: "montage-hint" });
     this.stage = make("div", { className: "montage-stage montage-layout" }, this.canvas);
@@ -70,7 +80,7 @@ export class LayoutEditor extends NodeEditor {
       "beforeend",
       '<svg class="montage-frame"><path class="line"/><path class="dots"/><path class="dots inner"/></svg>',
     );
-    this.stage.append(this.hint);
+    this.stage.append(this.hint, this.files);
     this.svg = this.stage.querySelector("svg");
     this.status = make("div", { className: "montage-status" });
     this.assemble(this.list, toolbar(this.tools), this.stage, this.status, this.list);
@@ -88,6 +98,12 @@ export class LayoutEditor extends NodeEditor {
     });
     stage.addEventListener("contextmenu", (event) => this.drag.gesture && claim(event)); // of a long touch
     list.addEventListener("click", (event) => this.rowOf(event) && this.choose(this.rowOf(event).layer));
+    this.files.addEventListener("change", () => {
+      this.node.addPictures([...this.files.files], [0.5, 0.5]);
+      this.files.value = "";
+    });
+    element.addEventListener("dragover", (event) => event.dataTransfer?.types.includes("Files") && claim(event));
+    element.addEventListener("drop", (event) => this.drop(event));
     element.addEventListener("keyup", () => this.endNudge());
     element.addEventListener("focusout", () => this.endNudge());
     new ResizeObserver(() => this.renderFrame()).observe(stage);
@@ -134,6 +150,29 @@ export class LayoutEditor extends NodeEditor {
     this.node.write(id, { x, y, scale, rotation });
     this.node.commit();
     this.render();
+  }
+
+  duplicate() {
+    if (!this.chosen) return;
+    this.view.layer = this.node.duplicate(this.chosen.id) ?? this.view.layer;
+    this.render();
+  }
+
+  flip() {
+    if (this.chosen) this.node.flip(this.chosen.id);
+    this.render();
+  }
+
+  remove() {
+    if (this.chosen) this.node.remove(this.chosen.id);
+    this.render();
+  }
+
+  drop(event) {
+    const files = [...(event.dataTransfer?.files ?? [])].filter(({ type }) => type.startsWith("image/"));
+    if (!files.length) return;
+    claim(event);
+    this.node.addPictures(files, this.collage ? placeIn(this.canvas, event) : [0.5, 0.5]);
   }
 
   nudge([dx, dy], far) {
@@ -213,7 +252,8 @@ export class LayoutEditor extends NodeEditor {
     return seen ?? (held ? this.chosen : null);
   }
 
-  isSolid({ picture: name }, [u, v]) {
+  isSolid({ picture: name, mirrored }, [across, v]) {
+    const u = mirrored ? 1 - across : across;
     const picture = this.pictures.get(name);
     if (!isInside([u, v]) || !picture.image.naturalWidth) return false;
     const { data, width, height } = (picture.pixels ??= pixelsOf(picture.image));
@@ -353,6 +393,7 @@ export class LayoutEditor extends NodeEditor {
       if (!image.naturalWidth) continue;
       context.setTransform(width / collage.width, 0, 0, height / collage.height, 0, 0);
       context.transform(...matrixOf(layer, collage));
+      if (layer.mirrored) context.scale(-1, 1);
       context.drawImage(image, -layer.width / 2, -layer.height / 2, layer.width, layer.height);
     }
   }
@@ -431,24 +472,34 @@ export class LayoutEditor extends NodeEditor {
     const place = this.layers.indexOf(this.chosen);
     this.tools.forward.disabled = place < 0 || place === this.layers.length - 1;
     this.tools.back.disabled = place <= 0;
-    this.tools.reset.disabled = place < 0;
+    for (const name of ["reset", "duplicate", "flip", "remove"]) this.tools[name].disabled = place < 0;
     this.renderView();
   }
 
   renderStatus() {
     const { collage, chosen } = this;
     const missing = [...this.pictures.values()].some((picture) => picture.missing);
-    this.hint.textContent = !collage ? "Queue once to see the collage here." : "";
+    this.hint.textContent = !collage ? "Drop pictures here, or queue once to see the collage." : "";
     const warning =
       this.notice ||
       (missing
         ? "The server no longer has these pictures: queue to see them again. The layout is kept."
         : collage?.outdated
           ? "The layers have changed since the last run: queue again to see them here."
-          : "");
+          : this.warnOfLayers());
     this.status.classList.toggle("warning", warning !== "");
     this.status.textContent =
       warning || (chosen ? described(chosen) : this.layers.length ? "Choose a layer to move, scale or turn it." : "");
+  }
+
+  warnOfLayers() {
+    const nameOf = ({ id, text }) => `"${text}" (node ${id})`;
+    const off = this.layers.filter((layer) => isOffCanvas(layer, this.collage));
+    if (off.length) return `Off the canvas, and not seen: ${off.map(nameOf).join(", ")}.`;
+    const bare = this.layers.filter((layer) => layer.isUncut);
+    return bare.length
+      ? `The picture of ${bare.map(nameOf).join(", ")} has transparent parts: connect Load Image's MASK to cut it out.`
+      : "";
   }
 
   // ---- keys
@@ -461,6 +512,9 @@ export class LayoutEditor extends NodeEditor {
       pageup: () => this.step(1),
       "[": () => this.step(-1),
       pagedown: () => this.step(-1),
+      d: () => this.duplicate(),
+      m: () => this.flip(),
+      delete: () => this.remove(),
       escape: () =>
         (this.drag.gesture ?? this.sorting.gesture) ? (this.drag.cancel(), this.sorting.cancel()) : this.leave(),
     }[key];
