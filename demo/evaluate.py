@@ -124,12 +124,6 @@ class Evaluation:
         save_grid(pictures[:64].movedim(-1, 1), self.args.pictures / name, 8)
         return {"score": self.score(drawn, pictures), "captions": captions[:64], "seconds": seconds}
 
-    def swap(self) -> dict:
-        return self._swap(self.models, "swap.jpg")
-
-    def dit_swap(self) -> dict:
-        return self._swap(self.dit, "dit-swap.jpg")
-
     def _fed(self, models, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Two runs of each caption, and the second again with the first's self-attention inputs: the first's
         pictures, the second's by what it was fed."""
@@ -147,12 +141,14 @@ class Evaluation:
             seconds[parts] = torch.cat(pictures)
         return first, seconds
 
-    def _swap(self, models, name: str) -> dict:
+    def swap(self) -> dict:
         """Pairs of runs from the same prompt: the second is fed the first's self-attention inputs. How far is
         the second's style from the first's, with and without?"""
         drawn = self.striped(1, HELD_OUT + 2)
-        first, seconds = self._fed(models, [scenes.caption(drawn, i) for i in range(len(drawn.radius))])
-        save_grid(torch.cat([x[:8] for x in (first, *seconds.values())]).movedim(-1, 1), self.args.pictures / name, 8)
+        first, seconds = self._fed(self.models, [scenes.caption(drawn, i) for i in range(len(drawn.radius))])
+        save_grid(
+            torch.cat([x[:8] for x in (first, *seconds.values())]).movedim(-1, 1), self.args.pictures / "swap.jpg", 8
+        )
         errors = {name: self.apart(drawn, first, pictures) for name, pictures in seconds.items()}
         # Pair by pair, because pairs differ more from each other than what is fed changes them.
         changes = {
@@ -442,7 +438,7 @@ def tables(results: dict) -> dict[str, str]:
                 for row, shares in results[name].items()
             ]
             blocks[name] = _table([head, "pairs", "place", "colour", "texture", "shape", "style"], rows)
-    for name in ("swap", "dit_swap", "agreement"):
+    for name in ("swap", "agreement"):
         if name in results:
             blocks[name] = _style_table(results[name])
     if "agreement" in results:
@@ -474,7 +470,7 @@ def write_readme(results: dict, path: Path = HERE / "README.md") -> None:
 
 
 SECTIONS = (
-    *("judge", "prompts", "dit_prompts", "dit_diversity", "swap", "dit_swap", "dit_carried"),
+    *("judge", "prompts", "dit_prompts", "dit_diversity", "swap", "dit_carried"),
     *("agreement", "controlnet", "subject"),
 )
 
