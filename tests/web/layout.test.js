@@ -543,7 +543,7 @@ describe("keys, wheel and the graph", () => {
 describe("what is not as it should be", () => {
   test("before the first run there is a sentence, and nothing to hold", async () => {
     await mount({ run: false });
-    assert.match(await page.locator(".montage-hint").textContent(), /Queue once/);
+    assert.match(await page.locator(".montage-hint").textContent(), /queue once/i);
     await drag(page, [
       [0.2, 0.2],
       [0.8, 0.8],
