@@ -272,7 +272,8 @@ function addLayout(node) {
     address: (name, kind) => cutoutAddress(name) ?? fileAddress(name + FILES[kind]),
     node: graphPart(node, () => shown),
   });
-  const widget = addEditor(node, "layout", "MONTAGE_LAYOUT", editor, { serialize: false, getMinHeight: () => 340 });
+  const widget = addEditor(node, "layout", "MONTAGE_LAYOUT", editor, { serialize: false, getMinHeight: () => 420 });
+  widgetOf(node, "prompt").options.getMaxHeight = () => 110; // a taller node is for the picture
   widget.serialize = false;
   node.setSize([Math.max(400, node.size[0]), Math.max(860, node.size[1])]);
   settle(node, editor, (output) => {

@@ -153,7 +153,7 @@ export function testLayout(comfy) {
   describe("a collage", () => {
     test("asks for a run, and then shows its layers as the node composites them", async () => {
       ids = await buildCollage(comfy.page());
-      assert.match(await (await editor()).textContent(), /Queue once/);
+      assert.match(await (await editor()).textContent(), /queue once/i);
       const outputs = await succeed();
       await shown(3);
       assert.deepEqual(await texts(), ["a blue post", "a green box", "a red bar"]);
@@ -331,7 +331,7 @@ export function testLayout(comfy) {
         canvas.pasteFromClipboard({ position: [1120, 500] });
         return graph.nodes.at(-1).id;
       }, ids.canvas);
-      assert.match(await (await editor(copy)).textContent(), /Queue once/);
+      assert.match(await (await editor(copy)).textContent(), /queue once/i);
       const freed = await comfy.page().evaluateHandle((id) => {
         const { graph } = window.app;
         const { element } = graph.getNodeById(id).widgets.find((one) => one.name === "layout");
@@ -370,6 +370,75 @@ export function testLayout(comfy) {
         assert.deepEqual(await values(ids.layers[1]), before);
       },
     );
+
+    test("dropped pictures are layers at once, wired and cut out; copied, mirrored and deleted; one step of undo each", async () => {
+      const page = comfy.page();
+      const root = await editor();
+      const before = await texts();
+      const oneStep = async (act) => {
+        await still(); // a run may have resized Load Image, which is a step of its own
+        const steps = await undoSteps();
+        await act();
+        assert.equal(await undoSteps(), steps + 1);
+      };
+      const press = async (text) => (await (await editor()).$(`button:text-is("${text}")`)).click();
+      const nodes = () => page.evaluate(() => window.app.graph.nodes.length);
+      const began = await nodes();
+      await oneStep(async () => {
+        await root.evaluate(async (root) => {
+          const picture = Object.assign(document.createElement("canvas"), { width: 80, height: 60 });
+          const pen = picture.getContext("2d");
+          pen.fillStyle = "#ff8000";
+          pen.fillRect(20, 20, 40, 20);
+          const blob = await new Promise((resolve) => picture.toBlob(resolve));
+          const data = new DataTransfer();
+          data.items.add(new File([blob], "orange.png", { type: "image/png" }));
+          const box = root.querySelector(".montage-stage > canvas").getBoundingClientRect();
+          const place = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 };
+          root
+            .querySelector(".montage-stage")
+            .dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true, ...place }));
+        });
+        await shown(before.length + 1);
+      });
+      assert.equal(await nodes(), began + 2);
+      const added = await page.evaluate(
+        () => window.app.graph.nodes.filter(({ type }) => type === "CollageLayer").at(-1).id,
+      );
+      near(Object.values(await values(added)).slice(0, 2), [0.5, 0.5]);
+      assert.doesNotMatch(await status(), /queue again/);
+      const outputs = await succeed(); // Load Image's MASK as it comes
+      await still();
+      assert.ok((await difference(outputs)) < 2);
+
+      await (await row("(no text)")).click();
+      await oneStep(async () => {
+        await press("Duplicate");
+        await shown(before.length + 2);
+      });
+      await oneStep(() => press("Flip"));
+      assert.ok((await difference(await succeed())) < 2);
+      for (let left = 1; left >= 0; left--) {
+        await (await row("(no text)")).click();
+        await oneStep(async () => {
+          await press("Delete");
+          await shown(before.length + left);
+        });
+      }
+      assert.deepEqual(await texts(), before);
+      await succeed();
+    });
+
+    test("a layer off the canvas is told", async () => {
+      const [red] = ids.layers;
+      const { x } = await values(red);
+      await onNode(red, 'widget("x").value = -1, widget("x").callback(-1)');
+      await still();
+      assert.match(await status(), /Off the canvas, and not seen: "a red bar" \(node/);
+      await onNode(red, 'widget("x").value = argument, widget("x").callback(argument)', x);
+      await still();
+      assert.doesNotMatch(await status(), /Off the canvas/);
+    });
 
     test("inside a subgraph, fed from outside of it: run, move, queue", async () => {
       await feed(ids.layers[1], "x", 0.25);

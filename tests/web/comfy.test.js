@@ -176,6 +176,9 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
     assert.match(await status(), /Images 0 and 2, 1 and 2 /);
     const { error } = await queue(page);
     assert.match(error, /images 0 and 2/);
+    await page.waitForFunction(() =>
+      /Graph Cut Montage[^]*painted for several images/.test(document.querySelector(".p-toast")?.textContent),
+    );
     await press("Erase");
     await onNode(
       ids.montage,

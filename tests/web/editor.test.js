@@ -676,7 +676,7 @@ describe("tools", () => {
 describe("what is not as it should be", () => {
   test("before the first run there is a hint and nothing to paint on", async () => {
     await mount({ count: 0 });
-    assert.match(await page.locator(".montage-hint").textContent(), /Queue once/);
+    assert.match(await page.locator(".montage-hint").textContent(), /queue once/i);
     await page.locator(".montage-stage > canvas").click({ force: true });
     assert.equal(await value(), "");
     await mount({

