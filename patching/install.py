@@ -87,6 +87,8 @@ def _outer_sample(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
+    if len(sigmas) < 2:  # no step is sampled (SplitSigmas at its end): there is nothing to record or compose
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     refusals.insist()
     guider = executor.class_obj
     try:

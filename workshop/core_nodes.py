@@ -38,7 +38,13 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "neighbours.md"
 TYPES = ("MODEL", "CONDITIONING", "LATENT", "SIGMAS", "GUIDER", "MASK")
 STEPS, SIZE, PIXELS, CFG = 2, 8, 64, 3.0
 PROMPT = "a red ball beside a blue cube on grass"
-SMALL = {"width": PIXELS, "height": PIXELS, "length": 1, "batch_size": 1}  # instead of a video of full size
+SMALL = {
+    "width": PIXELS,
+    "height": PIXELS,
+    "length": 1,
+    "batch_size": 1,
+    "steps": STEPS,
+}  # instead of a video of full size
 SAME, RUNS, ALONE = "same", "runs", "does not run by itself here"
 SEPARATE = {"TorchCompileModel": "tested in tests/test_neighbours.py", "TrainLoraNode": "trains, and does not sample"}
 
@@ -342,6 +348,8 @@ def of_conditionings(core: CoreNode, after: bool) -> dict[str, str]:
 def of_latents(core: CoreNode, after: bool) -> dict[str, str]:
     given = sockets()
     latent = core("LATENT", given["LATENT"], given)
+    if latent["samples"].numel() > 16 * given["LATENT"]["samples"].numel():  # of audio, or in pixels
+        raise NeedsMore("a larger picture than this table's")
     reference = sampled(given["MODEL"], latent, denoise=0.5)["samples"]
     if after:
         if not core.takes("LATENT"):
