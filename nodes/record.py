@@ -219,10 +219,13 @@ class LoadRecording(io.ComfyNode):
             ),
             search_aliases=["load latent", "import recording"],
             inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=recordings(),
-                    tooltip="From ComfyUI's input folder, or from its output folder ([output]).",
+                io.MultiType.Input(
+                    io.Combo.Input("file", options=recordings()),
+                    types=[io.String],
+                    tooltip=(
+                        "From ComfyUI's input folder, or from its output folder ([output]). The filename of Save "
+                        "Recording can be connected instead."
+                    ),
                 ),
                 io.Model.Input("model", tooltip="The model that it was sampled with."),
                 io.Conditioning.Input("positive", tooltip="The positive prompt that it was sampled with."),
@@ -234,17 +237,25 @@ class LoadRecording(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        if not folder_paths.exists_annotated_filepath(file):
-            return f"{cls.NAME}: there is no file {file}. Press R to refresh the list, and choose one."
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        """file: None where it is connected, and known when the node runs."""
+        if file is not None and not folder_paths.exists_annotated_filepath(file):
+            return cls.missing(file)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **inputs: Any) -> int:
-        return Path(folder_paths.get_annotated_filepath(file)).stat().st_mtime_ns
+    def fingerprint_inputs(cls, file: str | None = None, **inputs: Any) -> int | None:
+        """Changes with the file. file: None where it is connected; then the node runs again when what names it did."""
+        return None if file is None else Path(folder_paths.get_annotated_filepath(file)).stat().st_mtime_ns
+
+    @classmethod
+    def missing(cls, file: str) -> str:
+        return f"{cls.NAME}: there is no file {file}. Press R to refresh the list, and choose one."
 
     @classmethod
     def execute(cls, file: str, model: ModelPatcher, positive: list, negative: list | None = None) -> io.NodeOutput:
+        if not folder_paths.exists_annotated_filepath(file):
+            raise ValueError(cls.missing(file))
         path = Path(folder_paths.get_annotated_filepath(file))
         prompts = {"positive": positive, "negative": negative}
         samples, recording = recording_files.load(cls.NAME, path, model, prompts)
