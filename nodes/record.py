@@ -239,14 +239,13 @@ class LoadRecording(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file: str | None = None) -> bool | str:
         """file: None where it is connected, and known when the node runs."""
-        if file is not None and not folder_paths.exists_annotated_filepath(file):
-            return cls.missing(file)
-        return True
+        return True if file is None or path_of(file) else cls.missing(file)
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None = None, **inputs: Any) -> int | None:
         """Changes with the file. file: None where it is connected; then the node runs again when what names it did."""
-        return None if file is None else Path(folder_paths.get_annotated_filepath(file)).stat().st_mtime_ns
+        path = None if file is None else path_of(file)
+        return None if path is None else path.stat().st_mtime_ns
 
     @classmethod
     def missing(cls, file: str) -> str:
@@ -254,12 +253,21 @@ class LoadRecording(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, model: ModelPatcher, positive: list, negative: list | None = None) -> io.NodeOutput:
-        if not folder_paths.exists_annotated_filepath(file):
+        path = path_of(file)
+        if path is None:
             raise ValueError(cls.missing(file))
-        path = Path(folder_paths.get_annotated_filepath(file))
         prompts = {"positive": positive, "negative": negative}
         samples, recording = recording_files.load(cls.NAME, path, model, prompts)
         return io.NodeOutput({"samples": samples, LATENT_KEY: recording})
+
+
+def path_of(name: str) -> Path | None:
+    """The file of a recording's name; None if there is none, or if the name leads out of ComfyUI's folders."""
+    try:
+        path = Path(folder_paths.get_annotated_filepath(name))
+    except ValueError:
+        return None
+    return path if path.name.endswith(RECORDING) and path.is_file() else None
 
 
 def recordings() -> list[str]:

@@ -739,14 +739,14 @@ def test_the_adaptive_mask_of_a_finished_map():
     assert torch.allclose(
         torch.nn.functional.adaptive_avg_pool2d(pictures[0::6, ..., 0][:, None], 4)[:, 0], found, atol=0.2
     )
-    segmented, _, _ = AdaptiveMaskBlend.execute(0.3, 0.01, "or", latent, torch.ones(1, 32, 48)).args
-    assert segmented.shape == (2, 32, 48) and (segmented >= 0.5).all()
+    segmented, _, _ = AdaptiveMaskBlend.execute(0.3, 0.01, "or", latent, torch.ones(1, 32, 32)).args
+    assert segmented.shape == (2, 32, 32) and (segmented >= 0.5).all()
     with pytest.raises(ValueError, match="3 sam_masks for 2 images"):
-        AdaptiveMaskBlend.execute(0.3, 0.01, "or", latent, torch.ones(3, 32, 48))
+        AdaptiveMaskBlend.execute(0.3, 0.01, "or", latent, torch.ones(3, 32, 32))
     with pytest.raises(ValueError, match="the latent carries no map"):
         AdaptiveMaskBlend.execute(0.3, 0.01, "or", record())
     assert torch.equal(AdaptiveMaskBlend.execute(0.3, 0.01, "or").args[0], torch.zeros(1, 64, 64))
-    assert AdaptiveMaskBlend.execute(0.3, 0.01, "sam", sam_mask=torch.ones(3, 32, 48)).args[0].shape == (3, 32, 48)
+    assert AdaptiveMaskBlend.execute(0.3, 0.01, "sam", sam_mask=torch.ones(3, 32, 32)).args[0].shape == (3, 32, 48)
     for mode in ("and", "sam"):
         with pytest.raises(ValueError, match=f'Adaptive Mask Blend: mode "{mode}" needs sam_mask'):
             AdaptiveMaskBlend.execute(0.3, 0.01, mode, latent)

@@ -74,7 +74,10 @@ TOUCHES = {
     "tempfile.mkdtemp",
 }
 ALLOWED = {  # (file, function): what it touches
-    ("nodes/previews.py", "keep"): "ComfyUI's temp folder, under a name made of a hash",
+    ("nodes/previews.py", "numbers"): "ComfyUI's temp folder, under a name made of a hash",
+    ("nodes/previews.py", "write"): "the same",
+    ("nodes/previews.py", "put"): "the same",
+    ("nodes/record.py", "execute"): "a recording in ComfyUI's output or input folder",
     ("nodes/demo_model.py", "execute"): "the pack's own weights",
     (
         "nodes/textual_inversion.py",
@@ -149,9 +152,26 @@ def test_no_node_asks_for_a_place_on_disk():
 
     for schema in schemas():
         for one in schema.inputs:
+            if (schema.node_id, one.id) == ("LoadRecording", "file"):  # a name inside of two folders: tested below
+                continue
             assert not any(word in one.id.split("_") for word in ("path", "folder", "directory", "file", "url")), (
                 f"{schema.node_id}.{one.id}"
             )
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "..\\outside", "sub/../../outside"])
+@pytest.mark.parametrize("note", ["", " [output]", " [temp]"])
+def test_a_recording_cannot_leave_its_folder(name, note, tmp_path, monkeypatch):
+    from montage.nodes.record import LoadRecording, path_of
+
+    for folder in ("input", "output", "temp"):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        monkeypatch.setattr(folder_paths, f"{folder}_directory", str(tmp_path / folder))
+    (tmp_path / "outside.recording.safetensors").write_bytes(b"")
+    (tmp_path / "output" / "inside.recording.safetensors").write_bytes(b"")
+    assert path_of("inside.recording.safetensors [output]")
+    assert path_of(f"{name}.recording.safetensors{note}") is None
+    assert "there is no file" in LoadRecording.validate_inputs(f"{name}.recording.safetensors{note}")
 
 
 OUTSIDE = ["../outside.pth", "../../outside.pth", "/etc/passwd", "..\\outside.pth", "sub/../../outside.pth"]
