@@ -39,7 +39,8 @@ def invert(
     one, or for rectified flows as many as keep the picture. Sampled at CFG 1.
     """
     sampling: Any = model.get_model_object("model_sampling")
-    iterations = iterations or (MOST_AUTOMATIC if isinstance(sampling, (CONST, COSMOS_RFLOW)) else 1)
+    is_flow = issubclass(type(sampling), (CONST, COSMOS_RFLOW))
+    iterations = iterations or (MOST_AUTOMATIC if is_flow else 1)
     lowest = min(float(sampling.sigma_min), float(sigmas[-2]))
     ladder = torch.cat([torch.tensor([lowest]), sigmas[:-1].flip(0).cpu()])
     zeros = torch.zeros_like(latent)

@@ -451,7 +451,7 @@ class CollageCanvas(io.ComfyNode):
         }
 
     @classmethod
-    def background(cls, colour: str, image: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    def background(cls, colour: str, image: torch.Tensor | None, width: int, height: int) -> torch.Tensor:
         """What lies behind all layers, [3, H, W]."""
         if image is None:
             if not re.fullmatch(r"#[0-9a-fA-F]{6}", colour.strip()):

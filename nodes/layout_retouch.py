@@ -337,7 +337,8 @@ class AdaptiveMaskBlend(io.ComfyNode):
                     " into the sampler that makes it."
                 )
             found = torch.stack([list(run.maps.values())[-1][row] for run, row in streams])
-            size = tuple(8 * side for side in streams[0].run.size)
+            height, width = streams[0].run.size
+            size = 8 * height, 8 * width
             segment = None if segment is None else mask_for(cls.NAME, "sam_mask", segment, size)
         if segment is not None:
             size = tuple(segment.shape[1:])

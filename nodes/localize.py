@@ -268,7 +268,7 @@ class SubjectLocalize(io.ComfyNode):
             phrases = split_phrases(phrase)
             if not phrases:
                 raise Problem("the phrase is empty; write what to find, for example: a cat")
-            pictures, size = pipeline.as_bytes(image), image.shape[1:3]
+            pictures, size = pipeline.as_bytes(image), (image.shape[1], image.shape[2])
             tick = progress(len(pictures) * (2 if segmenter else 1))
 
             chosen, others, reasons = [], [], []
@@ -362,9 +362,9 @@ def segment(
     index: int,
     dilation: int,
     if_nothing_found: str,
-    given: list,
-    positive_coords: str,
-    negative_coords: str,
+    given: Any,
+    positive_coords: str | None,
+    negative_coords: str | None,
 ) -> io.NodeOutput:
     pictures, (height, width) = pipeline.as_bytes(image), image.shape[1:3]
     positive = boxes.read_points(positive_coords, "positive_coords")

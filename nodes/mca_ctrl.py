@@ -235,15 +235,15 @@ class CollaborativeAttention(io.ComfyNode):
         refuse_nan(
             cls.NAME, map_share=map_share, **{name: value for name, value in preset.items() if isinstance(value, float)}
         )
-        subject = cls.stream("subject", subject)
-        condition = cls.stream("condition", condition) if condition else None
+        source = cls.stream("subject", subject)
+        kept = cls.stream("condition", condition) if condition else None
         check_together(
             cls.NAME,
-            [stream for stream in (subject, condition) if stream],
+            [stream for stream in (source, kept) if stream],
             model,
             names=["the subject", "the condition"],
         )
-        size = picture_size(model, subject.run.size)
+        size = picture_size(model, source.run.size)
         subject_mask = cls.mask("subject_mask", subject_mask, size)
         if not subject_mask.any():
             raise ValueError(
@@ -261,19 +261,19 @@ class CollaborativeAttention(io.ComfyNode):
         area = painted or WordsArea(map_share, map_form == "soft")
         sagi, salq = cls.windows(model, preset, order)
         feeding = (
-            cls.prompted(model, subject, subject_positive, negative),
-            condition and cls.prompted(model, condition, condition_positive, negative),
+            cls.prompted(model, source, subject_positive, negative),
+            kept and cls.prompted(model, kept, condition_positive, negative),
         )
-        fresh = painted.mask if condition and painted and fresh_noise else None
-        recipes: list[Recipe] = [
-            recipe(window, *feeding, subject_mask, area, fresh)
-            for recipe, window in ((SAGI, sagi), (SALQ, salq))
-            if not window.is_empty
-        ]
-        if recipes and background_lock and condition and painted:
-            recipes.append(BackgroundLock(condition, painted.mask))
-        run, row = condition or subject
-        latent = run.latent_image[row : row + 1] if condition else torch.zeros_like(run.latent_image[row : row + 1])
+        fresh = painted.mask if kept and painted and fresh_noise else None
+        recipes: list[Recipe] = []
+        for recipe, window in ((SAGI, sagi), (SALQ, salq)):
+            if not window.is_empty:
+                recipes.append(recipe(window, *feeding, subject_mask, area, fresh))
+        if recipes and background_lock and kept and painted:
+            recipes.append(BackgroundLock(kept, painted.mask))
+        run, row = kept or source
+        latent = run.latent_image[row : row + 1]
+        latent = latent if kept else torch.zeros_like(latent)
         return io.NodeOutput(install(model, *recipes), {"samples": latent})
 
     @classmethod

@@ -271,7 +271,12 @@ class GraphCutMontage(io.ComfyNode):
 
     @classmethod
     def marks(
-        cls, pictures: torch.Tensor, base: int, strokes: str, stroke_masks: torch.Tensor, stroke_picture: torch.Tensor
+        cls,
+        pictures: torch.Tensor,
+        base: int,
+        strokes: str,
+        stroke_masks: torch.Tensor | None,
+        stroke_picture: torch.Tensor | None,
     ) -> torch.Tensor:
         """All strokes [N, H, W] in [0, 1], from the three ways to give them."""
         count, height, width = pictures.shape[:3]

@@ -140,9 +140,15 @@ class Engine:
         if any(cond is None for group in stacks for cond in group):
             return None
         call.beside = tuple(wanted)
-        latents = [run.evaluation(call.key)[0].x[row : row + 1].to(x) for run, row in wanted]
+        latents = [self.latent_of(stream, call).to(x) for stream in wanted]
         stacks = [None if group is None else stack for group, stack in zip(conds, stacks)]
         return stacks, torch.cat([x, *latents]), timestep[:1].expand(total)
+
+    @staticmethod
+    def latent_of(stream: Stream, call: ModelCall) -> Tensor:
+        evaluation, _ = stream.run.evaluation(call.key)
+        assert evaluation is not None  # gather has asked for it
+        return evaluation.x[stream.row : stream.row + 1]
 
     def computes_alike(self, run: Run, options: dict, call: ModelCall) -> bool:
         """Whether an evaluation of a stream is computed as the target's: no biases, no other patches."""

@@ -72,7 +72,7 @@ def part_of_schedule(sampling: Any, sigma: torch.Tensor) -> float:
     free from t <= 1000 h on, so that h = 0.8 is free at t = 800). Of a flow it is the time before its schedule is
     shifted, of which its sigmas are equal steps. Models that know no such steps go from 0 to 1.
     """
-    if isinstance(sampling, CONST):
+    if issubclass(type(sampling), CONST):
         sigma = sigma.cpu().float()
         sigmas = torch.cat([torch.zeros(1), sampling.sigmas.cpu().float()])
         after = int(torch.searchsorted(sigmas, sigma).clamp(1, len(sigmas) - 1))

@@ -185,7 +185,8 @@ class BlendRun:
         if number + 1 < len(self.guiders):
             self.enter(number + 1, noise, sigmas)
         else:
-            self.samples = self.sampler.sample(self, *self.arguments)
+            sampler: Any = self.sampler  # ComfyUI declares its method without arguments
+            self.samples = sampler.sample(self, *self.arguments)
         return self.samples
 
     # ------------------------------------------------------------ what the sampler sees

@@ -77,13 +77,13 @@ class PackedAttention(NamedTuple):
         out = q.new_zeros(q.shape[0], self.tokens, v.shape[-1])
         queries, keys = [term.queries for term in self.terms], [term.keys for term in self.terms]
         parts = zip(q.split(queries, 1), k.split(keys, 1), v.split(keys, 1))
-        for term, part in zip(self.terms, parts):
+        for term, (own_q, own_k, own_v) in zip(self.terms, parts):
             if term.projected is not None:
-                part = term.projected(*part)
+                own_q, own_k, own_v = term.projected(own_q, own_k, own_v)
             if term.allowed is None:
-                result = attention(*part, term.rows, EVERY)
+                result = attention(own_q, own_k, own_v, term.rows, EVERY)
             else:
-                result = _attend_each(*part, term.rows, term.allowed, attention)
+                result = _attend_each(own_q, own_k, own_v, term.rows, term.allowed, attention)
             if term.weight is not None:
                 result = result * term.weight.to(result)
             if term.rows is None:

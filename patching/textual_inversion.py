@@ -67,6 +67,7 @@ class Token:
         tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
         if MADE_BY not in (metadata or {}):
             return None
+        assert metadata is not None
         kept = json.loads(metadata[MADE_BY])
         token = cls({key.removeprefix("clip_"): rows for key, rows in tensors.items()}, kept["belongs"])
         token.losses = kept["losses"]

@@ -184,9 +184,10 @@ class DiT(ModelFamily):
 
     def grid(self, latent_size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the tokens of a latent."""
-        patch = getattr(self.network, "patch_spatial", None) or self.network.patch_size
+        patch: Any = getattr(self.network, "patch_spatial", None) or self.network.patch_size
         patch = patch[-1] if isinstance(patch, (tuple, list)) else patch
-        return tuple(math.ceil(side / patch) for side in latent_size)
+        height, width = latent_size
+        return math.ceil(height / patch), math.ceil(width / patch)
 
     def hooked(self, options: dict, handler: SiteHandler) -> dict:
         calls: list[_NetworkCall] = []  # the one that is running
@@ -231,7 +232,8 @@ class _NetworkCall:
     def __init__(self, family: DiT, handler: SiteHandler, x: Tensor, context: Tensor | None) -> None:
         """x: latents [conditionings x B, C, h, w] or [..., C, 1, h, w]. context: the text [.., tokens, channels]."""
         self.handler, self.architecture, self.sites = handler, family.architecture, family.sites()
-        self.latent_size, self.images = tuple(x.shape[-2:]), len(x)
+        height, width = x.shape[-2:]
+        self.latent_size, self.images = (height, width), len(x)
         self.grid = family.grid(self.latent_size)
         self.tokens = math.prod(self.grid)
         multiple = getattr(family.network, "pad_tokens_multiple", None) or 1
@@ -405,12 +407,13 @@ class _Attention:
             images = self.target_images(t, beside)
             images[..., self.image, :] = self.apart(part).unflatten(0, images.shape[:2])
             done.append(t)
-        return tuple(done)
+        q, k, v = done
+        return q, k, v
 
     @staticmethod
     def parts(rows: TargetRows | SelfAttentionRows) -> tuple[Tensor, Tensor, Tensor]:
         """Of packed rows for Q, K and V, what each is made of."""
-        return tuple(part.chunk(3, -1)[number] for number, part in enumerate((rows.q, rows.k, rows.v)))
+        return rows.q.chunk(3, -1)[0], rows.k.chunk(3, -1)[1], rows.v.chunk(3, -1)[2]
 
     def apart(self, t: Tensor) -> Tensor:
         """[B, tokens, heads x d] in the model's own layout."""
@@ -434,7 +437,8 @@ class _Attention:
         def of(images: Tensor, t: Tensor | None) -> Tensor | None:
             return t if t is None or len(t) == 1 else t[images]
 
-        done = _Fed(self, *(of(target, t) for t in (q, k, v, self.mask, bias))).attend(rows)
+        fed = _Fed(self, q[target], k[target], v[target], of(target, self.mask), of(target, bias))
+        done = fed.attend(rows)
         out = done.new_empty(len(q), *done.shape[1:])
         out[target] = done
         out[others] = self.attend(*(of(others, t) for t in (self.q, self.k, self.v, self.mask)))
@@ -444,6 +448,7 @@ class _Attention:
         """The biases of all conditionings, [B, 1, rows, text tokens]: 0 for rows that are not the image's."""
         if all(bias is None for bias in biases):
             return None
+        assert self.columns is not None  # else there is no text to be biased towards
         done = q.new_zeros(len(q), 1, q.shape[-2], self.columns.stop - self.columns.start)
         for part, bias in zip(done.chunk(len(biases)), biases):
             if bias is not None:
@@ -507,6 +512,7 @@ class _Fed:
             done[..., self.first + keys :] += added[..., self.last :]
         if bias is not None:
             columns = self.whole.columns
+            assert columns is not None
             moved = 0 if columns.stop <= self.first else keys - (self.last - self.first)
             done[..., columns.start + moved : columns.stop + moved] += bias
         return done

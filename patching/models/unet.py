@@ -106,8 +106,9 @@ class UNet(ModelFamily):
         for site in handler.packed_sites:
             slots.occupy(transformer, "attn1", site, lambda s, o: _packed_attention(handler, s, o, packed))
         if handler.measured_sites:
-            blocks = {site: self.transformer_block(site).attn2 for site in handler.measured_sites}
-            internals.add_first(options, "attn2_patch", _measuring_patch(handler, blocks))
+            found = ((site, self.transformer_block(site).attn2) for site in handler.measured_sites)
+            attentions = {site: module for site, module in found if module is not None}
+            internals.add_first(options, "attn2_patch", _measuring_patch(handler, attentions))
         for site in handler.biased_sites:
             slots.occupy(transformer, "attn2", site, lambda s, o: _biased_attention(handler, s, o))
         return options
