@@ -123,14 +123,20 @@ def _sample_in_session(
 
 def _sampler_sample(
     executor: Callable, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *args: Any
-):
+) -> torch.Tensor:
     session = session_in(extra_args["model_options"])
     if session is not None:
         session.begin_sampling(noise)
     return executor(model_wrap, sigmas, extra_args, callback, noise, *args)
 
 
-def _predict_noise(executor: Callable, x: Tensor, timestep: Tensor, model_options: dict = {}, seed: Any = None):  # noqa: B006  ComfyUI's own signature
+def _predict_noise(
+    executor: Callable,
+    x: Tensor,
+    timestep: Tensor,
+    model_options: dict = {},  # noqa: B006  ComfyUI's own signature
+    seed: Any = None,
+) -> torch.Tensor:
     session = session_in(model_options)
     if session is None:
         return executor(x, timestep, model_options, seed)
@@ -143,7 +149,9 @@ def _predict_noise(executor: Callable, x: Tensor, timestep: Tensor, model_option
     return denoised
 
 
-def _calc_cond_batch(executor: Callable, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict):
+def _calc_cond_batch(
+    executor: Callable, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict
+) -> list[torch.Tensor]:
     session = session_in(options)
     if session is None:  # a replay, or somebody's own code outside of a sampling run
         return executor(model, conds, x, timestep, options)

@@ -303,7 +303,9 @@ def tell_apart(conds: dict[str, list[dict]], owners: dict[Any, str]) -> None:
                     del cond[key]
 
 
-def processed(model: ModelPatcher, conditionings: dict, noise: torch.Tensor, latent_image: torch.Tensor, mask: Any):
+def processed(
+    model: ModelPatcher, conditionings: dict, noise: torch.Tensor, latent_image: torch.Tensor, mask: Any
+) -> dict[str, list[dict]]:
     """{role: CONDITIONING} as a guider processes them for a run."""
     prompts = {role: comfy.sampler_helpers.convert_cond(value) for role, value in conditionings.items()}
     device = noise.device

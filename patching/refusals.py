@@ -235,7 +235,7 @@ def _check_biases(session: Session) -> None:
         check_shape(bias.node, bias.size, session.context.size)
 
 
-def check_shape(node: str, canvas: tuple[int, int], latent: tuple[int, int]) -> None:
+def check_shape(node: str, canvas: Sequence[int], latent: Sequence[int]) -> None:
     """Refuse a latent of other proportions than the canvas; it may be of another size."""
     (height, width), (h, w) = canvas, latent
     if abs(h * width - w * height) > width + height:  # more than a row or column of latent pixels

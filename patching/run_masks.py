@@ -1,10 +1,12 @@
 """What a collage does to a whole sampling run, in a MODEL: when each place may begin to change, and how strongly
 ControlNets act where."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import CONST, ModelSamplingDiscrete
 from comfy.patcher_extension import WrappersMP
 
@@ -15,14 +17,23 @@ from .refusals import check_shape
 KEY = "montage_collage"
 
 
-def with_noise_map(model, node, noise, dilation):
+def with_noise_map(model: ModelPatcher, node: str, noise: torch.Tensor, dilation: float) -> ModelPatcher:
     """A clone of the MODEL in which every place of the latent stays at the image's own until its time comes.
 
     noise: noise map [H, W] in [0, 1]. dilation: of kernels.noise_map.free. Works through ComfyUI's own inpainting: a
     mask for each sigma, times the latent's noise_mask or what another node makes of it.
     """
 
-    def outer_sample(executor, noise_, latent_image, sampler, sigmas, denoise_mask=None, *args, **kwargs):
+    def outer_sample(
+        executor: Callable,
+        noise_: torch.Tensor,
+        latent_image: torch.Tensor,
+        sampler: Any,
+        sigmas: torch.Tensor,
+        denoise_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         check_shape(node, noise.shape, noise_.shape[-2:])
         if not latent_image.count_nonzero():
             raise ValueError(
@@ -43,8 +54,16 @@ def with_noise_map(model, node, noise, dilation):
 
 
 def masked_everywhere(
-    executor, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-):
+    executor: Callable,
+    model_wrap: Any,
+    sigmas: torch.Tensor,
+    extra_args: dict,
+    callback: Any,
+    noise: torch.Tensor,
+    latent_image: torch.Tensor | None = None,
+    denoise_mask: torch.Tensor | None = None,
+    disable_pbar: bool = False,
+) -> torch.Tensor:
     """A SAMPLER_SAMPLE wrapper that gives a sampler without a mask one of ones, for denoise_mask_function to be asked.
     Not earlier: a checkpoint for inpainting would be shown the picture as what is around a hole.
     """
@@ -53,12 +72,12 @@ def masked_everywhere(
     return executor(model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
 
 
-def masked_by(level, dilation, previous):
+def masked_by(level: torch.Tensor, dilation: float, previous: Callable | None) -> Callable:
     """A denoise_mask_function: the mask it is given, or what the previous such function makes of it, where the map is
     free.
     """
 
-    def mask(sigma, denoise_mask, extra_options):
+    def mask(sigma: torch.Tensor, denoise_mask: torch.Tensor, extra_options: dict) -> torch.Tensor:
         t = part_of_schedule(extra_options["model"].inner_model.model_sampling, sigma[0])
         if previous is not None:
             denoise_mask = previous(sigma, denoise_mask, extra_options=extra_options)
@@ -86,11 +105,11 @@ def part_of_schedule(sampling: Any, sigma: torch.Tensor) -> float:
     return (t - first) / (last - first)
 
 
-def with_control_map(model, node, strength):
+def with_control_map(model: ModelPatcher, node: str, strength: torch.Tensor) -> ModelPatcher:
     """A clone of the MODEL that multiplies what ControlNets add to it by a map. strength: [H, W]."""
     require_unet(node, model, "it multiplies maps of features, which transformers do not have")
 
-    def outer_sample(executor, noise, *args, **kwargs):
+    def outer_sample(executor: Callable, noise: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         check_shape(node, strength.shape, noise.shape[-2:])
         if not any("control" in cond for group in executor.class_obj.conds.values() for cond in group):
             raise ValueError(
@@ -99,7 +118,16 @@ def with_control_map(model, node, strength):
             )
         return executor(noise, *args, **kwargs)
 
-    def apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, *args, **kwargs):
+    def apply_model(
+        executor: Callable,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        c_concat: Any | None = None,
+        c_crossattn: Any | None = None,
+        control: dict | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         if control is not None:
             control = {
                 block: [scaled(residual, strength) for residual in residuals] for block, residuals in control.items()
@@ -109,14 +137,14 @@ def with_control_map(model, node, strength):
     return with_wrapper(with_wrapper(model, WrappersMP.OUTER_SAMPLE, outer_sample), WrappersMP.APPLY_MODEL, apply_model)
 
 
-def scaled(residual, strength):
+def scaled(residual: torch.Tensor | None, strength: torch.Tensor) -> torch.Tensor | None:
     """A ControlNet's residual [B, C, h, w], or None, times the map."""
     if residual is None:
         return None
     return residual * F.interpolate(strength[None, None].to(residual), size=residual.shape[-2:], mode="area")
 
 
-def with_wrapper(model, kind, wrapper):
+def with_wrapper(model: ModelPatcher, kind: str, wrapper: Callable) -> ModelPatcher:
     patched = model.clone()
     patched.add_wrapper_with_key(kind, KEY, wrapper)
     return patched

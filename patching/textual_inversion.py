@@ -8,7 +8,9 @@ of one block at a time are alive.
 import base64
 import contextlib
 import json
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import comfy.ldm.modules.attention as attention
 import comfy.model_management
@@ -18,6 +20,8 @@ import safetensors.torch
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.masked_mean import masked_mean
@@ -42,13 +46,13 @@ class Token:
     """
 
     @torch.inference_mode(False)
-    def __init__(self, rows, belongs):
+    def __init__(self, rows: dict[str, torch.Tensor], belongs: str) -> None:
         self.rows = {name: row.clone().requires_grad_() for name, row in rows.items()}
         self.belongs, self.losses = belongs, []
         self.optimizer = torch.optim.AdamW(list(self.rows.values()), betas=BETAS, weight_decay=WEIGHT_DECAY)
 
     @classmethod
-    def new(cls, clip, words, vectors, belongs):
+    def new(cls, clip: CLIP, words: str, vectors: int, belongs: str) -> "Token":
         """Begin with the embeddings of some words, over and over until there are as many as vectors are wanted.
         Raises ValueError if there are none."""
         rows = {}
@@ -56,13 +60,13 @@ class Token:
             if not tokens:
                 raise ValueError("init is empty: write a word that the token begins with, a for instance.")
             table = getattr(clip.cond_stage_model, f"clip_{name}").transformer.get_input_embeddings().weight
-            values = [table[token.value] if is_id(token.value) else token.value for token in tokens]
+            values: list[Any] = [table[token.value] if is_id(token.value) else token.value for token in tokens]
             rows[name] = torch.stack([values[number % len(values)].float().cpu() for number in range(vectors)])
         return cls(rows, belongs)
 
     @classmethod
     @torch.inference_mode(False)
-    def load(cls, path):
+    def load(cls, path: Path) -> "Token | None":
         """A Token from its file; None if somebody else made the file."""
         tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
         if MADE_BY not in (metadata or {}):
@@ -78,7 +82,7 @@ class Token:
         token.optimizer.load_state_dict({**token.optimizer.state_dict(), "state": state})
         return token
 
-    def save(self, path):
+    def save(self, path: Path) -> None:
         """As an embedding that ComfyUI and others read; how far it is goes into the file's metadata."""
         moments = {
             f"{number}.{name}": value
@@ -95,12 +99,12 @@ class Token:
         comfy.utils.save_torch_file(tensors, str(part), metadata={MADE_BY: json.dumps(kept)})
         part.replace(path)
 
-    def tokenize(self, clip, text):
+    def tokenize(self, clip: CLIP, text: str) -> dict:
         """The tokens of a text that names the embedding, as it was last saved; in its place stand Rows. Weights count
         for nothing.
         """
 
-        def marked(name, values):
+        def marked(name: str, values: Iterator) -> Iterator:
             rows, met = self.rows[name], 0  # its vectors stand in their order, and may be equal
             for value in values:
                 if is_id(value) or not same(value, rows[met % len(rows)]):
@@ -115,7 +119,7 @@ class Token:
             tokens[name] = [[next(values) for _ in chunk] for chunk in chunks]
         return tokens
 
-    def living(self, tokens):
+    def living(self, tokens: dict) -> dict:
         """Tokens for the text encoder, through which the rows learn."""
         return {
             name: [
@@ -136,7 +140,17 @@ class Task(NamedTuple):
     seed: int
 
 
-def learn(token, path, model, clip, task, steps, learning_rate, batch, done):
+def learn(
+    token: Token,
+    path: Path,
+    model: ModelPatcher,
+    clip: CLIP,
+    task: Task,
+    steps: int,
+    learning_rate: float,
+    batch: int,
+    done: Callable[[], None],
+) -> None:
     """Go on until `steps` steps are done in all, call done() after each, and keep what is learned at `path`, whatever
     happens.
 
@@ -175,7 +189,7 @@ def learn(token, path, model, clip, task, steps, learning_rate, batch, done):
                     losses.append(loss.item())
                 for row, gradient in zip(rows, gradients):
                     row.grad = gradient
-                if all(torch.isfinite(row.grad).all() for row in rows):
+                if all(torch.isfinite(gradient).all() for gradient in gradients):
                     torch.nn.utils.clip_grad_norm_(rows, MOST_GRADIENT)
                     token.optimizer.step()
                 elif not token.optimizer.state and len(token.losses) >= PATIENCE:
@@ -189,7 +203,7 @@ def learn(token, path, model, clip, task, steps, learning_rate, batch, done):
         token.save(path)
 
 
-def encode(clip, tokens):
+def encode(clip: CLIP, tokens: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(features, pooled features) of tokens, as CLIP.encode_from_tokens gives them, without loading the model again."""
     clip.cond_stage_model.reset_clip_options()
     if clip.layer_idx is not None:
@@ -198,7 +212,15 @@ def encode(clip, tokens):
     return clip.cond_stage_model.encode_token_weights(tokens)[:2]
 
 
-def error(model, latent, noise, t, mask, features, pooled):
+def error(
+    model: Any,
+    latent: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    mask: torch.Tensor,
+    features: torch.Tensor,
+    pooled: torch.Tensor | None,
+) -> torch.Tensor:
     """The model's training error at time t, over the mask alone: mean of (output - target)^2, [B].
 
     The target is what the model is trained for, noise or velocity: its output is affine in the denoised latent, so both
@@ -229,11 +251,11 @@ def error(model, latent, noise, t, mask, features, pooled):
 
 
 @contextlib.contextmanager
-def differentiable(module):
+def differentiable(module: torch.nn.Module) -> Iterator[None]:
     """Every operation of a module computes with a copy of its weights, which autograd may keep. What is loaded stays as
     it is. And norms get a copy of what they are given, since ComfyUI's text encoders add to it in place."""
 
-    def copied(part, args):
+    def copied(part: torch.nn.Module, args: tuple) -> tuple:
         return args[0].clone(), *args[1:]
 
     with torch.inference_mode(False), torch.enable_grad():
@@ -258,11 +280,11 @@ def differentiable(module):
 
 
 @contextlib.contextmanager
-def checkpointed(unet):
+def checkpointed(unet: torch.nn.Module) -> Iterator[None]:
     """The blocks of a UNet keep their inputs alone for the backward pass, and compute the rest again."""
     blocks = [part for part in unet.modules() if isinstance(part, (ResBlock, BasicTransformerBlock))]
 
-    def cheap(forward):
+    def cheap(forward: Callable) -> Callable:
         return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     before = [vars(block).get("forward") for block in blocks]  # another pack's own, or none

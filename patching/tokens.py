@@ -5,9 +5,11 @@ they are when the prompt is encoded. An embedding of several vectors is several 
 """
 
 import numbers
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from comfy.sd import CLIP
 
 ENCODERS = {"l", "g", "h"}  # CLIP of SD1.x, SD2.x and SDXL
 ALIKE = 0.8  # correlation of text features from which on they are of the same words, weighted or in another place
@@ -19,7 +21,7 @@ class Token(NamedTuple):
     starts_word: bool
 
 
-def token_runs(clip, prompt, phrase):
+def token_runs(clip: CLIP, prompt: str, phrase: str) -> list[tuple[int, ...]]:
     """Every occurrence of a phrase in a prompt, as runs of token positions.
 
     A run is a tuple of positions: ascending, and consecutive unless it goes on in the next chunk. Weights count for
@@ -39,7 +41,7 @@ def token_runs(clip, prompt, phrase):
     return sorted(found)
 
 
-def content(clip, text):
+def content(clip: CLIP, text: str) -> dict[str, list[Token]]:
     """The tokens of a text without those that begin, end and pad its chunks: {encoder: [Token]}."""
     chunks = clip.tokenize(text, return_word_ids=True)
     if not chunks.keys() <= ENCODERS:
@@ -62,11 +64,11 @@ def content(clip, text):
     return found
 
 
-def is_id(value):
+def is_id(value: Any) -> bool:
     return isinstance(value, numbers.Integral)
 
 
-def occurrences(tokens, sought):
+def occurrences(tokens: list[Token], sought: list[Token]) -> Iterator[tuple[int, ...]]:
     """The runs of positions at which `sought` stands in `tokens`."""
     for first in range(len(tokens) - len(sought) + 1 if sought else 0):
         run = tokens[first : first + len(sought)]
@@ -74,7 +76,7 @@ def occurrences(tokens, sought):
             yield tuple(token.position for token in run)
 
 
-def same(a, b):
+def same(a: Any, b: Any) -> bool:
     if is_id(a) or is_id(b):
         return is_id(a) and is_id(b) and a == b
     return torch.equal(a, b)

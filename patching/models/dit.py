@@ -193,8 +193,8 @@ class DiT(ModelFamily):
         calls: list[_NetworkCall] = []  # the one that is running
 
         def apply_model(
-            executor: Callable, x: Tensor, t: Tensor, c_concat: Any, c_crossattn: Any, *args: Any, **kwargs
-        ):
+            executor: Callable, x: Tensor, t: Tensor, c_concat: Any, c_crossattn: Any, *args: Any, **kwargs: Any
+        ) -> Tensor:
             for name in self.architecture.refused:
                 if kwargs.get(name) is not None:
                     raise handler.references(self.architecture.name)
@@ -206,7 +206,16 @@ class DiT(ModelFamily):
                 calls.pop()
             return result
 
-        def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, *args: Any, **kwargs: Any):
+        def override(
+            func: Callable,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            heads: int,
+            mask: Tensor | None = None,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Tensor:
             def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 if occupant is not None:
                     return occupant(func, q, k, v, heads, mask, *args, **kwargs)
