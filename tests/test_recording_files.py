@@ -73,6 +73,9 @@ def test_a_missing_prompt_and_another_file_are_refused(tmp_path):
     with pytest.raises(ValueError, match="other.recording.safetensors is not a recording"):
         loaded("other.recording.safetensors")
     assert "there is no file gone" in LoadRecording.validate_inputs("gone.recording.safetensors")
+    assert LoadRecording.validate_inputs() is True  # connected: known when it runs
+    with pytest.raises(ValueError, match="Load Recording: there is no file gone"):
+        loaded("gone.recording.safetensors")
 
 
 def test_what_cannot_be_stored_is_named():

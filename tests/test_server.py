@@ -106,6 +106,30 @@ def test_the_subjects_run(server, name, node, count):
     )
 
 
+@pytest.mark.parametrize("name", ["19 Photomontage on a transformer (demo)", "23 Recordings in files (demo)"])
+def test_a_photomontage_on_the_transformer_runs(server, name):
+    outputs = server.run(quick(workflow(name)), name)
+    image, other, regions, composite = (picture(server, outputs, node) for node in ("15", "25", "31", "36"))
+    assert not equal(image, composite) and not equal(other, composite) and len(regions.getcolors(1 << 24)) > 1
+    assert composite.size == (128, 128) and len(composite.getcolors(1 << 24)) > 1000
+
+
+def test_saved_recordings_are_loaded_in_the_same_run_and_in_a_later_one(server):
+    """By Save Recording's filename, and by the name that the list then has."""
+    prompt = quick(workflow("23 Recordings in files (demo)"))
+    for node in ("16", "26"):
+        prompt[node]["inputs"]["filename_prefix"] = f"recordings/again-{node}"
+    outputs = server.run(prompt, "saved")
+    listed = server.call("/object_info/LoadRecording")["LoadRecording"]["input"]["required"]["file"][1]["options"]
+    for save, load in (("16", "17"), ("26", "27")):
+        (saved,) = outputs[save]["recordings"]
+        prompt[load]["inputs"]["file"] = f"{saved['subfolder']}/{saved['filename']} [output]"
+        assert prompt[load]["inputs"]["file"] in listed
+        del prompt[save]
+    again = server.run(prompt, "loaded")
+    assert equal(picture(server, outputs, "36"), picture(server, again, "36"))
+
+
 def test_another_seed_and_back_pairs_every_latent_with_its_own_history(server):
     def run(seed):
         prompt = quick(workflow(PHOTOMONTAGE))

@@ -39,7 +39,8 @@ class Input(NamedTuple):
     @property
     def is_widget(self) -> bool:
         """Also one that takes links of other types than its widget's: "COMBO,STRING"."""
-        return self.options.get("widgetType", self.type) in WIDGETS and not self.options.get("forceInput")
+        kinds = {self.type, self.options.get("widgetType")}
+        return bool(kinds & WIDGETS) and not self.options.get("forceInput")
 
 
 def inputs_of(info: dict[str, Any], values: dict[str, Any]) -> Iterator[Input]:

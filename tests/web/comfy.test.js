@@ -481,5 +481,26 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
 
   testLayout({ page: () => page, onNode, settled, still, modern });
 
+  test("R refreshes Load Recording's list", async () => {
+    const file = "recordings/new.recording.safetensors [output]";
+    await page.route("**/object_info", async (route) => {
+      const response = await route.fetch();
+      const nodes = await response.json();
+      nodes.LoadRecording.input.required.file[1].options = [file];
+      await route.fulfill({ response, json: nodes });
+    });
+    const listed = await page.evaluate(async () => {
+      const { app, LiteGraph } = window;
+      const node = LiteGraph.createNode("LoadRecording");
+      app.graph.add(node);
+      await app.refreshComboInNodes();
+      const { values } = node.widgets.find(({ name }) => name === "file").options;
+      app.graph.remove(node);
+      return values;
+    });
+    await page.unroute("**/object_info");
+    assert.deepEqual(listed, [file]);
+  });
+
   test("nothing went wrong in the page", () => assert.deepEqual(faults, []));
 });
