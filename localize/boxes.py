@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ COLOURS = [(230, 60, 90), (40, 150, 230), (250, 170, 30), (60, 180, 90), (160, 9
 LEFT_OUT, EDGE = (150, 150, 150), (255, 235, 60)
 
 
-def per_image(boxes, images: int) -> list[list[dict]]:
+def per_image(boxes: Any, images: int) -> list[list[dict]]:
     """BOUNDING_BOX in any of the forms that ComfyUI's nodes use -> one list for each image.
 
     A single dict or a flat list is meant for every image; a list of lists has one for each, or one for all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, cast
 
 import comfy.model_management as mm
@@ -71,7 +72,7 @@ def load_segmenter(name: str, precision: str) -> ManagedModel:
     return _managed(name, "segment-anything", memory, lambda: segment_anything.build_segmenter(weights, half))
 
 
-def _managed(name: str, package: str, memory: int, make) -> ManagedModel:
+def _managed(name: str, package: str, memory: int, make: Callable) -> ManagedModel:
     try:
         return ManagedModel(make(), memory)
     except ImportError as error:
@@ -119,7 +120,7 @@ def find_vocabulary(rows: int) -> dict[str, int]:
     )
 
 
-def _vocabulary_files():
+def _vocabulary_files() -> Any:
     candidates = [
         os.path.join(folder, name)
         for folder in folder_paths.get_folder_paths(BERT)

@@ -49,7 +49,7 @@ class ImageFeatures:
     def tensors(self) -> list[Tensor]:
         return [*self.maps, self.mask]
 
-    def to(self, device) -> ImageFeatures:
+    def to(self, device: Any) -> ImageFeatures:
         return ImageFeatures([m.to(device) for m in self.maps], self.mask.to(device))
 
 
@@ -105,7 +105,7 @@ def _pixels(image: np.ndarray, short_side: int) -> Tensor:
     return (pixels - mean) / std
 
 
-def _count(keys, pattern: str) -> int:
+def _count(keys: Any, pattern: str) -> int:
     """One more than the largest number that stands at (\\d+) in the keys."""
     found = (re.match(pattern, key) for key in keys)
     return 1 + max((int(match[1]) for match in found if match), default=-1)
@@ -178,7 +178,13 @@ class TextEncoder(nn.Module):
         bert = BertModel(BertConfig(**settings), add_pooling_layer=False)
         self.embeddings, self.encoder = bert.embeddings, bert.encoder
 
-    def forward(self, input_ids, attention_mask, position_ids, token_type_ids):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        token_type_ids: torch.Tensor,
+    ) -> Any:
         """attention_mask: (b, n, n) bool, True where a token may look."""
         x = self.embeddings(input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
         hidden = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill(~attention_mask, torch.finfo(x.dtype).min)
@@ -200,7 +206,7 @@ def _detector_class() -> type[nn.Module]:
     class Backbone(nn.Sequential):
         """(Swin, position encoding). The package calls it for the features; ours were made beforehand."""
 
-        def forward(self, image: ImageFeatures):
+        def forward(self, image: ImageFeatures) -> Any:
             maps = [NestedTensor(m, torch.zeros_like(m[:, 0], dtype=torch.bool)) for m in image.maps]
             return maps, [self[1](m) for m in maps]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ def _key(picture: np.ndarray) -> tuple:
 
 
 def find(
-    detector: ManagedModel, pictures: list[np.ndarray], phrases: list[str], short_side: int, tick
+    detector: ManagedModel, pictures: list[np.ndarray], phrases: list[str], short_side: int, tick: Callable
 ) -> list[Detections]:
     """All that the detector sees in each picture; tick() after each."""
     model = detector.load()
@@ -62,7 +63,7 @@ def find(
     return found
 
 
-def _searchable(detector: ManagedModel, model, picture: np.ndarray, short_side: int) -> ImageFeatures:
+def _searchable(detector: ManagedModel, model: Any, picture: np.ndarray, short_side: int) -> ImageFeatures:
     key = _key(picture), short_side
     features = detector.features.get(key)
     if features is None:
@@ -108,7 +109,7 @@ def prompts_of(chosen: list[dict], positive: list[tuple], negative: list[tuple])
     """One prompt a box with the points that lie in it, and one more of the positive points that lie in none."""
     points = [(x, y, POINT) for x, y in positive] + [(x, y, BACKGROUND_POINT) for x, y in negative]
 
-    def holds(box, point) -> bool:
+    def holds(box: Any, point: Any) -> bool:
         return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
     corners = [boxes.corners(box) for box in chosen]
@@ -117,7 +118,7 @@ def prompts_of(chosen: list[dict], positive: list[tuple], negative: list[tuple])
     return [*prompts, Prompt(None, free)] if any(label == POINT for *_, label in free) else prompts
 
 
-def cut(segmenter: ManagedModel, pictures: list[np.ndarray], prompts: list[list[Prompt]], tick) -> Tensor:
+def cut(segmenter: ManagedModel, pictures: list[np.ndarray], prompts: list[list[Prompt]], tick: Callable) -> Tensor:
     """The union of each picture's prompts: (B, H, W) bool on the CPU; tick() after each picture."""
     height, width = pictures[0].shape[:2]
     masks = torch.zeros(len(pictures), height, width, dtype=torch.bool)
@@ -130,7 +131,7 @@ def cut(segmenter: ManagedModel, pictures: list[np.ndarray], prompts: list[list[
     return masks
 
 
-def _embedded(segmenter: ManagedModel, model, picture: np.ndarray) -> Tensor:
+def _embedded(segmenter: ManagedModel, model: Any, picture: np.ndarray) -> Tensor:
     key = _key(picture)
     embedding = segmenter.features.get(key)
     if embedding is None:

@@ -134,7 +134,9 @@ class Segmenter(nn.Module):
         with torch.autocast(device.type, torch.float16) if self.in_fp16 else nullcontext():
             return self.image_encoder(pixels.to(device)).float()
 
-    def cut(self, embedding: Tensor, size: tuple[int, int], box=None, points=()) -> tuple[Tensor, float]:
+    def cut(
+        self, embedding: Tensor, size: tuple[int, int], box: Any | None = None, points: Any = ()
+    ) -> tuple[Tensor, float]:
         """One prompt -> its mask (H, W) bool and the quality (IoU) that the model expects of it.
 
         size: the picture's (H, W). box: (x0, y0, x1, y1) in its pixels. points: (x, y, POINT or BACKGROUND_POINT).
@@ -145,7 +147,9 @@ class Segmenter(nn.Module):
         best = int(quality.argmax())
         return logits[best] > 0, float(quality[best])
 
-    def prompt(self, embedding: Tensor, size: tuple[int, int], box, points, several: bool) -> tuple[Tensor, Tensor]:
+    def prompt(
+        self, embedding: Tensor, size: tuple[int, int], box: Any, points: Any, several: bool
+    ) -> tuple[Tensor, Tensor]:
         """Mask logits (k, H, W) and their qualities (k,); k is 3 for several, else 1."""
         device = self.prompt_encoder.no_mask_embed.weight.device
         embedding = embedding.to(device)

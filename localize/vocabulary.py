@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ class WordPieces:
         # The last separator is [SEP], the one before it the caption's full stop: between them is no phrase.
         return [range(start + 1, end) for start, end in zip(marks[:-2], marks[1:-1], strict=True)]
 
-    def __call__(self, captions: list[str], **_):
+    def __call__(self, captions: list[str], **_: Any) -> Any:
         from transformers import BatchEncoding
 
         ids = torch.tensor([self.ids(caption) for caption in captions])

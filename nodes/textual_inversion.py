@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from ..kernels import collage as kernel
 from ..methods.collage import Collage, Layer, owned_tokens
-from ..patching import textual_inversion
+from ..patching import internals, textual_inversion
 from ..patching.models import require_unet
 from ..patching.tokens import token_runs
 from .collage import CATEGORY, COLLAGE
@@ -303,9 +303,7 @@ class LearnLayerToken(io.ComfyNode):
         cls, model: ModelPatcher, clip: CLIP, path: Path, layer: Layer, vectors: int, init: str, seed: int, resume: bool
     ) -> textual_inversion.Token:
         """The token of an earlier run, if it is the same; else a new one."""
-        checkpoint = model.get_key_patches("diffusion_model.out.2.")["diffusion_model.out.2.weight"][0][
-            0
-        ]  # before LoRAs
+        checkpoint = internals.unpatched_weight(model, "diffusion_model.out.2.weight")
         learned_from = [layer.text, vectors, init, seed, digest(layer.picture), digest(checkpoint)]
         belongs = hashlib.sha256(json.dumps(learned_from).encode()).hexdigest()
         found = None

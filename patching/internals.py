@@ -1,10 +1,12 @@
 """The seam to ComfyUI: the one file of this pack that reaches behind ComfyUI's public API for patching models."""
 
+import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import comfy.conds
+import comfy.ops
 import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
@@ -88,7 +90,36 @@ def network_of(model: ModelPatcher) -> torch.nn.Module:
     return getattr(network, "_orig_mod", network)
 
 
+def make_current(model: ModelPatcher) -> None:
+    """Have the model's weights patched as this MODEL says: two MODELs may share their weights and differ in LoRAs."""
+    model.model.current_patcher = model
+
+
+def unpatched_weight(model: ModelPatcher, key: str) -> torch.Tensor:
+    """A weight as its file has it, before LoRAs."""
+    return model.get_key_patches(key)[key][0][0]
+
+
+@contextlib.contextmanager
+def copied_weights(module: torch.nn.Module) -> Iterator[list[Any]]:
+    """Have every operation of a module compute with a copy of its weights. Yields those operations."""
+    operations = [part for part in module.modules() if isinstance(part, comfy.ops.CastWeightBiasOp)]
+    before = [(part.weight_function, part.bias_function) for part in operations]
+    for part in operations:
+        part.weight_function = [*part.weight_function, torch.clone]
+        part.bias_function = [*part.bias_function, torch.clone]
+    try:
+        yield operations
+    finally:
+        for part, (weight_function, bias_function) in zip(operations, before):
+            part.weight_function, part.bias_function = weight_function, bias_function
+
+
 # ---------------------------------------------------------------- the options of a model evaluation
+
+
+def cloned_options(options: dict) -> dict:
+    return create_model_options_clone(options)
 
 
 def recorded_options(options: dict) -> dict:

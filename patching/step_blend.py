@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import comfy.samplers
 import torch
-from comfy.model_patcher import ModelPatcher, create_model_options_clone
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
+from . import internals
 from .internals import KEY
 from .schedule import step_of
 
@@ -116,7 +117,7 @@ class BlendRun:
     def deferred_guider(self, number: int, guider: Any) -> Any:
         """A copy of a guider, whose model is loaded when its turn comes."""
         guider = copy.copy(guider)
-        guider.model_options = create_model_options_clone(guider.model_options)
+        guider.model_options = internals.cloned_options(guider.model_options)
         add_wrapper_with_key(
             WrappersMP.PREPARE_SAMPLING,
             KEY,
@@ -151,7 +152,7 @@ class BlendRun:
         if number != self.turn:
             self.loads[number]()
             self.turn = number
-        patcher.model.current_patcher = patcher  # two MODELs may share their weights and differ in LoRAs
+        internals.make_current(patcher)
 
     def enter(
         self, number: int, noise: Tensor, sigmas: Tensor, callback: Callable | None = None, disable_pbar: bool = True

@@ -16,15 +16,17 @@ import comfy.ldm.modules.attention as attention
 import comfy.model_management
 import comfy.ops
 import comfy.utils
-import safetensors.torch
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.masked_mean import masked_mean
+from . import internals
 from .tokens import content, is_id, same
 
 MADE_BY = "montage_learned_token"  # key of our own entry in the file's metadata
@@ -76,7 +78,7 @@ class Token:
         token = cls({key.removeprefix("clip_"): rows for key, rows in tensors.items()}, kept["belongs"])
         token.losses = kept["losses"]
         state = {}
-        for key, value in safetensors.torch.load(base64.b64decode(kept["optimizer"])).items():
+        for key, value in load_tensors(base64.b64decode(kept["optimizer"])).items():
             number, name = key.split(".")
             state.setdefault(int(number), {})[name] = value
         token.optimizer.load_state_dict({**token.optimizer.state_dict(), "state": state})
@@ -92,7 +94,7 @@ class Token:
         kept = {
             "belongs": self.belongs,
             "losses": self.losses,
-            "optimizer": base64.b64encode(safetensors.torch.save(moments)).decode(),
+            "optimizer": base64.b64encode(save_tensors(moments)).decode(),
         }
         part = path.with_suffix(".part")  # never half a file
         tensors = {f"clip_{name}": rows.detach().clone() for name, rows in self.rows.items()}
@@ -258,23 +260,11 @@ def differentiable(module: torch.nn.Module) -> Iterator[None]:
     def copied(part: torch.nn.Module, args: tuple) -> tuple:
         return args[0].clone(), *args[1:]
 
-    with torch.inference_mode(False), torch.enable_grad():
-        operations = [part for part in module.modules() if isinstance(part, comfy.ops.CastWeightBiasOp)]
-        before = [(part.weight_function, part.bias_function) for part in operations]
+    with torch.inference_mode(False), torch.enable_grad(), internals.copied_weights(module) as operations:
         hooks = [part.register_forward_pre_hook(copied) for part in operations if isinstance(part, torch.nn.LayerNorm)]
-        for part in operations:
-            part.weight_function, part.bias_function = (
-                [*part.weight_function, torch.clone],
-                [
-                    *part.bias_function,
-                    torch.clone,
-                ],
-            )
         try:
             yield
         finally:
-            for part, functions in zip(operations, before):
-                part.weight_function, part.bias_function = functions
             for hook in hooks:
                 hook.remove()
 

@@ -13,7 +13,7 @@ import {
   keepMeaning,
   pictureAddress,
   placeOf,
-  settle,
+  onOutput,
   soon,
 } from "./graph_node.js";
 import { settled } from "./layers.js";
@@ -276,7 +276,7 @@ function addLayout(node) {
   widgetOf(node, "prompt").options.getMaxHeight = () => 110; // a taller node is for the picture
   widget.serialize = false;
   node.setSize([Math.max(400, node.size[0]), Math.max(860, node.size[1])]);
-  settle(node, editor, (output) => {
+  onOutput(node, editor, (output) => {
     if (output?.montage_canvas) remember(placeOf(node), output.montage_canvas[0]);
     shown = output?.montage_canvas?.[0] ?? remembered()[placeOf(node)] ?? null;
     editor.render();

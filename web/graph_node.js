@@ -3,8 +3,8 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { allPaths } from "./paths.js";
 
-const residents = new WeakMap(); // node -> {editor, show}
-const seats = new Map(); // place of a node -> {view, element}: what outlives the node when undo makes it anew
+const mounted = new WeakMap(); // node -> {editor, show}
+const savedViews = new Map(); // place of a node -> {view, element}: what outlives the node when undo makes it anew
 
 /** The address of a file that a node has left in the temp folder. */
 export function fileAddress(filename) {
@@ -61,12 +61,12 @@ export function addEditor(node, name, type, editor, options) {
 }
 
 /** Has `show(output)` called with what the node's last run sent, whenever that may have changed. */
-export function settle(node, editor, show) {
-  residents.set(node, { editor, show });
+export function onOutput(node, editor, show) {
+  mounted.set(node, { editor, show });
   after(node, "onExecuted", show);
   for (const method of ["onAdded", "onConfigure"]) {
     after(node, method, () => {
-      takeSeat(node);
+      restoreView(node);
       show(lastOutput(node));
     });
   }
@@ -121,7 +121,7 @@ export function placeOf(node) {
 
 /** The element that shows the editor of a place now. */
 export function elementAt(place) {
-  return seats.get(place)?.element.deref();
+  return savedViews.get(place)?.element.deref();
 }
 
 /** What the node's last run sent to the page. */
@@ -134,15 +134,15 @@ export function lastOutput(node) {
  * Undo makes the node anew under its old id. In Nodes 2.0 the page then keeps the element of the old editor, where
  * edits would be lost: the new one takes its place, and the tools stay as they were.
  */
-function takeSeat(node) {
-  const { editor } = residents.get(node);
+function restoreView(node) {
+  const { editor } = mounted.get(node);
   const place = placeOf(node);
-  const seat = seats.get(place);
+  const seat = savedViews.get(place);
   const element = seat?.element.deref();
   if (element && element !== editor.element && element.isConnected) element.replaceWith(editor.element);
   if (seat) editor.view = seat.view;
   editor.resume();
-  seats.set(place, { view: editor.view, element: new WeakRef(editor.element) });
+  savedViews.set(place, { view: editor.view, element: new WeakRef(editor.element) });
 }
 
 /**
@@ -151,7 +151,7 @@ function takeSeat(node) {
  */
 function showEditorsOfGraph() {
   for (const node of app.canvas.graph?.nodes ?? []) {
-    const element = residents.get(node)?.editor.element;
+    const element = mounted.get(node)?.editor.element;
     const shown = element && document.querySelector(`[data-node-id="${node.id}"] .montage-editor`);
     if (shown && shown !== element) shown.replaceWith(element);
   }
@@ -165,6 +165,6 @@ app.registerExtension({
   },
   afterConfigureGraph: showEditorsOfGraph,
   onNodeOutputsUpdated() {
-    for (const path of allPaths()) residents.get(path.at(-1))?.show(lastOutput(path.at(-1)));
+    for (const path of allPaths()) mounted.get(path.at(-1))?.show(lastOutput(path.at(-1)));
   },
 });

@@ -12,7 +12,7 @@ import {
   keepMeaning,
   lastOutput,
   pictureAddress,
-  settle,
+  onOutput,
   soon,
 } from "./graph_node.js";
 import { allPaths, nodesBehind, pathOf } from "./paths.js";
@@ -176,7 +176,7 @@ app.registerExtension({
       beginResult(node, output);
       return before?.apply(this, arguments);
     };
-    settle(node, editor, (output) => showPictures(editor, output));
+    onOutput(node, editor, (output) => showPictures(editor, output));
     after(node, "onConnectionsChange", () => editor.render());
     for (const widget of node.widgets)
       if (["base", "unmarked", "unmarked_is_base"].includes(widget.name))

@@ -250,6 +250,7 @@ function linkStyle() {
     ![...document.styleSheets].some((sheet) => sheet.href === href) &&
     !document.querySelector(`link[href="${href}"]`)
   ) {
+    // Once for all editors: a pack has no other way to give ComfyUI a stylesheet of its own.
     document.head.append(make("link", { rel: "stylesheet", href }));
   }
 }
