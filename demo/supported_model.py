@@ -82,6 +82,8 @@ class MontageDemo(comfy.supported_models.SD15):
 class FewWords(comfy.model_base.Flux):
     """Flux's model that reads the first text tokens only: of CLIP's 77 the captions fill 22 at most."""
 
+    most_text_tokens = DIT_WORDS
+
     def extra_conds(self, **kwargs):
         conds = super().extra_conds(**kwargs)
         if "c_crossattn" in conds:

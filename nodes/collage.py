@@ -14,7 +14,7 @@ from ..kernels import collage as kernel
 from ..kernels.noise_map import noise_map
 from ..kernels.token_bias import GROWTH
 from ..methods.collage import Collage, CollageBias, Layer, owned_tokens, placed
-from ..patching import bias, run_masks
+from ..patching import bias, refusals, run_masks
 from ..patching.install import install
 from ..patching.models import parse_sites
 from ..patching.schedule import Window
@@ -594,6 +594,7 @@ class CollageCrossAttn(io.ComfyNode):
         biased = []
         for entry, offset in zip(given, cls.offsets(own, given, list(steered))):
             moved = {position + offset: layers for position, layers in steered.items()} if offset is not None else {}
+            refusals.check_read(cls.NAME, model, moved)
             biased += bias.attach([entry], CollageBias(window, collage, moved, strength, growth)) if moved else [entry]
         return io.NodeOutput(install(model, heed_bias=True), biased)
 

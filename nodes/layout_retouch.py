@@ -14,6 +14,7 @@ from comfy_api.latest import io
 
 from ..kernels import adaptive_mask as kernel
 from ..methods.layout_retouch import FromBoth, FromLayout, FromReference, LiveMask
+from ..patching import refusals
 from ..patching.attention_maps import TokenMap, marked
 from ..patching.install import install
 from ..patching.models import parse_sites
@@ -206,9 +207,9 @@ class TokenAttentionMap(io.ComfyNode):
     ) -> io.NodeOutput:
         found = parse_sites(cls.NAME, model, sites)
         latent_of(cls.NAME, model, latent)
-        token_map = TokenMap(
-            words, prompt, tokens_of(cls.NAME, connected(cls.NAME, "clip", clip), prompt, words), found
-        )
+        tokens = tokens_of(cls.NAME, connected(cls.NAME, "clip", clip), prompt, words)
+        refusals.check_read(cls.NAME, model, tokens)
+        token_map = TokenMap(words, prompt, tokens, found)
         recording = Recording()
         conditioning = encoded(cls.NAME, clip, prompt)
         return io.NodeOutput(

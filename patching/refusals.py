@@ -6,8 +6,10 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from comfy.model_patcher import ModelPatcher
+
 from . import internals
-from .models import Site, SiteHandler, TextAttention
+from .models import Site, SiteHandler, TextAttention, family_of
 from .recipe import Recipe, never_acts
 from .schedule import Window, in_words, position
 from .streams import CondRole, Run
@@ -305,6 +307,16 @@ def check_biased(node: str, size: tuple[int, int], attention: TextAttention) -> 
         raise ValueError(
             f"{node}: another node (an attention couple, for instance) multiplies the batch inside cross-attention."
             " Disconnect it from this MODEL."
+        )
+
+
+def check_read(node: str, model: ModelPatcher, positions: Iterable[int]) -> None:
+    """Refuse words that stand behind the last token of a prompt that the model reads. positions: of the words."""
+    most, last = family_of(model).most_text_tokens, max(positions, default=0)
+    if most is not None and last >= most:
+        raise ValueError(
+            f"{node}: the words stand at token {last + 1} of the prompt, and this model reads the first {most}. Shorten"
+            " the prompt, or write the words further to the front."
         )
 
 

@@ -139,6 +139,11 @@ class ModelFamily(ABC):
         """The sites whose image tokens attend to text."""
         return frozenset(self.sites())
 
+    @property
+    def most_text_tokens(self) -> int | None:
+        """How many of a conditioning's tokens the model reads; None: all."""
+        return None
+
     def own_text(self, tokens: int, length: int) -> tuple[slice, int]:
         """Which of the text's rows in an attention are those of a conditioning's tokens, and how many rows one copy of
         it takes: ComfyUI repeats texts to batch them. tokens: of the conditioning. length: rows of the text.

@@ -131,12 +131,16 @@ class DiT(ModelFamily):
     def text_sites(self) -> frozenset[Site]:
         return frozenset(site for site in self.sites() if site.index == 0)
 
+    @property
+    def most_text_tokens(self) -> int | None:
+        return getattr(self.model.model, "most_text_tokens", None)
+
     def own_text(self, tokens: int, length: int) -> tuple[slice, int]:
         if isinstance(self.model.model, comfy.model_base.Flux2):  # padded on the left
             return slice(max(0, length - tokens), length), tokens
         if isinstance(self.model.model, comfy.model_base.Anima):  # an adapter makes a text of its own of it
             return slice(0, length), length
-        return slice(0, length), tokens
+        return slice(0, length), min(tokens, self.most_text_tokens or tokens)
 
     def parse_sites(self, text: str) -> tuple[Site, ...]:
         """The sites that a text names, in the order of execution.
