@@ -1,22 +1,39 @@
-"""Finding a phrase in a prompt for T5 and language models. ComfyUI's own classes tokenize and encode, with encoders that
-write each token's number into its row: the rows at the positions that were found must decode to the phrase."""
+"""Finding a phrase in a prompt for T5 and language models. ComfyUI's own classes tokenize and encode, with encoders
+that write each token's number into its row: the rows at the positions that were found must decode to the phrase.
+"""
 
-import base64
 import io
 from types import SimpleNamespace
 
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from comfy.sd import CLIP
-from comfy.text_encoders import anima, cosmos, flux, hidream, hunyuan_image, lumina2, pixart_t5, qwen_image, sd3_clip
-from comfy.text_encoders import wan, z_image
+from comfy.text_encoders import (
+    anima,
+    cosmos,
+    flux,
+    hidream,
+    hunyuan_image,
+    lumina2,
+    pixart_t5,
+    qwen_image,
+    sd3_clip,
+    wan,
+    z_image,
+)
 
+from montage.methods.collage import Collage, Layer
+from montage.nodes.collage import CollageCrossAttn
+from montage.nodes.demo_model import MontageDemoModel
+from montage.nodes.layout_retouch import TokenAttentionMap
 from montage.patching.tokens import token_runs
+from montage.workshop.sampling import sample
 
 PROMPTS = {  # prompt: phrase -> occurrences
     "a red cat and a blue cat": {"cat": 2, "a red cat": 1, "a blue cat": 1, "red": 1, "and": 1},
-    "red cats, a cat-like dog (cat): \"cat\".": {"cat": 3, "red cats": 1, "dog": 1},
+    'red cats, a cat-like dog (cat): "cat".': {"cat": 3, "red cats": 1, "dog": 1},
     "checkerboardly unfathomable  balls on the grass": {"checkerboardly": 1, "unfathomable balls": 1},
     "cat cat cat": {"cat cat": 2, "cat": 3},
     "the user sees an image of an object": {"user": 1, "image": 1, "object": 1},
@@ -52,7 +69,9 @@ def encoder(kind, **parts):
 
 
 def single(kind, name, attribute=None, **settings):
-    return encoder(kind, clip_name=name, clip=attribute or name, **{attribute or name: Numbered(masks=True, **settings)})
+    return encoder(
+        kind, clip_name=name, clip=attribute or name, **{attribute or name: Numbered(masks=True, **settings)}
+    )
 
 
 def text_encoder(tokenizer, model):
@@ -71,21 +90,22 @@ def pieces(**settings):
     return {"spiece_model": torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8)}
 
 
-def tekken():
-    """A vocabulary as Mistral writes it: bytes, and a few words."""
-    words = [bytes([n]) for n in range(256)] + [b" c", b" ca", b" cat", b"ca", b"cat", b" r", b"ed", b" red", b"us", b"er"]
-    vocabulary = [{"rank": rank, "token_bytes": base64.b64encode(word).decode()} for rank, word in enumerate(words)]
-    names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
-    names += [f"<SPECIAL_{n}>" for n in range(len(names), 20)]
-    special = [{"rank": len(words) + n, "token_str": name} for n, name in enumerate(names)]
-    import json
+def mistral():
+    """Flux.2's tokenizer over a small vocabulary of Mistral's kind: bytes, a few words, and its special tokens.
 
-    written = {
-        "config": {"default_vocab_size": len(words) + len(special)},
-        "vocab": vocabulary,
-        "special_tokens": special,
-    }
-    return {"tekken_model": torch.frombuffer(bytearray(json.dumps(written).encode()), dtype=torch.uint8)}
+    Mistral's own comes with the weights, and ComfyUI reads it with a converter that transformers changed in release 5.
+    """
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    special += [f"<SPECIAL_{n}>" for n in range(len(special), 20)]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, special_tokens=special)
+    inner.train_from_iterator(PROMPTS, trainer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flux, "load_mistral_tokenizer", lambda _: {"tokenizer_object": inner, "legacy": False})
+        return flux.Flux2Tokenizer()
 
 
 def flux1():
@@ -100,45 +120,40 @@ def sd3(clip_l=True, clip_g=True, t5=True):
     return text_encoder(sd3_clip.SD3Tokenizer(), model)
 
 
-def qwen(kind=qwen_image.QwenImageTokenizer, model=qwen_image.QwenImageTEModel, **parts):
-    made = single(model, "qwen25_7b")
-    for name, part in parts.items():
-        setattr(made, name, part)
-    return text_encoder(kind(), made)
+def t5(kind):
+    return single(kind, "t5xxl", "clip_t5xxl")
+
+
+def qwen():
+    return text_encoder(qwen_image.QwenImageTokenizer(), single(qwen_image.QwenImageTEModel, "qwen25_7b"))
+
+
+def hunyuan():
+    model = single(hunyuan_image.HunyuanImageTEModel, "qwen25_7b")
+    model.byt5_small = None  # it reads what stands in quotes, behind Qwen's rows
+    return text_encoder(hunyuan_image.HunyuanImageTokenizer(), model)
 
 
 ENCODERS = {
-    "Flux.1": (flux1, "t5xxl"),
-    "Chroma": (lambda: text_encoder(pixart_t5.PixArtTokenizer(), single(pixart_t5.PixArtT5XXL, "t5xxl", "clip_t5xxl")), ""),
-    "Cosmos": (lambda: text_encoder(cosmos.CosmosT5Tokenizer(), single(cosmos.CosmosT5XXL, "t5xxl", "clip_t5xxl")), ""),
-    "Wan": (lambda: text_encoder(wan.WanT5Tokenizer(tokenizer_data=pieces()), single(wan.WanT5Model, "umt5xxl")), ""),
-    "Lumina 2": (
-        lambda: text_encoder(
-            lumina2.LuminaTokenizer(tokenizer_data=pieces(**AS_GEMMA)),
-            single(lumina2.LuminaModel, "gemma2_2b"),
-        ),
-        "",
+    "Flux.1": flux1,
+    "Chroma": lambda: text_encoder(pixart_t5.PixArtTokenizer(), t5(pixart_t5.PixArtT5XXL)),
+    "Cosmos": lambda: text_encoder(cosmos.CosmosT5Tokenizer(), t5(cosmos.CosmosT5XXL)),
+    "Wan": lambda: text_encoder(wan.WanT5Tokenizer(tokenizer_data=pieces()), single(wan.WanT5Model, "umt5xxl")),
+    "Lumina 2": lambda: text_encoder(
+        lumina2.LuminaTokenizer(tokenizer_data=pieces(**AS_GEMMA)), single(lumina2.LuminaModel, "gemma2_2b")
     ),
-    "Qwen-Image": (qwen, ""),
-    "Hunyuan-Image": (
-        lambda: qwen(hunyuan_image.HunyuanImageTokenizer, hunyuan_image.HunyuanImageTEModel, byt5_small=None),
-        "",
-    ),
-    "Z-Image": (lambda: text_encoder(z_image.ZImageTokenizer(), single(z_image.ZImageTEModel, "qwen3_4b")), ""),
-    "klein": (lambda: text_encoder(flux.KleinTokenizer(), single(flux.Flux2TEModel, "qwen3_4b", layers=3)), ""),
-    "klein 8B": (lambda: text_encoder(flux.KleinTokenizer8B(), single(flux.Flux2TEModel, "qwen3_8b", layers=3)), ""),
-    "Flux.2": (
-        lambda: text_encoder(
-            flux.Flux2Tokenizer(tokenizer_data=tekken()), single(flux.Flux2TEModel, "mistral3_24b", layers=3)
-        ),
-        "",
-    ),
+    "Qwen-Image": qwen,
+    "Hunyuan-Image": hunyuan,
+    "Z-Image": lambda: text_encoder(z_image.ZImageTokenizer(), single(z_image.ZImageTEModel, "qwen3_4b")),
+    "klein": lambda: text_encoder(flux.KleinTokenizer(), single(flux.Flux2TEModel, "qwen3_4b", layers=3)),
+    "klein 8B": lambda: text_encoder(flux.KleinTokenizer8B(), single(flux.Flux2TEModel, "qwen3_8b", layers=3)),
+    "Flux.2": lambda: text_encoder(mistral(), single(flux.Flux2TEModel, "mistral3_24b", layers=3)),
 }
 
 
 @pytest.fixture(scope="module", params=ENCODERS)
 def clip(request):
-    return ENCODERS[request.param][0]()
+    return ENCODERS[request.param]()
 
 
 def features(clip, prompt):
@@ -149,8 +164,12 @@ def features(clip, prompt):
 def decoded(clip, ids):
     """What tokens say, by the tokenizer's own decoder."""
     tokenizer = clip.tokenizer
-    name = next(n for n in vars(tokenizer) if n.removeprefix("clip_") not in ("l", "g", "byt5", "qwen3_06b") and hasattr(vars(tokenizer)[n], "decode"))
-    return getattr(tokenizer, name).decode([int(n) for n in ids], skip_special_tokens=False)
+    inner = getattr(tokenizer, "t5xxl", None) or getattr(tokenizer, tokenizer.clip)
+    return inner.decode([int(n) for n in ids], skip_special_tokens=False)
+
+
+def encode(clip, prompt):
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
 
 def words(text):
@@ -180,19 +199,26 @@ def test_absent_and_empty(clip):
 def test_weights():
     """T5 reads weights, a language model reads parentheses."""
     assert token_runs(flux1(), "a (red:1.4) cat", "red cat") == [(2, 3)]
-    z = ENCODERS["Z-Image"][0]()
+    z = ENCODERS["Z-Image"]()
     with pytest.raises(ValueError, match="is not in the prompt"):
         token_runs(z, "a (red:1.4) cat", "red cat")
     (run,) = token_runs(z, "a (red:1.4) cat", "red")
     assert decoded(z, features(z, "a (red:1.4) cat")[list(run)]) == "red"
 
 
-@pytest.mark.parametrize("prompt", ["一只红猫坐在草地上", "一只cat坐在草地上", "écoute la fête, 日本"])
-def test_letters_of_several_bytes(prompt):
+@pytest.mark.parametrize(
+    ("prompt", "phrases"),
+    [
+        ("一只红猫坐在草地上", ("红猫", "草地")),
+        ("一只cat坐在草地上", ("cat", "坐")),
+        ("écoute la fête, 日本", ("écoute", "la fête", "日本")),
+    ],
+)
+def test_letters_of_several_bytes(prompt, phrases):
+    """Chinese and Japanese words follow one another without spaces; a token may hold more than the phrase."""
     clip = qwen()
     rows = features(clip, prompt)
-    phrases = {"一只红猫坐在草地上": ("红猫", "草地"), "一只cat坐在草地上": ("cat",), "écoute la fête, 日本": ("écoute", "la fête", "日本")}
-    for phrase in phrases[prompt]:
+    for phrase in phrases:
         (run,) = token_runs(clip, prompt, phrase)
         assert phrase in decoded(clip, rows[list(run)])
     with pytest.raises(ValueError, match="has no letters for a part of"):
@@ -209,10 +235,10 @@ def test_sd3_has_the_words_twice(there):
         rows = whole.max(-1).values
         runs = token_runs(clip, prompt, "red cat")
         clip_rows = (154 if before else 77) if there[0] else 0
-        said = [
-            words((clip.tokenizer.clip_l if run[0] < clip_rows else clip.tokenizer.t5xxl).decode([int(n) for n in rows[list(run)]]))
-            for run in runs
-        ]
+        said = []
+        for run in runs:
+            inner = clip.tokenizer.clip_l if run[0] < clip_rows else clip.tokenizer.t5xxl
+            said.append(words(inner.decode(rows[list(run)].int().tolist())))
         assert said == ["red cat"] * (bool(there[0]) + there[2])
         assert [run[0] < clip_rows for run in runs] == [True] * bool(there[0]) + [False] * there[2]
 
@@ -237,11 +263,44 @@ def test_embeddings_take_rows():
         token_runs(clip, "a embedding:three cat", "embedding:three cat")
 
 
-def test_an_encoder_that_nobody_has_listed():
-    class HiDreamTEModel_:
-        pass
+def test_hidream_is_refused():
+    """Its transformer reads T5's rows and those of Llama in one axis."""
+    clip = text_encoder(hidream.HiDreamTokenizer.__new__(hidream.HiDreamTokenizer), encoder(hidream.HiDreamTEModel))
+    for name in ("clip_l", "clip_g", "t5xxl", "llama"):
+        setattr(clip.tokenizer, name, SimpleNamespace(tokenize_with_weights=lambda *_, **__: [[(1, 1.0)]]))
+    with pytest.raises(ValueError, match="the text encoder HiDreamTEModel is not the CLIP of .* Wan: where it puts"):
+        token_runs(clip, "a cat", "cat")
 
-    tokenizer = SimpleNamespace(tokenize_with_weights=lambda *_, **__: {"l": [], "g": [], "t5xxl": [], "llama": []})
-    assert hidream.HiDreamTokenizer
-    with pytest.raises(ValueError, match="the text encoder HiDreamTEModel_ is not the CLIP of .* Wan: where it puts"):
-        token_runs(text_encoder(tokenizer, HiDreamTEModel_()), "a cat", "cat")
+
+@pytest.fixture(scope="module")
+def demo():
+    model, clip, *_ = MontageDemoModel.execute(architecture="dit").args
+    return model, clip
+
+
+def a_collage(prompt, phrase):
+    layer = Layer("1", torch.ones(4, 64, 64), phrase, 0.25, 0.5, 0.5, 0.0, 0, 1.0, 1.0, 0.8, 1.0)
+    masks = torch.zeros(1, 128, 128)
+    masks[..., :64] = 1
+    return Collage((layer,), masks, torch.ones(128, 128), prompt, torch.zeros(3, 128, 128))
+
+
+def test_the_last_words_that_the_demo_transformer_reads(demo):
+    """It reads 24 of CLIP's 77 tokens, and the first begins the text."""
+    model, clip = demo
+    prompt, latent = "a " * 22 + "red", {"samples": torch.zeros(1, 4, 16, 16)}
+    measured, started, positive = TokenAttentionMap.execute(model, latent, clip, prompt, "red", "all").args
+    settings = {"positive": positive, "negative": encode(clip, ""), "steps": 2}
+    plain = sample(model, latent, **settings)
+    assert torch.equal(sample(measured, started, **settings)["samples"], plain["samples"])
+    biased, positive = CollageCrossAttn.execute(model, clip, a_collage(prompt, "red"), 3.0, "log", 0.0, 1.0, "all").args
+    assert not torch.equal(sample(biased, latent, **(settings | {"positive": positive}))["samples"], plain["samples"])
+
+
+def test_words_that_the_demo_transformer_does_not_read(demo):
+    model, clip = demo
+    prompt = "a " * 23 + "red"
+    with pytest.raises(ValueError, match="Token Attention Map: the words stand at token 25 .* reads the first 24"):
+        TokenAttentionMap.execute(model, {"samples": torch.zeros(1, 4, 16, 16)}, clip, prompt, "red", "all")
+    with pytest.raises(ValueError, match="Collage Cross Attention: the words stand at token 25 .* reads the first 24"):
+        CollageCrossAttn.execute(model, clip, a_collage(prompt, "red"), 1.0, "log", 0.0, 1.0, "all")
