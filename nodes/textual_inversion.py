@@ -19,7 +19,7 @@ from ..kernels import collage as kernel
 from ..methods.collage import Collage, Layer, owned_tokens
 from ..patching import internals, textual_inversion
 from ..patching.models import require_unet
-from ..patching.tokens import token_runs
+from ..patching.tokens import is_clip, token_runs
 from .collage import CATEGORY, COLLAGE
 from .inputs import connected, refuse_nan
 
@@ -181,6 +181,11 @@ class LearnLayerToken(io.ComfyNode):
         refuse_nan(cls.NAME, learning_rate=learning_rate)
         require_unet(cls.NAME, model, "it trains a word of CLIP through the model's cross-attention")
         connected(cls.NAME, "clip", clip)
+        if not is_clip(clip):
+            raise ValueError(
+                f"{cls.NAME}: it trains a word of CLIP, and the text encoder {type(clip.cond_stage_model).__name__} is"
+                " another. Connect the CLIP of the model's own checkpoint (Load Checkpoint)."
+            )
         connected(cls.NAME, "vae", vae)
         path = cls.path(clip, name)
         learned = cls.with_token(clip, collage, layer, name)

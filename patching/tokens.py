@@ -87,8 +87,14 @@ def token_runs(clip: CLIP, prompt: str, phrase: str) -> list[tuple[int, ...]]:
     return sorted(found)
 
 
+def is_clip(clip: CLIP) -> bool:
+    """Whether a text encoder is CLIP alone."""
+    return clip.tokenize("").keys() <= ENCODERS
+
+
 def check_clip(clip: CLIP) -> None:
-    if not clip.tokenize("").keys() <= ENCODERS:
+    """Refuse an encoder that is neither CLIP nor in ENCODINGS."""
+    if not is_clip(clip):
         raise ValueError(
             f"the text encoder {type(clip.cond_stage_model).__name__} is not the CLIP of SD1.x, SD2.x or SDXL, nor that"
             " of Flux.1, Flux.2, SD3, Chroma, Qwen-Image, Z-Image, Lumina 2, Hunyuan-Image, Cosmos-Predict2, Anima or"

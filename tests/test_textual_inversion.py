@@ -5,6 +5,7 @@ comes of it.
 import functools
 
 import comfy.model_management
+import comfy.text_encoders.pixart_t5
 import comfy.utils
 import pytest
 import torch
@@ -385,3 +386,12 @@ def test_other_peoples_embeddings_and_clips_are_left_alone(clip, tmp_path):
     outside = collage()
     with pytest.raises(ValueError, match="Learn Layer Token: layer 0 .node 1. lies outside the canvas"):
         learn(clip, outside._replace(layers=(outside.layers[0]._replace(x=3.0), outside.layers[1])), name="blue")
+
+
+def test_a_word_of_t5_is_not_learned():
+    clip = text_encoder("sd15-small").clone()
+    clip.tokenizer = comfy.text_encoders.pixart_t5.PixArtTokenizer()
+    with pytest.raises(
+        ValueError, match="Learn Layer Token: it trains a word of CLIP, and the text encoder .* another"
+    ):
+        learn(clip)

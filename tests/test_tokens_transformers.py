@@ -24,11 +24,11 @@ from comfy.text_encoders import (
     z_image,
 )
 
-from montage.methods.collage import Collage, Layer
 from montage.nodes.collage import CollageCrossAttn
 from montage.nodes.demo_model import MontageDemoModel
 from montage.nodes.layout_retouch import TokenAttentionMap
 from montage.patching.tokens import token_runs
+from montage.workshop.collages import RED, canvas, layer, plain
 from montage.workshop.sampling import sample
 
 PROMPTS = {  # prompt: phrase -> occurrences
@@ -279,10 +279,7 @@ def demo():
 
 
 def a_collage(prompt, phrase):
-    layer = Layer("1", torch.ones(4, 64, 64), phrase, 0.25, 0.5, 0.5, 0.0, 0, 1.0, 1.0, 0.8, 1.0)
-    masks = torch.zeros(1, 128, 128)
-    masks[..., :64] = 1
-    return Collage((layer,), masks, torch.ones(128, 128), prompt, torch.zeros(3, 128, 128))
+    return canvas(layer(plain(RED), phrase, x=0.25, scale=0.5), 128, 128, prompt)[0]
 
 
 def test_the_last_words_that_the_demo_transformer_reads(demo):
