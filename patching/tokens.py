@@ -168,7 +168,7 @@ def spelled_runs(clip: CLIP, encoding: Encoding, prompt: str, phrase: str) -> se
     found, first = set(), 0
     if encoding.after_clip:
         first = clip_rows(clip, prompt)
-        found = clip_runs(clip, prompt, phrase) if first else set()
+        found = {run for run in clip_runs(clip, prompt, phrase) if run[-1] < first} if first else set()
         if clip.cond_stage_model.t5xxl is None:
             return found
     sought = " ".join("".join(letter for letter, _ in spelled(clip, encoding, phrase)).split())
@@ -182,8 +182,8 @@ def spelled_runs(clip: CLIP, encoding: Encoding, prompt: str, phrase: str) -> se
     text = spelled(clip, encoding, prompt)
     joined = "".join(letter for letter, _ in text)
     for match in re.finditer(f"(?={whole_words(sought)})", joined):
-        run = {position + first for _, position in text[match.start(1) : match.end(1)]}
-        found.add(tuple(sorted(run)))
+        letters = text[match.start(1) : match.end(1)]
+        found.add(tuple(sorted({position + first for _, positions in letters for position in positions})))
     return found
 
 
@@ -201,10 +201,8 @@ def whole_words(sought: str) -> str:
     return before + "(" + r"\s+".join(re.escape(word) for word in sought.split()) + ")" + after
 
 
-def spelled(clip: CLIP, encoding: Encoding, text: str) -> list[tuple[str, int]]:
-    """The letters that a text's tokens spell, without the template around it, each with its token's position. A letter
-    of several tokens stands at its first.
-    """
+def spelled(clip: CLIP, encoding: Encoding, text: str) -> list[tuple[str, set[int]]]:
+    """The letters that a text's tokens spell, without the template around it, each with the positions of its tokens."""
     tokens, template = (template_of(clip, encoding, t) for t in (text, ""))
     before = shared(tokens, template)
     after = shared(tokens[::-1], template[before:][::-1])
@@ -215,8 +213,9 @@ def spelled(clip: CLIP, encoding: Encoding, text: str) -> list[tuple[str, int]]:
     letters = bytes(byte for byte, _ in written).decode(errors="surrogateescape")
     found, at = [], 0
     for letter in letters:
-        found.append((letter, written[at][1]))
-        at += len(letter.encode(errors="surrogateescape"))
+        end = at + len(letter.encode(errors="surrogateescape"))
+        found.append((letter, {position for _, position in written[at:end]}))
+        at = end
     return found
 
 

@@ -212,6 +212,7 @@ def test_weights():
         ("一只红猫坐在草地上", ("红猫", "草地")),
         ("一只cat坐在草地上", ("cat", "坐")),
         ("écoute la fête, 日本", ("écoute", "la fête", "日本")),
+        ("a 🦩🪿 fox", ("🦩🪿", "🦩", "fox")),
     ],
 )
 def test_letters_of_several_bytes(prompt, phrases):
