@@ -746,7 +746,7 @@ def test_the_adaptive_mask_of_a_finished_map():
     with pytest.raises(ValueError, match="the latent carries no map"):
         AdaptiveMaskBlend.execute(0.3, 0.01, "or", record())
     assert torch.equal(AdaptiveMaskBlend.execute(0.3, 0.01, "or").args[0], torch.zeros(1, 64, 64))
-    assert AdaptiveMaskBlend.execute(0.3, 0.01, "sam", sam_mask=torch.ones(3, 32, 32)).args[0].shape == (3, 32, 48)
+    assert AdaptiveMaskBlend.execute(0.3, 0.01, "sam", sam_mask=torch.ones(3, 32, 48)).args[0].shape == (3, 32, 48)
     for mode in ("and", "sam"):
         with pytest.raises(ValueError, match=f'Adaptive Mask Blend: mode "{mode}" needs sam_mask'):
             AdaptiveMaskBlend.execute(0.3, 0.01, mode, latent)
