@@ -674,7 +674,7 @@ def test_an_inverted_picture_is_sampled_again(name):
         plain_model, latent = inject([inverted], masks_of(0 * labels(name), 1), 0, model, end=0.0001)
         alone = draw(name, plain_model, latent, 9, positive, cfg=1.0, steps=6)["samples"]
         errors.append(float((alone - picture["samples"]).std() / picture["samples"].std()))
-    assert errors[1] < 0.05 and errors[1] < errors[0]
+    assert errors[1] < 0.15 and errors[1] < errors[0]
     inverted = InvertImage.execute(model, picture, sigmas, positive).args[0]
     other = recorded(name, 2, steps=6, cfg=1.0)
     mixed = composed(name, [inverted, other], labels(name), seed=9, positive=positive, cfg=1.0, steps=6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from montage.kernels import graphcut, labels
+from montage.kernels.strokes import draw, parse_document
 from montage.nodes import previews
 from montage.nodes.photomontage import CompositeAttentionInject, GraphCutMontage
 from montage.workshop.browser import run_node
@@ -86,8 +87,8 @@ def test_the_editor_gets_the_weights_that_were_cut_with(tmp_path, monkeypatch):
     assert (h, w) == SIZE and len(weights) == h * (w - 1) + (h - 1) * w
     edges = weights[: h * (w - 1)].reshape(h, w - 1), weights[h * (w - 1) :].reshape(h - 1, w)
     assert sent["preference"] == graphcut.preference(edges, max(h, w))
-    _, strokes = labels.parse_document(ONE_STROKE, 2)
-    cells = labels.pool(labels.draw(strokes, 2, 64, 64), (h, w)).numpy()
+    _, strokes = parse_document(ONE_STROKE, 2)
+    cells = labels.pool(draw(strokes, 2, 64, 64), (h, w)).numpy()
     owner = torch.from_numpy(graphcut.cut(graphcut.stroke_costs(cells, 2, 0, edges), edges, "scipy"))
     assert same(labels.to_masks(labels.at_grid(owner, (64, 64)), 2), made.args[0])
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -472,8 +473,17 @@ class Row(NamedTuple):
         return f"| {self.name} | {self.found} |"
 
 
-def rows(after: bool) -> Iterator[Row]:
-    """Every core node that gives one of the types, and what became of it before, or after, our nodes."""
+def names() -> Iterator[tuple[str, str]]:
+    """(type, name) of every core node that gives one of the types."""
+    for kind in WIRINGS:
+        yield from ((kind, name) for name, node in core_nodes().items() if CoreNode(name, node).gives(kind))
+
+
+def rows(after: bool, every: int = 1) -> Iterator[Row]:
+    """Core nodes that give one of the types, and what became of them before, or after, our nodes. every: how many of them
+    are gone through, one of so many.
+    """
+    turn = itertools.count()
     for kind, wiring in WIRINGS.items():
         first: dict[Any, str] = {}  # what a node does -> the first node that does it
         for name, node in core_nodes().items():
@@ -482,6 +492,8 @@ def rows(after: bool) -> Iterator[Row]:
                 like = first.setdefault(core.function, name)
                 if like != name:
                     yield Row(kind, name, f"as {like}")
+                    continue
+                if next(turn) % every:
                     continue
                 row = Row(kind, name, SEPARATE.get(name) or in_words(core, wiring, after))
                 logging.info("%s", row)
