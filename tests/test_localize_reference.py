@@ -21,8 +21,6 @@ def stored(name: str) -> tuple[dict, dict]:
     with safe_open(DATA / f"localize_{name}.safetensors", "pt") as file:
         outputs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
         return outputs, reference.seeded(json.loads(file.metadata()["shapes"]))
-            json.loads(file.metadata()["shapes"])
-        )  # noqa: SIM118  not a dict
 
 
 class ReplayedTopK(torch.overrides.TorchFunctionMode):

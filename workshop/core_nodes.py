@@ -480,8 +480,8 @@ def names() -> Iterator[tuple[str, str]]:
 
 
 def rows(after: bool, every: int = 1) -> Iterator[Row]:
-    """Core nodes that give one of the types, and what became of them before, or after, our nodes. every: how many of them
-    are gone through, one of so many.
+    """Core nodes that give one of the types, and what became of them before, or after, our nodes. every: one of so
+    many is gone through.
     """
     turn = itertools.count()
     for kind, wiring in WIRINGS.items():
