@@ -348,3 +348,22 @@ def test_conditioning_hooks_are_refused_before_a_replay():
 
 def test_stack_helper_names_inputs_as_comfyui_does():
     assert list(stack("a", "b")) == ["latent0", "latent1"]
+
+
+def test_a_lora_by_injection_is_noticed():
+    """Load LoRA Bypass leaves the weights as they are and acts beside them."""
+    import comfy.sd
+
+    def with_lora(strength):
+        generator = torch.Generator().manual_seed(7)
+        name = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
+        parts = {f"{name}.lora_{part}.weight": torch.randn(32, 32, generator=generator) for part in ("up", "down")}
+        return comfy.sd.load_bypass_lora_for_models(random_model("sd15-small"), None, parts, strength, 0.0)[0]
+
+    a, b = (record(seed=seed, model=with_lora(0.5)) for seed in (81, 82))
+    assert len(with_lora(0.5).injections) == 1
+    with pytest.raises(ValueError, match="LoRA in bypass mode"):
+        compose([a, b], masks_of(halves()))
+    with pytest.raises(ValueError, match="image 0 was recorded with"):
+        compose([a, b], masks_of(halves()), model=with_lora(0.9))
+    assert torch.isfinite(compose([a, b], masks_of(halves()), model=with_lora(0.5))).all()
