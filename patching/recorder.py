@@ -27,6 +27,7 @@ class Recorder:
         self.run, self.model, self.recordings, self.last_sigma = run, model, recordings, last_sigma
         self.recording = max(recordings, key=lambda recording: recording.budget)  # whose budget counts
         self.keeps_features = self.recording.budget > 0
+        self.kept, self.room = 0, 0  # bytes of features: of the run so far, and that the recording has made room for
         family = family_of(model)
         self.cut_site, self.sites = family.cut_site(), frozenset(family.sites())
 
@@ -39,7 +40,7 @@ class Recorder:
         if key[2] not in self.run.options:
             self.run.options[key[2]] = internals.recorded_options(options)
         evaluation = self.run.evaluations[key] = Evaluation(x)
-        self.keeps_features &= self.recording.make_room(self.run.evaluation_bytes, self.run)
+        self.keeps_features &= self.has_room(self.run.evaluation_bytes)
         is_last = key[0] <= self.last_sigma and key[2] == 0
         if not self.keeps_features and not is_last:
             return None
@@ -52,11 +53,21 @@ class Recorder:
 
         return Record(record, self.sites if self.keeps_features else frozenset([self.cut_site]))
 
+    def has_room(self, wanted: int) -> bool:
+        """Whether `wanted` more bytes fit into the budget. The recording is asked where no room has been made yet: from
+        the second evaluation on once for all its sites, since its size is known then.
+        """
+        total = self.kept + wanted
+        if total > self.room and self.recording.make_room(total):
+            self.room = total
+        return total <= self.room
+
     def keep(self, evaluation: Evaluation, site: Site, role: CondRole, rows: torch.Tensor) -> None:
         """Keep the features of one site while the budget lasts: at no moment is it exceeded."""
-        if not self.recording.make_room(rows.nbytes, self.run):
+        if not self.has_room(rows.nbytes):
             self.keeps_features, evaluation.features = False, {}  # part of an evaluation is of no use
             return
+        self.kept += rows.nbytes
         evaluation.features[role, site] = rows.to("cpu", copy=True)  # other patches may write into them
 
     def finish(self, output: torch.Tensor, maps: Sequence[LiveAttentionMap]) -> None:

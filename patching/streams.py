@@ -199,14 +199,14 @@ class Recording:
             run.feature_bytes / 2**20,
         )
 
-    def make_room(self, wanted: int, running: Run | None = None) -> bool:
-        """Whether `wanted` more bytes of features fit into the budget, beside those of `running`, a run that is not
-        finished. Features of earlier runs are given up for that, the oldest first.
+    def make_room(self, wanted: int) -> bool:
+        """Whether `wanted` bytes of features of a run that is being recorded fit into the budget. Features of earlier
+        runs are given up for that, the oldest first.
         """
-        left = self.budget - wanted - (running.feature_bytes if running else 0)
-        held = [run for run in self.runs if run.feature_bytes]
+        left = self.budget - wanted
         if left < 0:
             return False
+        held = [run for run in self.runs if run.feature_bytes]
         while sum(run.feature_bytes for run in held) > left:
             held.pop(0).forget_features()
         return True
