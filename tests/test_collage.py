@@ -11,7 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from montage.kernels import token_bias as kernel
 from montage.nodes.collage import CollageCrossAttn, owned_tokens
 from montage.patching.models import TextAttention, sites_of
-from montage.workshop.collages import BLUE, RED, canvas, layer, plain
+from montage.workshop.collages import BLUE, RED, THINGS, canvas, layer, plain
 from montage.workshop.random_models import demo_model, random_model, text_encoder
 from montage.workshop.sampling import (
     close,
@@ -208,30 +208,8 @@ def test_other_structures(name):
 
 def test_twenty_layers_in_a_prompt_of_two_chunks(clip):
     """Every layer's word has its own mask, on either side of the 77th token."""
-    things = [
-        "ball",
-        "box",
-        "star",
-        "ring",
-        "tree",
-        "house",
-        "cat",
-        "dog",
-        "bird",
-        "fish",
-        "car",
-        "boat",
-        "cup",
-        "hat",
-        "book",
-        "shoe",
-        "lamp",
-        "chair",
-        "flower",
-        "leaf",
-    ]
     layers = ()
-    for number, thing in enumerate(things):
+    for number, thing in enumerate(THINGS):
         layers = layer(
             plain(RED),
             thing,
@@ -242,7 +220,7 @@ def test_twenty_layers_in_a_prompt_of_two_chunks(clip):
             w_neg=0.8,
             behind=layers,
         )
-    collage = canvas(layers, width=96, height=64, prompt="word, " * 30 + ", ".join(things))[0]
+    collage = canvas(layers, width=96, height=64, prompt="word, " * 30 + ", ".join(THINGS))[0]
     positions = [
         1 + place + 2 * (place // 75) for place in range(60, 100, 2)
     ]  # a chunk holds 75 tokens between its begin and its end

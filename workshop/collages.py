@@ -5,6 +5,29 @@ from comfy_api.latest import io
 
 from ..nodes.collage import CollageCanvas, CollageLayer
 
+THINGS = [
+    "ball",
+    "box",
+    "star",
+    "ring",
+    "tree",
+    "house",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "car",
+    "boat",
+    "cup",
+    "hat",
+    "book",
+    "shoe",
+    "lamp",
+    "chair",
+    "flower",
+    "leaf",
+]  # a word for each of twenty layers
+
 
 def layer(
     image,

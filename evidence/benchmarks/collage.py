@@ -11,31 +11,9 @@ import torch
 from nodes import ConditioningCombine, ConditioningSetArea
 
 from ...nodes.collage import CollageCrossAttn, CollageNoise
-from ...workshop.collages import RED, canvas, layer, plain
+from ...workshop.collages import RED, THINGS, canvas, layer, plain
 from . import bench
 
-THINGS = [
-    "ball",
-    "box",
-    "star",
-    "ring",
-    "tree",
-    "house",
-    "cat",
-    "dog",
-    "bird",
-    "fish",
-    "car",
-    "boat",
-    "cup",
-    "hat",
-    "book",
-    "shoe",
-    "lamp",
-    "chair",
-    "flower",
-    "leaf",
-]
 SIDE = 0.3  # of a layer and of an area, in parts of the canvas
 
 
