@@ -20,7 +20,7 @@ from ..patching.models import parse_sites
 from ..patching.schedule import Window
 from ..patching.tokens import offset_of_words
 from . import previews
-from .inputs import connected, encoded, image_of, mask_for, refuse_nan
+from .inputs import connected, encoded, fraction, image_of, mask_for, refuse_nan
 
 CATEGORY = "montage/collage"
 Tensor = torch.Tensor
@@ -124,13 +124,10 @@ class CollageLayer(io.ComfyNode):
                         "0 is off."
                     ),
                 ),
-                io.Float.Input(
+                fraction(
                     "noise",
                     display_name="denoise",
                     default=0.8,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     tooltip=(
                         "Denoise of this layer: 0 unchanged, 0.4 keeps shape and colours, 0.8 keeps only the "
                         "place. Used by Collage Noise."
@@ -335,13 +332,10 @@ class CollageCanvas(io.ComfyNode):
                 io.String.Input(
                     "background", default="#969696", tooltip="Background colour, #rrggbb (paper: grey, #969696)."
                 ),
-                io.Float.Input(
+                fraction(
                     "background_noise",
                     display_name="background denoise",
                     default=0.8,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     tooltip=(
                         "Denoise of the background. Paper: that of the layer with the highest. 0 keeps it, for a "
                         "finished background_image."
@@ -516,21 +510,15 @@ class CollageCrossAttn(io.ComfyNode):
                         "every step."
                     ),
                 ),
-                io.Float.Input(
+                fraction(
                     "start",
                     default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     advanced=True,
                     tooltip="Start, as a fraction of the schedule: 0 is the first step.",
                 ),
-                io.Float.Input(
+                fraction(
                     "end",
                     default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     advanced=True,
                     tooltip="End, as a fraction of the schedule: 1 is after the last step.",
                 ),

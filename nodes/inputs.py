@@ -6,6 +6,12 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
+from comfy_api.latest import io
+
+
+def fraction(name: str, default: float, tooltip: str, **options: Any) -> io.Float.Input:
+    """An input from 0 to 1 in hundredths: a threshold, a denoise, or a share of the schedule."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, **options)
 
 
 def image_of(node: str, name: str, image: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from ..patching.step_blend import Stage, StepBlend
 from ..patching.streams import LATENT_KEY, Recording, Stream, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
 from ..patching.weights import Weights
-from .inputs import connected, encoded, latent_of, mask_for, mask_of, picture_size, refuse_nan
+from .inputs import connected, encoded, fraction, latent_of, mask_for, mask_of, picture_size, refuse_nan
 
 CATEGORY = "montage/retouch"
 RUNNING = io.Custom("MONTAGE_RUNNING_MASK")
@@ -68,24 +68,18 @@ class StepBlendSampler(io.ComfyNode):
                         "(CFG Guider)."
                     ),
                 ),
-                io.Float.Input(
+                fraction(
                     "switch",
                     default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     tooltip=(
                         "When the second model takes over, as a fraction of the schedule (lambda 1 of the paper): "
                         "0.1 is after 5 of 50 steps (paper: 5; 3 for hard prompts). 0 is the second alone, 1 the "
                         "first alone."
                     ),
                 ),
-                io.Float.Input(
+                fraction(
                     "ramp",
                     default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     advanced=True,
                     tooltip=(
                         "Length of a gradual transition, as a fraction of the schedule: both predictions are "
@@ -243,12 +237,9 @@ class AdaptiveMaskBlend(io.ComfyNode):
             ),
             search_aliases=["layout and retouch", "attention mask", "soft mask", "mask from text", "sam"],
             inputs=[
-                io.Float.Input(
+                fraction(
                     "threshold",
                     default=0.1,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     tooltip=(
                         "Threshold of the attention map, which runs from 0 to 1. 0.1 selects a large area, 0.3 the "
                         "core."
@@ -399,34 +390,25 @@ class MultiSourceSwap(io.ComfyNode):
                         "The reference image of the subject, from Invert Image. One for all layouts, or one for each."
                     ),
                 ),
-                io.Float.Input(
+                fraction(
                     "layout_end",
                     default=0.2,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     tooltip=(
                         "Until when the layout is followed exactly, as a fraction of the schedule (lambda 2 of the "
                         "paper): 0.2 is 10 of 50 steps. These steps cost nothing. 1 returns the layout."
                     ),
                 ),
-                io.Float.Input(
+                fraction(
                     "mask_start",
                     default=0.6,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     tooltip=(
                         "When the mask starts to keep the layout around the object, as a fraction of the schedule: "
                         "0.6 is after 30 of 50 steps (paper)."
                     ),
                 ),
-                io.Float.Input(
+                fraction(
                     "end",
                     default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     advanced=True,
                     tooltip=(
                         "When the subject's keys and values stop, as a fraction of the schedule. 1 is after "

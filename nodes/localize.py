@@ -16,7 +16,7 @@ from comfy_api.latest import io
 
 from ..localize import Problem, boxes, files, pipeline
 from ..localize.vocabulary import split_phrases
-from .inputs import refuse_nan
+from .inputs import fraction, refuse_nan
 
 log = logging.getLogger(__name__)
 
@@ -189,23 +189,17 @@ class SubjectLocalize(io.ComfyNode):
                         "their union."
                     ),
                 ),
-                io.Float.Input(
+                fraction(
                     "box_threshold",
                     default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     tooltip=(
                         "Minimum score of a box (that of its best word). 0.25 to 0.35 is usual; lower finds more, "
                         "and more false detections."
                     ),
                 ),
-                io.Float.Input(
+                fraction(
                     "text_threshold",
                     default=0.25,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     tooltip=(
                         "Minimum score that the best word of a phrase must have in a box for the box to get that "
                         "phrase as its label."
@@ -224,12 +218,9 @@ class SubjectLocalize(io.ComfyNode):
                         "which is faster but misses small objects."
                     ),
                 ),
-                io.Float.Input(
+                fraction(
                     "nms_threshold",
                     default=0.8,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     advanced=True,
                     tooltip=(
                         "Non-maximum suppression: of boxes with the same label that overlap by more than this "

@@ -26,27 +26,21 @@ from ..patching.models import parse_sites
 from ..patching.recipe import Recipe
 from ..patching.schedule import Window
 from ..patching.streams import Stream, check_together, streams_of, with_prompt
-from .inputs import mask_for, picture_size, refuse_nan
+from .inputs import fraction, mask_for, picture_size, refuse_nan
 
 # ---------------------------------------------------------------- the node
 
 
 def window_inputs(name: str, start: float, end: float) -> list:
     return [
-        io.Float.Input(
+        fraction(
             f"{name.lower()}_start",
             default=start,
-            min=0.0,
-            max=1.0,
-            step=0.01,
             tooltip=f"Start of {name}, as a fraction of the schedule: 0 is the first step.",
         ),
-        io.Float.Input(
+        fraction(
             f"{name.lower()}_end",
             default=end,
-            min=0.0,
-            max=1.0,
-            step=0.01,
             tooltip=(
                 f"End of {name}, as a fraction of the schedule: 1 is after the last step. "
                 f"At or below its start: no {name}."

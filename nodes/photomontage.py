@@ -18,7 +18,7 @@ from ..patching.models import parse_sites
 from ..patching.schedule import Window
 from ..patching.streams import Stream, check_together, streams_of
 from . import previews
-from .inputs import image_of, mask_for, mask_of, picture_size, refuse_nan
+from .inputs import fraction, image_of, mask_for, mask_of, picture_size, refuse_nan
 
 Tensor = torch.Tensor
 
@@ -381,21 +381,15 @@ class CompositeAttentionInject(io.ComfyNode):
                         " prompt and ControlNet. Only for masks of your own: with cut_base connected, leave it at 0."
                     ),
                 ),
-                io.Float.Input(
+                fraction(
                     "start",
                     default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     advanced=True,
                     tooltip="Start, as a fraction of the schedule: 0 is the first step.",
                 ),
-                io.Float.Input(
+                fraction(
                     "end",
                     default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
                     advanced=True,
                     tooltip=(
                         "End, as a fraction of the schedule: 1 is after the last step. 0.8 leaves the last fifth "
