@@ -768,6 +768,10 @@ def test_the_adaptive_mask_of_a_finished_map():
         AdaptiveMaskBlend.execute(0.3, 0.01, "or", latent, torch.ones(3, 32, 32))
     with pytest.raises(ValueError, match="the latent carries no map"):
         AdaptiveMaskBlend.execute(0.3, 0.01, "or", record())
+    with pytest.raises(
+        ValueError, match="Adaptive Mask Blend: sam_mask is 48x32 and the picture 64x64, another aspect"
+    ):
+        AdaptiveMaskBlend.execute(0.3, 0.01, "or", latent, torch.ones(1, 32, 48))
     assert torch.equal(AdaptiveMaskBlend.execute(0.3, 0.01, "or").args[0], torch.zeros(1, 64, 64))
     assert AdaptiveMaskBlend.execute(0.3, 0.01, "sam", sam_mask=torch.ones(3, 32, 48)).args[0].shape == (3, 32, 48)
     for mode in ("and", "sam"):
