@@ -353,10 +353,14 @@ class Server:
     def run(self, prompt: dict, name: str) -> dict[str, dict]:
         """Queue an API prompt, wait for its end, return what its nodes showed: {node id: outputs}."""
         try:
-            queued = self.call("/prompt", {"prompt": prompt})["prompt_id"]
+            answer = self.call("/prompt", {"prompt": prompt})
         except urllib.error.HTTPError as refused:
             raise Failure(f"ComfyUI refused {name}: {refused.read().decode()[:2000]}") from None
-        began = time.time()
+        queued, began = answer["prompt_id"], time.time()
+        if answer["node_errors"]:  # ComfyUI runs the outputs that are valid, and would call that a success
+            self.call("/interrupt", {"prompt_id": queued}, parse=False)
+            self.end(queued)
+            raise Failure(f"ComfyUI refused a part of {name}: {json.dumps(answer['node_errors'])[:2000]}")
         history = self.end(queued, lambda: show(f"{name}: {time.time() - began:.0f} s"))
         if history["status"]["status_str"] != "success":
             errors = [data for kind, data in history["status"]["messages"] if kind == "execution_error"]

@@ -81,8 +81,9 @@ class StepBlend:
             return latent_image
         steps = max(len(sigmas) - 1, 1)
         needed = set().union(*(shares(self.stages, step, steps) for step in range(steps)))
-        for number, stage in enumerate(self.stages):
-            if number not in needed and stage.start < 1:
+        ends = [*(stage.start for stage in self.stages[1:]), 1.0]
+        for number, (stage, end) in enumerate(zip(self.stages, ends, strict=True)):
+            if number not in needed and stage.start < end:  # else nobody asked for a step of it
                 logging.warning("Step Blend Sampler: none of the %d steps is left for guider %d.", steps, number + 1)
         stages = [stage for number, stage in enumerate(self.stages) if number in needed]
         run = BlendRun(stages, sampler, latent_image, sigmas, denoise_mask, seed)

@@ -61,6 +61,38 @@ def test_perp_neg_over_base_tokens_is_the_base_image(server):
     assert equal(picture(server, outputs, "44"), picture(server, outputs, "45"))
 
 
+@pytest.mark.parametrize(
+    "node, title, inputs",
+    [
+        ("PerturbedAttentionGuidance", "Perturbed-Attention Guidance", {"scale": 3.0}),
+        ("SelfAttentionGuidance", "Self-Attention Guidance", {"scale": 0.5, "blur_sigma": 2.0}),
+    ],
+)
+def test_guidance_by_the_middle_block_is_refused_by_name(server, node, title, inputs):
+    """A server loads these nodes by their path, under another module name than an import gives them."""
+    prompt = quick(workflow("11 Subject swap (demo)"))
+    windows = {"sagi_start": 0.0, "sagi_end": 0.5, "salq_start": 0.5, "salq_end": 1.0}
+    sites = {"sagi_sites": "all", "salq_sites": "all"}
+    custom = {f"preset.{name}": value for name, value in {**windows, **sites}.items()}
+    prompt["40"]["inputs"].update(preset="custom", **custom)
+    prompt["50"] = {"class_type": node, "inputs": {"model": ["40", 0], **inputs}}
+    prompt["42"]["inputs"]["model"] = ["50", 0]
+    with pytest.raises(
+        dev.Failure, match=f"Collaborative Attention: {title} needs the middle block's .* Disconnect it"
+    ):
+        server.run(prompt, f"a swap beside {title}")
+
+
+def test_a_prompt_that_is_valid_in_part_is_a_failure(server):
+    """ComfyUI runs its valid outputs and reports success."""
+    image = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}}
+    seen = {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}
+    unseen = {"class_type": "PreviewImage", "inputs": {}}
+    assert server.run({"1": image, "2": seen}, "a whole prompt")["2"]
+    with pytest.raises(dev.Failure, match="refused a part of a prompt: .*Required input is missing"):
+        server.run({"1": image, "2": seen, "3": unseen}, "a prompt")
+
+
 def with_evaluations(server, prompt: dict, name: str) -> int:
     """How many images the model evaluates for a prompt."""
     before = server.call("/montage_test/evaluations")["count"]

@@ -133,7 +133,9 @@ def test_half_of_the_labels_move_that_half(exact, name):
     assert right.mean() > 1.2 * left.mean() > 0
 
 
-@pytest.mark.parametrize("name", ["Flux.1", "SD3.5 medium", "Qwen-Image", "Z-Image", "Cosmos-Predict2", "HiDream-I1"])
+@pytest.mark.parametrize(
+    "name", ["Flux.1", "SD3.5 medium", "Qwen-Image", "Z-Image", "Cosmos-Predict2", "Anima", "HiDream-I1"]
+)
 def test_odd_sizes(exact, name):
     size = (7, 9)
     a, b = (recorded(name, seed, latent=empty_latent(name, size=size)) for seed in (1, 2))
@@ -156,14 +158,14 @@ def test_a_batch_of_two(name):
     close(twice[:1], composed(name, [batch], owner, seed=1), 1e-4)
 
 
-@pytest.mark.parametrize("name", ["Flux.1", "Flux.2", "Qwen-Image", "Z-Image", "Wan 2.1", "HiDream-I1"])
+@pytest.mark.parametrize("name", ["Flux.1", "Flux.2", "Qwen-Image", "Z-Image", "Anima", "Wan 2.1", "HiDream-I1"])
 def test_prompts_of_other_lengths(name, caplog):
     """They cannot share a batch, except where the model pads them itself: they are replayed."""
     a = recorded(name, 1)
     b = recorded(name, 2, positive=prompt(name, 2, tokens=33))
     with caplog.at_level("INFO"):
         mixed = composed(name, [a, b], labels(name))
-    how = "go in lockstep" if name == "Flux.2" else "are replayed"
+    how = "go in lockstep" if name in ("Flux.2", "Anima") else "are replayed"
     assert [how in r.message for r in caplog.records if "the recorded images" in r.message] == [True]
     assert mixed.isfinite().all() and (mixed - a["samples"]).abs().max() > 1e-2
     close(composed(name, [a, b], torch.zeros_like(labels(name))), a["samples"], 1e-4)
@@ -471,7 +473,9 @@ def test_the_collages_bias_draws_its_place_to_its_words(name):
     assert after.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["Flux.1", "Flux.2", "Qwen-Image", "HiDream-I1", "Z-Image", "Cosmos-Predict2"])
+@pytest.mark.parametrize(
+    "name", ["Flux.1", "Flux.2", "Qwen-Image", "HiDream-I1", "Z-Image", "Cosmos-Predict2", "Anima"]
+)
 def test_the_bias_is_a_mask_on_image_rows_and_text_columns(name):
     """Against the mask written out, at every attention of the positive prompt; none for the negative."""
     masks = []

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from montage.kernels import labels
 
@@ -89,3 +90,19 @@ def test_a_paste_takes_each_pixel_from_its_picture():
     owner = torch.randint(5, (9, 7))
     expected = (labels.to_masks(owner, 5)[..., None] * pictures).sum(0)
     assert torch.equal(labels.paste(pictures, owner), expected)
+
+
+def test_a_paste_makes_nothing_larger_than_its_result():
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            if found.untyped_storage().data_ptr() != pictures.untyped_storage().data_ptr():
+                self.bytes = max(self.bytes, found.untyped_storage().nbytes())
+            return found
+
+    pictures, owner = torch.rand(32, 16, 16, 3), torch.randint(32, (16, 16))
+    with Largest() as largest:
+        result = labels.paste(pictures, owner)
+    assert largest.bytes <= max(result.nbytes, owner.nbytes)

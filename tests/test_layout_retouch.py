@@ -1,6 +1,7 @@
 """Layout-and-Retouch: two models in one run, and a target fed from a layout and a reference."""
 
 import gc
+import logging
 import weakref
 from collections import Counter
 from functools import partial
@@ -176,6 +177,28 @@ def test_three_by_chaining():
         blend(first, three)
     with pytest.raises(ValueError, match="takes over at 0.1, before the one it follows"):
         blend(three, last, 0.1)
+
+
+@pytest.mark.parametrize(
+    "switches, steps, told",
+    [
+        ((0.9,), 4, [2]),  # the last of 4 steps begins at 0.75
+        ((0.3, 0.4), 2, [2]),  # between the steps at 0 and 0.5, whose second is the third guider's
+        ((0.1,), 1, [2]),
+        ((0.0,), 4, []),  # the second alone is asked for
+        ((1.0,), 4, []),
+        ((0.25, 0.25), 4, []),
+        ((0.5,), 4, []),
+    ],
+)
+def test_a_guider_whose_part_holds_no_step_is_named_in_the_log(switches, steps, told, caplog):
+    whole = guider(0)
+    for number, switch in enumerate(switches):
+        whole = blend(whole, guider(5 + number), switch)
+    with caplog.at_level(logging.WARNING):
+        run(whole, steps=steps)
+    expected = [f"Step Blend Sampler: none of the {steps} steps is left for guider {number}." for number in told]
+    assert [message for message in caplog.messages if message.startswith("Step Blend")] == expected
 
 
 def changes(model, strength=0.05, seed=3):
@@ -745,6 +768,10 @@ def test_the_adaptive_mask_of_a_finished_map():
         AdaptiveMaskBlend.execute(0.3, 0.01, "or", latent, torch.ones(3, 32, 32))
     with pytest.raises(ValueError, match="the latent carries no map"):
         AdaptiveMaskBlend.execute(0.3, 0.01, "or", record())
+    with pytest.raises(
+        ValueError, match="Adaptive Mask Blend: sam_mask is 48x32 and the picture 64x64, another aspect"
+    ):
+        AdaptiveMaskBlend.execute(0.3, 0.01, "or", latent, torch.ones(1, 32, 48))
     assert torch.equal(AdaptiveMaskBlend.execute(0.3, 0.01, "or").args[0], torch.zeros(1, 64, 64))
     assert AdaptiveMaskBlend.execute(0.3, 0.01, "sam", sam_mask=torch.ones(3, 32, 48)).args[0].shape == (3, 32, 48)
     for mode in ("and", "sam"):

@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import CurrentNodeContext
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
@@ -15,8 +16,9 @@ from comfy_extras.nodes_rebatch import LatentRebatch
 from montage.nodes.collage import CollageCrossAttn
 from montage.nodes.layout_retouch import MultiSourceSwap, TokenAttentionMap
 from montage.nodes.mca_ctrl import CollaborativeAttention
+from montage.nodes.record import FeatureRecorder
 from montage.nodes.textual_inversion import LearnLayerToken
-from montage.patching.streams import streams_of
+from montage.patching.streams import distance, streams_of
 from montage.workshop import neighbours
 from montage.workshop.collages import BLUE, RED, canvas, layer, plain
 from montage.workshop.random_models import control_net, random_model, text_encoder
@@ -141,6 +143,26 @@ def test_ksampler_advanced_in_two_parts_recorded_and_composed_in_two_parts():
     close(composed["both"], compose(whole, MIXED, positive=words(1)))
 
 
+@pytest.mark.parametrize("cache_mb", [0, 256])
+def test_a_wrapper_on_the_composite_alone_is_not_asked_in_a_replay(cache_mb):
+    images = two(cache_mb=cache_mb)
+    wrapped = neighbours.reads_its_options(plain_model())
+    close(compose(images, MIXED, model=wrapped), compose(images, MIXED))
+
+
+@pytest.mark.parametrize("node", [FeatureRecorder, TokenAttentionMap])
+def test_equal_nodes_that_record_stay_apart(node):
+    """ComfyUI runs nodes with equal inputs once, but for these: each has a recording of its own."""
+    assert node.NOT_IDEMPOTENT and not CollageCrossAttn.NOT_IDEMPOTENT
+
+
+def test_a_rounded_latent_of_sdxl_is_found_and_another_is_not():
+    """SDXL's latents are some thirty times as large as what they are scaled to: fp16 rounds them by up to 0.03."""
+    latents = [30 / 4 * torch.randn(4, 128, 128, generator=torch.Generator().manual_seed(seed)) for seed in range(40)]
+    assert all(distance(latent, latent.half().float()) is not None for latent in latents)
+    assert all(distance(a, b) is None for a, b in zip(latents, latents[1:]))
+
+
 # ---------------------------------------------------------------- what is refused before sampling
 
 
@@ -180,6 +202,30 @@ def test_what_changes_the_model_behind_the_node_is_refused(change, part):
         "lora": lambda: neighbours.lora(model),
     }[change]()
     refused(lambda: sample(changed, latent), f"images were recorded with .* but the MODEL that is sampled is .*{part}")
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "x0", "lcm"])
+def test_another_prediction_before_the_node_is_refused(prediction):
+    model = ModelSamplingDiscrete().patch(plain_model(), prediction, False)[0]
+    with pytest.raises(ValueError, match="image 0 was recorded with .*EPS.* but the MODEL here is "):
+        inject(two(), MIXED, model=model)
+
+
+@pytest.mark.parametrize(
+    "key, title", [("lazycache", "LazyCache"), ("TeaCache", "TeaCache"), ("fb_cache", "First Block")]
+)
+def test_a_cache_is_known_by_the_key_of_its_wrapper(key, title):
+    model = plain_model().clone()
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, lambda executor, *args, **kwargs: executor(*args))
+    refused(lambda: record(model=model), f"^Feature Recorder: {title}.* on this MODEL skips .* Disconnect {title}")
+
+
+def test_a_half_that_was_not_evaluated_is_said_to_be_missing():
+    """As a negative prompt that ends early, or a node that leaves evaluations out."""
+    early = [[words(99)[0][0], {"start_percent": 0.0, "end_percent": 0.5}]]
+    a, b = two(negative=early)
+    with pytest.raises(RuntimeError, match="image 0 has no negative conditioning at .* a node that skips evaluations"):
+        compose([a, b], MIXED)
 
 
 def test_caches_are_named():

@@ -157,6 +157,27 @@ def test_the_budget_decides_what_is_kept_and_the_log_says_it_once(caplog):
     assert len(lines) == 3 and "features of 2 kept" in lines[1] and "features of 0 kept (0.0 MB)" in lines[2]
 
 
+def test_the_budget_holds_at_every_moment(monkeypatch):
+    """Inside an evaluation too, and the old run's features together with those of the new one."""
+    everything = run_of(record(cache_mb=64))
+    model, latent = recorder(cache_mb=0)
+    recording, held = latent[LATENT_KEY], []
+    evaluations = weakref.WeakSet()
+
+    class Watched(streams.Evaluation):
+        def __init__(self, x):
+            super().__init__(x)
+            evaluations.add(self)
+
+    monkeypatch.setattr("montage.patching.recorder.Evaluation", Watched)
+    model.set_model_attn1_patch(lambda *args: held.append(sum(one.bytes for one in evaluations)) or args[:3])
+    for budget in (2.5, 0.9, 1.5):
+        recording.budget = int(budget * everything.evaluation_bytes)
+        held.clear()
+        sample(model, latent, seed=int(10 * budget))
+        assert len(held) > 16 * STEPS / 2 and max(held) <= recording.budget
+
+
 def test_cached_features_are_a_third_of_q_k_and_v():
     run = run_of(record(cache_mb=64))
     q_k_v = (

@@ -250,6 +250,19 @@ def test_the_help_pages_of_every_language_are_of_its_words():
         assert path.is_file() and path.read_text(encoding="utf-8") == text, "python workshop/help_pages.py"
 
 
+def test_step_blend_tells_of_momentum_in_every_language():
+    pages = [path for path in help_pages.pages() if path.parent.name == "StepBlendSampler"]
+    assert len(pages) == len(LANGUAGES)
+    for path in (ROOT / "web" / "docs" / "StepBlendSampler.md", *pages):
+        assert "APG" in path.read_text(encoding="utf-8"), path
+
+
+def test_notes_of_help_pages_are_of_nodes_and_in_every_language():
+    notes = [help_pages.in_language(language, "help") for language in LANGUAGES]
+    nodes = {schema.node_id for schema in schemas()}
+    assert all(one.keys() == notes[0].keys() <= nodes and all(one.values()) for one in notes)
+
+
 def test_the_editors_words_are_translated_into_every_language():
     words = [
         json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["montage"]

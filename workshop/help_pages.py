@@ -2,7 +2,8 @@
 
     python workshop/help_pages.py
 
-The page looks for docs/NODE/LANGUAGE.md first; without one it shows docs/NODE.md, the full page in English.
+help.json holds what only the page says, as {node: paragraph}. The page looks for docs/NODE/LANGUAGE.md first; without
+one it shows docs/NODE.md, the full page in English.
 """
 
 import json
@@ -25,8 +26,8 @@ def table(heading: str, meaning: str, rows: dict[str, dict[str, str]]) -> list[s
     return ["", f"| {heading} | {meaning} |", "| --- | --- |", *cells]
 
 
-def page(language: str, node: str, words: dict) -> str:
-    """The help page of a node. words: its part of nodeDefs.json."""
+def page(language: str, node: str, words: dict, note: str | None) -> str:
+    """The help page of a node. words: its part of nodeDefs.json; note: of help.json."""
     inputs, outputs, meaning, more = HEADINGS[language]
     english = (DOCS / f"{node}.md").read_text(encoding="utf-8")
     picture = re.search(r"!\[[^]]*\]\(([^)]+)\)", english)
@@ -34,16 +35,22 @@ def page(language: str, node: str, words: dict) -> str:
     lines += ["", f"![{words['display_name']}]({picture[1]})"] if picture else []
     lines += table(inputs, meaning, words.get("inputs", {}))
     lines += table(outputs, meaning, words.get("outputs", {}))
+    lines += ["", note] if note else []
     return "\n".join([*lines, "", more, ""])
+
+
+def in_language(language: str, name: str) -> dict:
+    """What locales/LANGUAGE/NAME.json holds."""
+    return json.loads((ROOT / "locales" / language / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def pages() -> dict[Path, str]:
     """{file: its text} of all languages."""
     found = {}
     for language in HEADINGS:
-        words = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
-        for node, its in words.items():
-            found[DOCS / node / f"{language}.md"] = page(language, node, its)
+        notes = in_language(language, "help")
+        for node, words in in_language(language, "nodeDefs").items():
+            found[DOCS / node / f"{language}.md"] = page(language, node, words, notes.get(node))
     return found
 
 

@@ -233,6 +233,23 @@ def in_its_own_way(model: ModelPatcher) -> ModelPatcher:
     return model
 
 
+def reads_its_options(model: ModelPatcher) -> ModelPatcher:
+    """EasyCache's protocol: a wrapper around the calls of the model, and in the options something that it wants to find
+    there.
+    """
+    model = model.clone()
+    model.model_options["transformer_options"]["a pack"] = {}
+
+    def calls(
+        executor: Callable, model: object, conds: list, x: torch.Tensor, sigma: torch.Tensor, options: dict
+    ) -> list:
+        options["transformer_options"]["a pack"]["calls"] = True
+        return executor(model, conds, x, sigma, options)
+
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "a pack", calls)
+    return model
+
+
 class NegPip:
     """NegPip's CLIP: encodes keys and values in turn, twice as many tokens."""
 

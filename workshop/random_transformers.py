@@ -4,7 +4,9 @@ works on.
 
 import functools
 from typing import Any, NamedTuple
+from unittest import mock
 
+import comfy.ldm.anima.model
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models as supported
@@ -141,6 +143,8 @@ COSMOS = {
     "use_adaln_lora": True,
     "adaln_lora_dim": 16,
 }
+# Anima's network takes no sizes for the adapter of its text, whose own would be a hundred times the network's
+ADAPTER = functools.partial(comfy.ldm.anima.model.LLMAdapter, WIDTH, WIDTH, 32, num_layers=1, num_heads=2)
 WAN = {
     "image_model": "wan2.1",
     "model_type": "t2v",
@@ -203,6 +207,7 @@ TRANSFORMERS = {
     "Z-Image": Transformer(supported.ZImage, Z_IMAGE, SMALL),
     "Lumina 2": Transformer(supported.Lumina2, LUMINA, SMALL),
     "Cosmos-Predict2": Transformer(supported.CosmosT2IPredict2, COSMOS, FLAT),
+    "Anima": Transformer(supported.Anima, {**COSMOS, "image_model": "anima"}, FLAT),
     "Wan 2.1": Transformer(supported.WAN21_T2V, WAN, FLAT),
     "HiDream-I1": Transformer(supported.HiDream, HIDREAM, SMALL),
     "Hunyuan-Image": Transformer(supported.HunyuanImage21, HUNYUAN_IMAGE, (64, 6, 4)),
@@ -231,7 +236,8 @@ def build_transformer(name: str, seed: int = 0, dtype: torch.dtype = torch.float
     kind = TRANSFORMERS[name]
     config = kind.family({**kind.unet, **unet})
     config.set_inference_dtype(dtype, None)
-    model = config.get_model({}, "", device=torch.device("cpu"))
+    with mock.patch("comfy.ldm.anima.model.LLMAdapter", ADAPTER):
+        model = config.get_model({}, "", device=torch.device("cpu"))
     fill(model.diffusion_model, seed)
     return comfy.model_patcher.CoreModelPatcher(
         model,
@@ -251,6 +257,9 @@ def prompt(name: str, seed: int, tokens: int = 20, batch: int = 1, **extra: Any)
     settings = {"pooled_output": torch.randn(batch, 24, generator=generator), **TRANSFORMERS[name].extra, **extra}
     if name == "HiDream-I1":
         settings["conditioning_llama3"] = torch.randn(batch, 2, tokens, WIDTH, generator=generator)
+    if name == "Anima":  # the same text in T5's tokens
+        settings["t5xxl_ids"] = torch.randint(32128, (tokens,), generator=generator)
+        settings["t5xxl_weights"] = torch.ones(tokens)
     return [[torch.randn(batch, tokens, WIDTH, generator=generator), settings]]
 
 
