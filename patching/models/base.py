@@ -160,6 +160,10 @@ class ModelFamily(ABC):
     def hooked(self, options: dict, handler: SiteHandler) -> dict:
         """Model options (of which this may change the copy it was given) whose attentions go through the handler."""
 
+    def grid(self, latent_size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the tokens of a latent, of families that have one grid for all sites."""
+        raise NotImplementedError
+
     def moved(self, rows: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
         """Rows, [1 or B, tokens, C], whose keys say that their tokens stand elsewhere; the same rows where keys say
         nothing of places. shifts: (down, right) in tokens, [1 or B, 2].
