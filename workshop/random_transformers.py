@@ -11,6 +11,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.supported_models as supported
 import torch
+from comfy.ldm.anima.model import LLMAdapter
 from comfy.ldm.flux.controlnet import ControlNetFlux
 from comfy.model_patcher import ModelPatcher
 
@@ -206,6 +207,7 @@ TRANSFORMERS = {
     "Z-Image": Transformer(supported.ZImage, Z_IMAGE, SMALL),
     "Lumina 2": Transformer(supported.Lumina2, LUMINA, SMALL),
     "Cosmos-Predict2": Transformer(supported.CosmosT2IPredict2, COSMOS, FLAT),
+    "Anima": Transformer(supported.Anima, dict(COSMOS, image_model="anima"), FLAT),
     "Wan 2.1": Transformer(supported.WAN21_T2V, WAN, FLAT),
     "HiDream-I1": Transformer(supported.HiDream, HIDREAM, SMALL),
     "Hunyuan-Image": Transformer(supported.HunyuanImage21, HUNYUAN_IMAGE, (64, 6, 4)),
@@ -235,6 +237,10 @@ def build_transformer(name: str, seed: int = 0, dtype: torch.dtype = torch.float
     config = kind.family({**kind.unet, **unet})
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, "", device=torch.device("cpu"))
+    if name == "Anima":  # its adapter's sizes are its own defaults, twice those of the rest
+        sizes = {"source_dim": WIDTH, "target_dim": WIDTH, "model_dim": WIDTH, "num_layers": 1, "num_heads": 2}
+        operations = comfy.ops.pick_operations(dtype, None)
+        model.diffusion_model.llm_adapter = LLMAdapter(**sizes, device="cpu", dtype=dtype, operations=operations)
     fill(model.diffusion_model, seed)
     return comfy.model_patcher.CoreModelPatcher(
         model,
@@ -264,6 +270,9 @@ def prompt(name: str, seed: int, tokens: int = 20, batch: int = 1, **extra: Any)
     """A CONDITIONING of random features."""
     generator = torch.Generator().manual_seed(1000 + seed)
     settings = {"pooled_output": torch.randn(batch, 24, generator=generator), **TRANSFORMERS[name].extra, **extra}
+    if name == "Anima":
+        settings["t5xxl_ids"] = torch.randint(32128, (tokens,), generator=generator)
+        settings["t5xxl_weights"] = torch.ones(tokens)
     if name == "HiDream-I1":
         settings["conditioning_llama3"] = torch.randn(batch, 2, tokens, WIDTH, generator=generator)
     return [[torch.randn(batch, tokens, WIDTH, generator=generator), settings]]
