@@ -12,6 +12,7 @@ import time
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # started as a script: find the rest as the package that this folder is
     sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -278,27 +279,38 @@ class Evaluation:
         return result
 
     def subject(self) -> dict:
-        """The subject by embedding and by LoRA: colour and texture against its photos, next to no teaching."""
+        """The subject by embedding and by LoRA, next to no teaching."""
+        self.models[1].tokenizer.clip_l.embedding_directory = str(self.weights)
+        kinds = {
+            "neither": (self.models[0], "ball"),
+            "embedding": (self.models[0], "embedding:demo-subject-embedding ball"),
+            "LoRA": (self._taught(self.models, "demo-subject-lora"), f"{subject.LORA_WORD} ball"),
+        }
+        return self._subject(self.models, kinds, "subject.jpg")
+
+    def dit_subject(self) -> dict:
+        """The same of the transformer, which has a LoRA alone."""
+        taught = self._taught(self.dit, "demo-dit-subject-lora")
+        kinds = {"neither": (self.dit[0], "ball"), "LoRA": (taught, f"{subject.LORA_WORD} ball")}
+        return self._subject(self.dit, kinds, "dit-subject.jpg")
+
+    def _taught(self, models: tuple, name: str) -> Any:
+        """The MODEL with a LoRA, by ComfyUI's loader."""
         import comfy.sd
         import comfy.utils
 
+        lora = comfy.utils.load_torch_file(str(self.weights / f"{name}.safetensors"))
+        return comfy.sd.load_lora_for_models(models[0], None, lora, 1.0, 0.0)[0]
+
+    def _subject(self, models: tuple, kinds: dict, picture: str) -> dict:
+        """Colour and texture against the subject's photos. kinds: {how it was taught: (MODEL, words)}."""
         drawn, photos = subject.photos()
         photos, masks = photos.movedim(1, -1), scenes.masks(drawn)[:, 0]
-        model, clip, vae = self.models
-        clip.tokenizer.clip_l.embedding_directory = str(self.weights)
-        lora = comfy.utils.load_torch_file(str(self.weights / "demo-subject-lora.safetensors"))
-        taught = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
-        kinds = {
-            "neither": (model, "ball"),
-            "embedding": (model, "embedding:demo-subject-embedding ball"),
-            "LoRA": (taught, f"{subject.LORA_WORD} ball"),
-        }
         result, shown = {}, [photos]
         for name, (patched, words) in kinds.items():
             captions = [f"a {words} {place}" for place in list(scenes.BACKGROUNDS.values()) * 4][: self.args.pairs]
-            pictures = sampling.draw(
-                (patched, clip, vae), captions, range(HELD_OUT, HELD_OUT + len(captions)), steps=self.args.steps
-            )
+            seeds = range(HELD_OUT, HELD_OUT + len(captions))
+            pictures = sampling.draw((patched, *models[1:]), captions, seeds, steps=self.args.steps)
             seen = [metrics.look(self.reader, picture)[2] for picture in pictures]
             discs = [(picture, _disc(found[0])) for picture, found in zip(pictures, seen) if found]
             result[name] = {
@@ -307,7 +319,7 @@ class Evaluation:
                 "found": len(discs) / len(pictures),
             }
             shown.append(pictures[:8])
-        save_grid(torch.cat(shown).movedim(-1, 1), self.args.pictures / "subject.jpg", 8)
+        save_grid(torch.cat(shown).movedim(-1, 1), self.args.pictures / picture, 8)
         return result
 
 
@@ -450,14 +462,15 @@ def tables(results: dict) -> dict[str, str]:
         blocks["controlnet"] = _table(
             ["objects that stand in their outline", ""], [[k, _percent(v)] for k, v in results["controlnet"].items()]
         )
-    if "subject" in results:
-        blocks["subject"] = _table(
-            ["taught by", "colour distance to a photo", "texture similarity", "object found"],
-            [
-                [k, f"{v['colour distance']:.1f}", f"{v['texture similarity']:.3f}", _percent(v["found"])]
-                for k, v in results["subject"].items()
-            ],
-        )
+    for name in ("subject", "dit_subject"):
+        if name in results:
+            blocks[name] = _table(
+                ["taught by", "colour distance to a photo", "texture similarity", "object found"],
+                [
+                    [k, f"{v['colour distance']:.1f}", f"{v['texture similarity']:.3f}", _percent(v["found"])]
+                    for k, v in results[name].items()
+                ],
+            )
     return blocks
 
 
@@ -471,7 +484,7 @@ def write_readme(results: dict, path: Path = HERE / "README.md") -> None:
 
 SECTIONS = (
     *("judge", "prompts", "dit_prompts", "dit_diversity", "swap", "dit_carried"),
-    *("agreement", "controlnet", "subject"),
+    *("agreement", "controlnet", "subject", "dit_subject"),
 )
 
 

@@ -1,10 +1,12 @@
 """The personalised subject: a look without words, taught from a few photos, once as the embedding of a new
-word (textual inversion) and once as a LoRA of the denoiser's attention."""
+word (textual inversion) and once as a LoRA of the attention, of the UNet and of the transformer."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from . import diffusion, scenes
+from . import diffusion, dit, scenes
 from .scenes import photos
 from .training_loop import Budget
 from .vocabulary import UNKNOWN, tokenise
@@ -19,16 +21,38 @@ def captions(drawn: scenes.Scenes, name: str) -> list[str]:
     return [scenes.caption(drawn, i, name=name) for i in range(len(drawn.radius))]
 
 
-class LoRA:
-    """Low-rank additions to every attention projection of a UNet, in effect until `remove`."""
+def projections(network: nn.Module) -> dict[str, nn.Linear]:
+    """The layers of a UNet or a transformer that make queries, keys and values, and those that read what was attended
+    to; a transformer's single blocks have one each for these and the MLP.
+    """
+    found = {}
+    for name, module in network.named_modules():
+        if isinstance(module, diffusion.Attention):
+            parts = ("to_q", "to_k", "to_v", "to_out.0")
+        elif isinstance(module, dit.SelfAttention):
+            parts = ("qkv", "proj")
+        elif isinstance(module, dit.SingleBlock):
+            parts = ("linear1", "linear2")
+        else:
+            parts = ()
+        found |= {f"{name}.{part}": module.get_submodule(part) for part in parts}
+    return found
 
-    def __init__(self, unet: nn.Module, generator: torch.Generator):
+
+class LoRA:
+    """Low-rank additions to every attention projection of a network, in effect until `remove`."""
+
+    def __init__(self, network: nn.Module, generator: torch.Generator):
         self.factors: dict[str, Tensor] = {}
         self.hooks = []
-        for name, module in unet.named_modules():
-            if isinstance(module, diffusion.Attention):
-                for part in ("to_q", "to_k", "to_v", "to_out.0"):
-                    self._add(f"{name}.{part}", module.get_submodule(part), generator)
+        for name, layer in projections(network).items():
+            self._add(name, layer, generator)
+
+    def state(self) -> dict[str, Tensor]:
+        """As ComfyUI's loader reads it, in half precision."""
+        state = {f"diffusion_model.{key}": value.half() for key, value in self.factors.items()}
+        alphas = [key.replace("lora_up.weight", "alpha") for key in state if "lora_up" in key]
+        return state | {key: torch.tensor(float(RANK)) for key in alphas}
 
     def _add(self, name: str, layer: nn.Linear, generator) -> None:
         device = layer.weight.device
@@ -77,24 +101,50 @@ def _embedding(trainer, drawn, latents, budget) -> None:
 
 
 def _lora(trainer, drawn, latents, budget) -> None:
-    """Half of every batch is the subject, half is the world as it was, which the LoRA should leave alone."""
-    known, tokens = trainer.latents()
-    ids = tokenise(captions(drawn, LORA_WORD)).to(trainer.device)
     lora = LoRA(trainer.unet, torch.Generator().manual_seed(trainer.args.seed))
+    batch = _batches(trainer, drawn, latents)
 
     def loss_of(generator):
+        x, words = batch(generator)
+        return trainer.denoising_loss(x, lambda: trainer.text(words), generator)
+
+    trainer.fit("lora", lora.factors, loss_of, budget, lr=6e-3, warmup=10)
+    lora.remove()
+    trainer.save(lora.state(), "demo-subject-lora", "lora")
+
+
+def train_dit(trainer, budget: Budget) -> None:
+    """Trains the transformer's LoRA and writes it as ComfyUI loads it."""
+    drawn, pictures = photos(trainer.args.size)
+    with torch.no_grad():
+        latents = trainer.auto.encode(pictures.to(trainer.device))
+    trainer.dit.requires_grad_(False)
+    lora = LoRA(trainer.dit, torch.Generator().manual_seed(trainer.args.seed))
+    batch = _batches(trainer, drawn, latents)
+
+    def loss_of(generator):
+        x, words = batch(generator)
+        return trainer.flow(trainer.dit, x, words, generator)[0]
+
+    trainer.fit("dit_lora", lora.factors, loss_of, budget, lr=6e-3, warmup=10)
+    lora.remove()
+    trainer.save(lora.state(), "demo-dit-subject-lora", "dit_lora")
+
+
+def _batches(trainer, drawn, latents) -> Callable[[torch.Generator], tuple[Tensor, Tensor]]:
+    """What draws (latents, tokens): half of every batch is the subject, half is the world as it was, which the LoRA
+    should leave alone. drawn, latents: of the photos.
+    """
+    known, tokens = trainer.latents()
+    ids = tokenise(captions(drawn, LORA_WORD)).to(trainer.device)
+
+    def batch(generator):
         rows = torch.randint(len(latents), (BATCH // 2,), generator=generator, device=trainer.device)
         others = torch.randint(len(known), (BATCH // 2,), generator=generator, device=trainer.device)
         x = torch.cat([latents[rows], known[others].float()])
         # Alternating, because the loss spreads its times over the batch in order.
         mix = torch.arange(BATCH, device=trainer.device).view(2, -1).T.flatten()
         words = torch.cat([ids[rows], tokens[others, 0].long()])
-        return trainer.denoising_loss(x[mix], lambda: trainer.text(words[mix]), generator)
+        return x[mix], words[mix]
 
-    trainer.fit("lora", lora.factors, loss_of, budget, lr=6e-3, warmup=10)
-    lora.remove()
-    state = {f"diffusion_model.{key}": value.half() for key, value in lora.factors.items()}
-    state |= {
-        key.replace("lora_up.weight", "alpha"): torch.tensor(float(RANK)) for key in list(state) if "lora_up" in key
-    }
-    trainer.save(state, "demo-subject-lora", "lora")
+    return batch

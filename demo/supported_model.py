@@ -16,6 +16,10 @@ from comfy.supported_models_base import ClipTarget
 
 WEIGHTS = Path(__file__).parent / "weights" / "demo-model.safetensors"
 DIT_WEIGHTS = WEIGHTS.with_name("demo-dit.safetensors")
+LORAS = {  # of the personal subject
+    "unet": WEIGHTS.with_name("demo-subject-lora.safetensors"),
+    "dit": WEIGHTS.with_name("demo-dit-subject-lora.safetensors"),
+}
 
 WIDTH = 64  # of the UNet's first level and of a text token
 CLIP_ROWS = 49408  # vocabulary of SD1.x's tokenizer

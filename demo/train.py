@@ -30,7 +30,10 @@ from .vocabulary import TOKEN_IDS, leave_out, tokenise
 
 HERE = Path(__file__).resolve().parent
 # Share of the time for each part, in the order in which they are trained.
-PARTS = {"autoencoder": 0.12, "diffusion": 0.43, "dit": 0.24, "controlnet": 0.09, "subject": 0.04, "reader": 0.08}
+PARTS = {
+    **{"autoencoder": 0.12, "diffusion": 0.42, "dit": 0.23, "controlnet": 0.09},
+    **{"subject": 0.04, "dit_subject": 0.02, "reader": 0.08},
+}
 SHARD = 1024  # scenes in one file of cached latents
 GUIDANCE = 3.0
 FANCY = 0.12  # share of objects without words for their look
@@ -160,20 +163,24 @@ class Trainer:
             rows = torch.randint(len(latents), (batch,), generator=generator, device=self.device)
             shortened = SHORTENED_LATE if budget.spent > LATE else SHORTENED
             ids = self._captions(tokens, rows, empty, 0.1, generator, shortened)
-            x0 = latents[rows].float()
-            noise = torch.randn(x0.shape, generator=generator, device=self.device)
-            sigma = self._spread(batch, generator)
-            share = sigma.view(-1, 1, 1, 1)
+            loss, features = self.flow(network, latents[rows].float(), ids, generator)
             with self.autocast():
-                with torch.no_grad():
-                    context = self.text(ids[:, : dit.WORDS])
-                velocity, features = network((1 - share) * x0 + share * noise, sigma, context)
                 maps = self.dit_heads(features)
-            lesson = auxiliary_head.loss(maps, drawn.take(rows), owner[rows])
-            return F.mse_loss(velocity.float(), noise - x0) + ALIGNMENT * lesson
+            return loss + ALIGNMENT * auxiliary_head.loss(maps, drawn.take(rows), owner[rows])
 
         self.fit("dit", self.parameters["dit"], loss_of, budget, 1.5 * self.args.lr, show=self.show_dit)
         self.figures["dit"] |= {"scenes": len(latents), "samples": self.figures["dit"]["steps"] * batch * self.world}
+
+    def flow(self, network: Callable, x0: Tensor, ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the transformer's velocity on latents x0 with the words of `ids`, and its features."""
+        noise = torch.randn(x0.shape, generator=generator, device=self.device)
+        sigma = self._spread(len(x0), generator)
+        share = sigma.view(-1, 1, 1, 1)
+        with self.autocast():
+            with torch.no_grad():
+                context = self.text(ids[:, : dit.WORDS])
+            velocity, features = network((1 - share) * x0 + share * noise, sigma, context)
+        return F.mse_loss(velocity.float(), noise - x0), features
 
     def train_controlnet(self, budget: Budget) -> None:
         latents, tokens = self.latents()
@@ -202,6 +209,9 @@ class Trainer:
 
     def train_subject(self, budget: Budget) -> None:
         subject.train(self, budget)
+
+    def train_dit_subject(self, budget: Budget) -> None:
+        subject.train_dit(self, budget)
 
     def train_reader(self, budget: Budget) -> None:
         drawn, pictures = self.pictures(self.args.pictures)

@@ -12,6 +12,7 @@ from ..patching.recipe import Recipe, RunContext, Start, begin_on, first_step
 from ..patching.schedule import Window, position
 from ..patching.streams import Stream
 from ..patching.terms import AttentionTerm, TargetRows
+from .position_shift import Shift, centre
 
 Tensor = torch.Tensor
 
@@ -75,47 +76,17 @@ class FromLayout(Recipe):
         return Start(torch.cat(noises), torch.cat(latents), sigmas)
 
 
-class FromReference(Recipe):
-    """Keys and values of the reference for the target's queries (equation 3). references: streams, one for all images
-    or one for each.
-    """
+class ObjectMask:
+    """M: where the object is in the layout. mask: [1 or B, H, W] in [0, 1], or a LiveMask."""
 
-    node = "Multi Source Swap"
-    same_weights = False  # the layout and the photo may be of the plain model
-
-    def __init__(self, window: Window, references: Sequence[Stream]) -> None:
-        super().__init__(window)
-        self.streams = references
-
-    def attend(
-        self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
-    ) -> list[AttentionTerm]:
-        reference = torch.cat(sources)
-        return [AttentionTerm(target.q, reference, reference)]
-
-
-class FromBoth(Recipe):
-    """The same, blended with the layout's own attention: phi* = M phi_t + (1 - M) phi_o (equation 4). Rows of no weight
-    are not computed.
-
-    mask: M, [1 or B, H, W] in [0, 1], or a LiveMask.
-    """
-
-    node = "Multi Source Swap"
-    same_weights = False  # the layout and the photo may be of the plain model
-    several_terms = True
-
-    def __init__(
-        self, window: Window, references: Sequence[Stream], layouts: Sequence[Stream], mask: Tensor | LiveMask
-    ) -> None:
-        super().__init__(window)
-        self.streams, self.count, self.mask = (*references, *layouts), len(references), mask
+    def __init__(self, mask: Tensor | LiveMask) -> None:
+        self.mask = mask
         self.made: tuple[Tensor | None, Tensor] | None = None  # (map, M) of a live mask
 
-    def check(self, context: RunContext) -> None:
+    def check(self, node: str, context: RunContext) -> None:
         if isinstance(self.mask, LiveMask) and not context.measures_words:
             raise ValueError(
-                f"{self.node}: a running mask needs Token Attention Map on the MODEL, with the words to look for. Put"
+                f"{node}: a running mask needs Token Attention Map on the MODEL, with the words to look for. Put"
                 " it there, or connect the MASK of Adaptive Mask Blend."
             )
 
@@ -129,11 +100,90 @@ class FromBoth(Recipe):
             self.made = found, kernel.adaptive(known, self.mask.segment, context.size, *self.mask[1:]).mask
         return self.made[1]
 
+    def on(self, grid: tuple[int, int], context: RunContext) -> Tensor:
+        """M on the tokens, [1 or B, h, w]."""
+        return kernel.at_size(self.current(context), grid)
+
+
+class Place(NamedTuple):
+    """Where the reference's keys are to be. shift: of the subject onto the object. subject: its mask in the reference,
+    [1 or B, H, W] in [0, 1]. inside: the object's in the layout. None: unknown, needed only where they are to be
+    found.
+    """
+
+    shift: Shift
+    subject: Tensor | None = None
+    inside: ObjectMask | None = None
+
+    def moved(self, context: RunContext, reference: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The reference's rows, [1 or B, tokens, C], as if the subject stood where the object is."""
+        middle = torch.zeros(1, 2)
+        if self.shift.given is not None:
+            shifts = self.shift.tokens(middle, middle, grid)
+        elif self.subject is None or self.inside is None:
+            return reference
+        else:
+            subject = centre(kernel.at_size(self.subject, grid))
+            shifts = self.shift.tokens(subject, centre(self.inside.on(grid, context)), grid)
+        return context.family.moved(reference, shifts)
+
+
+class FromReference(Recipe):
+    """Keys and values of the reference for the target's queries (equation 3). references: streams, one for all images
+    or one for each. place: where its keys are to be (None: where they are).
+    """
+
+    node = "Multi Source Swap"
+    same_weights = False  # the layout and the photo may be of the plain model
+
+    def __init__(self, window: Window, references: Sequence[Stream], place: Place | None = None) -> None:
+        super().__init__(window)
+        self.streams, self.place = references, place
+
+    def check(self, context: RunContext) -> None:
+        if self.place and self.place.inside:
+            self.place.inside.check(self.node, context)
+
+    def attend(
+        self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
+    ) -> list[AttentionTerm]:
+        reference = torch.cat(sources)
+        if self.place:
+            reference = self.place.moved(context, reference, grid)
+        return [AttentionTerm(target.q, reference, reference)]
+
+
+class FromBoth(Recipe):
+    """The same, blended with the layout's own attention: phi* = M phi_t + (1 - M) phi_o (equation 4). Rows of no weight
+    are not computed. inside: M.
+    """
+
+    node = "Multi Source Swap"
+    same_weights = False  # the layout and the photo may be of the plain model
+    several_terms = True
+
+    def __init__(
+        self,
+        window: Window,
+        references: Sequence[Stream],
+        layouts: Sequence[Stream],
+        inside: ObjectMask,
+        place: Place | None = None,
+    ) -> None:
+        super().__init__(window)
+        self.streams, self.count = (*references, *layouts), len(references)
+        self.inside, self.place = inside, place
+
+    def check(self, context: RunContext) -> None:
+        self.inside.check(self.node, context)
+
     def attend(
         self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
     ) -> list[AttentionTerm]:
         reference, layout = torch.cat(sources[: self.count]), torch.cat(sources[self.count :])
-        weight = kernel.at_size(self.current(context), grid).flatten(1)[..., None].to(reference)
+        if self.place:
+            reference = self.place.moved(context, reference, grid)
+        weight = self.inside.on(grid, context).flatten(1)[..., None].to(reference)
         terms = []
         for queries, keys, share in ((target.q, reference, weight), (layout, layout, 1 - weight)):
             rows = share.amax(0).flatten().nonzero()[:, 0]

@@ -11,6 +11,7 @@ from ..patching.recipe import Recipe, RunContext, Start, begin_on
 from ..patching.schedule import Window
 from ..patching.streams import Stream
 from ..patching.terms import AttentionTerm, TargetRows
+from .position_shift import Shift, centre, moved_queries
 
 Tensor = torch.Tensor
 
@@ -39,13 +40,14 @@ FORWARD, REVERSE = "SAGI first", "SALQ first"
 
 
 class Parts(NamedTuple):
-    """The tokens of a level that the subject feeds (front) and that the condition feeds (back), int64; how much of
-    their results counts, [B, tokens, 1], and which of the back tokens each image may attend to, bool [B, tokens]. None:
-    all.
+    """The tokens of a level that the subject feeds (front) and that the condition feeds (back), int64; where the area's
+    centre is, [1 or B, 2]; how much of their results counts, [B, tokens, 1], and which of the back tokens each image
+    may attend to, bool [B, tokens]. None: all.
     """
 
     front: torch.Tensor
     back: torch.Tensor
+    centre: torch.Tensor
     front_weight: torch.Tensor | None = None
     back_weight: torch.Tensor | None = None
     allowed: torch.Tensor | None = None
@@ -62,8 +64,9 @@ class MaskArea:
     def parts(self, context: RunContext, grid: tuple[int, int], device: torch.device) -> Parts:
         key = grid, device
         if key not in self.found:
-            inside = grid_masks.cells(self.mask, grid).flatten()
-            self.found[key] = Parts(*(part.nonzero()[:, 0].to(device) for part in (inside, ~inside)))
+            area = grid_masks.cells(self.mask, grid)
+            front, back = (part.flatten().nonzero()[:, 0].to(device) for part in (area, ~area))
+            self.found[key] = Parts(front, back, centre(area[None]))
         return self.found[key]
 
 
@@ -84,19 +87,19 @@ class WordsArea:
         if maps is not self.maps:
             self.maps, self.found = maps, {}
         if maps is not None and grid not in self.found:
-            self.found[grid] = self.parts_of(
-                grid_masks.strongest(maps, grid, self.share, self.soft).flatten(1).to(device)
-            )
+            share = grid_masks.strongest(maps, grid, self.share, self.soft)
+            self.found[grid] = self.parts_of(share.flatten(1).to(device), centre(share >= 1))
         return self.found.get(grid)
 
     @staticmethod
-    def parts_of(share: Tensor) -> Parts:
-        """share: of the subject, [B, tokens] in [0, 1]."""
+    def parts_of(share: Tensor, middle: Tensor) -> Parts:
+        """share: of the subject, [B, tokens] in [0, 1]. middle: where it is, [B, 2]."""
         front, back = (part.any(0).nonzero()[:, 0] for part in (share > 0, share < 1))
         allowed = share[:, back] < 1
         # of an image that is all subject: its weight is 0, but there must be a key
         allowed |= ~allowed.any(1, keepdim=True)
-        return Parts(front, back, share[:, front, None], 1 - share[:, back, None], None if allowed.all() else allowed)
+        weights = share[:, front, None], 1 - share[:, back, None]
+        return Parts(front, back, middle, *weights, None if allowed.all() else allowed)
 
 
 # ---------------------------------------------------------------- the recipes
@@ -107,11 +110,12 @@ class MaskedAttention(Recipe):
 
     Equations 6, 7, 10 and 11, as the released code reads them (7 and 11 are misprinted): M_C F_subject + (1 - M_C)
     F_condition, where F_subject attends to the tokens in M_S and F_condition to those outside M_C. Both by gathered
-    queries and keys.
+    queries and keys. target_asks: whether the queries are the target's; else they are those of subject and condition.
     """
 
     node = "Collaborative Attention"
     several_terms = True
+    target_asks = True
 
     def __init__(
         self,
@@ -121,14 +125,17 @@ class MaskedAttention(Recipe):
         subject_mask: Tensor,
         area: MaskArea | WordsArea,
         fresh: Tensor | None = None,
+        shift: Shift | None = None,
     ) -> None:
         """subject, condition: Streams, the condition None where the target is its own. subject_mask: M_S, [H, W] bool.
         area: MaskArea or WordsArea. fresh: where the target begins with noise of its own, [H, W] bool (None: nowhere).
+        shift: of the subject onto the area (None: it stays where it is).
         """
         super().__init__(window)
         self.condition, self.subject_mask, self.area, self.fresh = condition, subject_mask, area, fresh
         self.streams = (subject, condition) if condition else (subject,)
-        self.subject_rows: dict[tuple, Tensor] = {}
+        self.shift = shift
+        self.subjects: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def start(self, context: RunContext, start: Start) -> Start:
         """Begin where the condition began: z_T of the target is the condition's."""
@@ -139,11 +146,13 @@ class MaskedAttention(Recipe):
             own = torch.where(grid_masks.cells(self.fresh, context.size).to(own.device), start.noise, own)
         return Start(own, latent_image, start.sigmas)
 
-    def rows_of_subject(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+    def subject_on(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The subject's tokens in its own image, int64 [n], and their centre, [1, 2]."""
         key = grid, device
-        if key not in self.subject_rows:
-            self.subject_rows[key] = grid_masks.cells(self.subject_mask, grid).flatten().nonzero()[:, 0].to(device)
-        return self.subject_rows[key]
+        if key not in self.subjects:
+            found = grid_masks.cells(self.subject_mask, grid)
+            self.subjects[key] = found.flatten().nonzero()[:, 0].to(device), centre(found[None])
+        return self.subjects[key]
 
     def attend(
         self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
@@ -155,37 +164,32 @@ class MaskedAttention(Recipe):
         subject, condition = sources if self.condition else (*sources, n)
         terms = []
         if len(parts.front):
-            keys = subject[:, self.rows_of_subject(grid, n.device)]
-            terms.append(
-                AttentionTerm(self.queries(n, subject)[:, parts.front], keys, keys, parts.front, parts.front_weight)
-            )
+            rows, middle = self.subject_on(grid, n.device)
+            queries, keys = (n if self.target_asks else subject)[:, parts.front], subject[:, rows]
+            shifts = None if self.shift is None else self.shift.tokens(middle, parts.centre, grid)
+            if shifts is not None and self.target_asks:
+                keys = context.family.moved(keys, shifts)
+            elif shifts is not None:
+                queries = moved_queries(subject, parts.front, shifts, grid)
+            terms.append(AttentionTerm(queries, keys, keys, parts.front, parts.front_weight))
         if len(parts.back):
-            keys = condition[:, parts.back]
-            terms.append(
-                AttentionTerm(
-                    self.queries(n, condition)[:, parts.back], keys, keys, parts.back, parts.back_weight, parts.allowed
-                )
-            )
+            queries, keys = (n if self.target_asks else condition)[:, parts.back], condition[:, parts.back]
+            terms.append(AttentionTerm(queries, keys, keys, parts.back, parts.back_weight, parts.allowed))
         return terms
-
-    def queries(self, target: Tensor, source: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class SAGI(MaskedAttention):
     """Self-attention global injection: the attention outputs of subject and condition themselves (section 3.3,
-    equations 5 to 7).
+    equations 5 to 7). A shift takes the subject's from where it stands in its own image.
     """
 
-    def queries(self, target: Tensor, source: Tensor) -> Tensor:
-        return source
+    target_asks = False
 
 
 class SALQ(MaskedAttention):
-    """Self-attention local query: the target asks, subject and condition answer (section 3.3, equations 8 to 11)."""
-
-    def queries(self, target: Tensor, source: Tensor) -> Tensor:
-        return target
+    """Self-attention local query: the target asks, subject and condition answer (section 3.3, equations 8 to 11). A
+    shift turns the subject's keys.
+    """
 
 
 class BackgroundLock(Recipe):

@@ -593,7 +593,7 @@ class CollageCrossAttn(io.ComfyNode):
         """
         if given is own:
             return [0] * len(own)
-        found = [offset_of_words(own[0][0], features, positions) for features, _ in given]
+        found = [offset_of_words(own[0], entry, positions) for entry in given]
         if all(offset is None for offset in found):
             raise ValueError(
                 f"{cls.NAME}: the canvas's words are not in the conditioning as this CLIP encodes them, so that nothing"

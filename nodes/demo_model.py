@@ -168,11 +168,10 @@ class MontageDemoSubject(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, photo: int) -> io.NodeOutput:
-        from ..demo import scenes, supported_model
+        from ..demo import sampling, scenes, supported_model
 
-        lora = comfy.utils.load_torch_file(
-            str(supported_model.WEIGHTS.with_name("demo-subject-lora.safetensors")), safe_load=True
-        )
+        path = supported_model.LORAS[sampling.architecture(model)]
+        lora = comfy.utils.load_torch_file(str(path), safe_load=True)
         personal, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
         return io.NodeOutput(personal, scenes.photos()[1][photo : photo + 1].movedim(1, -1))
 

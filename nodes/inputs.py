@@ -8,6 +8,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
+from ..patching.tokens import rows_of
+
 
 def fraction(name: str, default: float, tooltip: str, **options: Any) -> io.Float.Input:
     """An input from 0 to 1 in hundredths: a threshold, a denoise, or a share of the schedule."""
@@ -102,7 +104,7 @@ def encoded(node: str, clip: CLIP, prompt: str) -> list:
     """
     tokens = connected(node, "clip", clip).tokenize(prompt)
     conditioning = clip.encode_from_tokens_scheduled(tokens)
-    length, wanted = conditioning[0][0].shape[1], max(sum(map(len, chunks)) for chunks in tokens.values())
+    length, wanted = conditioning[0][0].shape[1], rows_of(clip, prompt)
     if length != wanted:
         raise ValueError(
             f"{node}: this CLIP encodes the prompt's {wanted} tokens to {length}: another node changes them (NegPip),"

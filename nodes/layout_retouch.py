@@ -13,7 +13,8 @@ from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..kernels import adaptive_mask as kernel
-from ..methods.layout_retouch import FromBoth, FromLayout, FromReference, LiveMask
+from ..methods.layout_retouch import FromBoth, FromLayout, FromReference, LiveMask, ObjectMask, Place
+from ..methods.position_shift import AUTO, shift_of
 from ..patching import refusals
 from ..patching.attention_maps import TokenMap, marked
 from ..patching.install import install
@@ -455,6 +456,26 @@ class MultiSourceSwap(io.ComfyNode):
                         "Without it, that of Invert Image, which costs half."
                     ),
                 ),
+                io.Mask.Input(
+                    "reference_mask",
+                    optional=True,
+                    tooltip=(
+                        "Transformers only: where the subject is in the reference image, for shift; one for all "
+                        "references, or one for each."
+                    ),
+                ),
+                io.String.Input(
+                    "shift",
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Transformers only (not SD3): moves the reference's keys so that its subject stands where the "
+                        "object of the layout is, since a query looks first at its own place in the other image. auto: "
+                        "from the centre of reference_mask to that of mask or running_mask, if both are connected. "
+                        "none: not at all. Or pixels to the right and down, such as 64, -32."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -487,6 +508,8 @@ class MultiSourceSwap(io.ComfyNode):
         running_mask: LiveMask | None = None,
         layout_prompt: list | None = None,
         reference_prompt: list | None = None,
+        reference_mask: torch.Tensor | None = None,
+        shift: str = AUTO,
     ) -> io.NodeOutput:
         refuse_nan(cls.NAME, layout_end=layout_end, mask_start=mask_start, end=end)
         layouts, references = (
@@ -496,6 +519,9 @@ class MultiSourceSwap(io.ComfyNode):
         size = picture_size(model, layouts[0].run.size)
         mask = None if mask is None else mask_for(cls.NAME, "mask", mask, size).clamp(0, 1)
         cls.check(model, layouts, references, mask, running_mask)
+        known = mask if running_mask is None else running_mask
+        inside = None if known is None else ObjectMask(known)
+        place = cls.place(model, shift, reference_mask, len(references), inside, size)
         found = parse_sites(cls.NAME, model, sites)
         latent = {"samples": torch.cat([run.latent_image[row : row + 1] for run, row in layouts])}
         masks = [run.denoise_mask[row : row + 1, :1] for run, row in layouts if run.denoise_mask is not None]
@@ -503,16 +529,36 @@ class MultiSourceSwap(io.ComfyNode):
             latent["noise_mask"] = torch.cat(masks)
         layouts, references = prompted(layouts, model, layout_prompt), prompted(references, model, reference_prompt)
         recipes: list[Recipe] = [FromLayout(layouts, layout_end, end)]
-        inside = mask if running_mask is None else running_mask
         if inside is None:
-            recipes.append(FromReference(Window(layout_end, end, found), references))
+            recipes.append(FromReference(Window(layout_end, end, found), references, place))
         else:
             blended = max(layout_end, min(mask_start, end))
             recipes += [
-                FromReference(Window(layout_end, blended, found), references),
-                FromBoth(Window(blended, end, found), references, layouts, inside),
+                FromReference(Window(layout_end, blended, found), references, place),
+                FromBoth(Window(blended, end, found), references, layouts, inside, place),
             ]
         return io.NodeOutput(install(model, *recipes), latent)
+
+    @classmethod
+    def place(
+        cls,
+        model: ModelPatcher,
+        text: str,
+        subject: torch.Tensor | None,
+        references: int,
+        inside: ObjectMask | None,
+        size: tuple[int, int],
+    ) -> Place | None:
+        """Where the references' keys are to be. subject: the input reference_mask."""
+        shift = shift_of(cls.NAME, model, text, size)
+        if subject is not None:
+            subject = mask_for(cls.NAME, "reference_mask", subject, size).clamp(0, 1)
+            if len(subject) not in (1, references):
+                raise ValueError(
+                    f"{cls.NAME}: {len(subject)} reference_masks for {references} references. Give one for all, or one"
+                    " for each."
+                )
+        return shift and Place(shift, subject, inside)
 
     @classmethod
     def check(

@@ -21,6 +21,7 @@ from ..methods.mca_ctrl import (
     Preset,
     WordsArea,
 )
+from ..methods.position_shift import AUTO, shift_of
 from ..patching.install import install, installed_in
 from ..patching.models import parse_sites
 from ..patching.recipe import Recipe
@@ -186,6 +187,17 @@ class CollaborativeAttention(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="Negative prompt for these two (paper: the sampler's)."
                 ),
+                io.String.Input(
+                    "shift",
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Transformers only (not SD3): moves the subject's keys onto the edited area, since a query "
+                        "looks first at its own place in the other image. auto: from the centre of subject_mask to "
+                        "that of the edited area. none: not at all. Or pixels to the right and down, such as 64, -32."
+                    ),
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -225,6 +237,7 @@ class CollaborativeAttention(io.ComfyNode):
         subject_positive: list | None = None,
         condition_positive: list | None = None,
         negative: list | None = None,
+        shift: str = AUTO,
     ) -> io.NodeOutput:
         refuse_nan(
             cls.NAME, map_share=map_share, **{name: value for name, value in preset.items() if isinstance(value, float)}
@@ -253,6 +266,7 @@ class CollaborativeAttention(io.ComfyNode):
                 " one of them."
             )
         area = painted or WordsArea(map_share, map_form == "soft")
+        moved = shift_of(cls.NAME, model, shift, size)
         sagi, salq = cls.windows(model, preset, order)
         feeding = (
             cls.prompted(model, source, subject_positive, negative),
@@ -262,7 +276,7 @@ class CollaborativeAttention(io.ComfyNode):
         recipes: list[Recipe] = []
         for recipe, window in ((SAGI, sagi), (SALQ, salq)):
             if not window.is_empty:
-                recipes.append(recipe(window, *feeding, subject_mask, area, fresh))
+                recipes.append(recipe(window, *feeding, subject_mask, area, fresh, moved))
         if recipes and background_lock and kept and painted:
             recipes.append(BackgroundLock(kept, painted.mask))
         run, row = kept or source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from .attention_maps import LiveAttentionMap
+from .models import ModelFamily, family_of
 from .schedule import Window, position, step_of
 from .streams import INVERSION, CallKey, Evaluation, Run, Stream
 from .terms import AttentionTerm, TargetRows
@@ -40,6 +42,11 @@ class RunContext:
         if self.sigma_visit is None:
             raise RuntimeError("no evaluation of this run has begun")
         return self.sigma_visit
+
+    @functools.cached_property
+    def family(self) -> ModelFamily:
+        """What kind of model is sampled."""
+        return family_of(self.model)
 
     @property
     def measures_words(self) -> bool:

@@ -11,7 +11,7 @@ from comfy.model_sampling import CONST, ModelSamplingDiscrete
 from comfy.patcher_extension import WrappersMP
 
 from ..kernels.noise_map import free
-from .models import require_unet
+from .models import family_of
 from .refusals import check_shape
 
 KEY = "montage_collage"
@@ -106,8 +106,10 @@ def part_of_schedule(sampling: Any, sigma: torch.Tensor) -> float:
 
 
 def with_control_map(model: ModelPatcher, node: str, strength: torch.Tensor) -> ModelPatcher:
-    """A clone of the MODEL that multiplies what ControlNets add to it by a map. strength: [H, W]."""
-    require_unet(node, model, "it multiplies maps of features, which transformers do not have")
+    """A clone of the MODEL that multiplies what ControlNets add to it by a map: to the features of a UNet, or to the
+    image's tokens of a transformer. strength: [H, W].
+    """
+    family = family_of(model)
 
     def outer_sample(executor: Callable, noise: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         check_shape(node, strength.shape, noise.shape[-2:])
@@ -129,19 +131,33 @@ def with_control_map(model: ModelPatcher, node: str, strength: torch.Tensor) -> 
         **kwargs: Any,
     ) -> torch.Tensor:
         if control is not None:
+            grid = None if family.is_unet else family.grid((x.shape[-2], x.shape[-1]))
             control = {
-                block: [scaled(residual, strength) for residual in residuals] for block, residuals in control.items()
+                block: [scaled(node, residual, strength, grid) for residual in residuals]
+                for block, residuals in control.items()
             }
         return executor(x, t, c_concat, c_crossattn, control, *args, **kwargs)
 
     return with_wrapper(with_wrapper(model, WrappersMP.OUTER_SAMPLE, outer_sample), WrappersMP.APPLY_MODEL, apply_model)
 
 
-def scaled(residual: torch.Tensor | None, strength: torch.Tensor) -> torch.Tensor | None:
-    """A ControlNet's residual [B, C, h, w], or None, times the map."""
+def scaled(
+    node: str, residual: torch.Tensor | None, strength: torch.Tensor, grid: tuple[int, int] | None
+) -> torch.Tensor | None:
+    """A ControlNet's residual, or None, times the map: [B, C, h, w], or, where the model has a grid of tokens, [B,
+    tokens, C]. Raises ValueError for one of other tokens.
+    """
     if residual is None:
         return None
-    return residual * F.interpolate(strength[None, None].to(residual), size=residual.shape[-2:], mode="area")
+    if grid is None:
+        return residual * F.interpolate(strength[None, None].to(residual), size=residual.shape[-2:], mode="area")
+    if residual.ndim != 3 or residual.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f"{node}: a ControlNet adds {'x'.join(map(str, residual.shape))} to this MODEL, which has"
+            f" {grid[0]}x{grid[1]} tokens, so that nobody knows where it acts. Disconnect the node, or use another"
+            " ControlNet."
+        )
+    return residual * F.interpolate(strength[None, None].to(residual), size=grid, mode="area").flatten(2).mT
 
 
 def with_wrapper(model: ModelPatcher, kind: str, wrapper: Callable) -> ModelPatcher:

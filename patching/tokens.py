@@ -25,13 +25,15 @@ class Encoding(NamedTuple):
 
     name: of its tokens, and of their tokenizer. bytes: whether its vocabulary writes bytes as letters, as GPT-2's does;
     else it writes a space as a lower bar, as SentencePiece does. after_clip: whether CLIP's tokens are rows of the
-    CONDITIONING too and stand before. cuts: whether ComfyUI cuts the first lines of its template off.
+    CONDITIONING too and stand before. cuts: whether ComfyUI cuts the first lines of its template off. features: the
+    tokens that the CONDITIONING's rows are of, where the model makes those of the others of them ("": the same).
     """
 
     name: str
     bytes: bool = False
     after_clip: bool = False
     cuts: bool = False
+    features: str = ""
 
 
 _T5, _QWEN3_4B = Encoding("t5xxl"), Encoding("qwen3_4b", bytes=True)
@@ -42,7 +44,7 @@ ENCODINGS = {
     "flux.FluxTokenizer": _T5,  # CLIP's tokens are pooled only
     "sd3_clip.SD3Tokenizer": _T5._replace(after_clip=True),
     "pixart_t5.PixArtTokenizer": _T5,  # Chroma too
-    "anima.AnimaTokenizer": _T5,  # its adapter writes Qwen's features to T5's tokens
+    "anima.AnimaTokenizer": _T5._replace(features="qwen3_06b"),  # its adapter writes Qwen's features to T5's tokens
     "cosmos.CosmosT5Tokenizer": _T5,
     "wan.WanT5Tokenizer": Encoding("umt5xxl"),
     "lumina2.LuminaTokenizer": Encoding("gemma2_2b"),
@@ -54,6 +56,7 @@ ENCODINGS = {
     "flux.Flux2Tokenizer": Encoding("mistral3_24b", bytes=True),
 }
 IM_START, USER, NEW_LINE = 151644, 872, 198  # of Qwen's vocabulary
+TARGET_IDS = "t5xxl_ids"  # in a CONDITIONING of Anima: the tokens that its adapter writes the features to
 UNKNOWN = "\ufffd"  # what no letters spell: an embedding's vector, and letters that the vocabulary does not have
 # of a longer word, if next to a phrase; Japanese and Chinese words follow one another without spaces
 LETTER = r"[^\W\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"
@@ -75,8 +78,7 @@ def token_runs(clip: CLIP, prompt: str, phrase: str) -> list[tuple[int, ...]]:
     clip: CLIP. prompt, phrase: str. Returns [(int, ...)], in the order of the CONDITIONING.
     Raises ValueError, naming the phrase, if it is empty or absent, and for text encoders that are not in ENCODINGS.
     """
-    kind = type(clip.tokenizer)
-    encoding = ENCODINGS.get(f"{kind.__module__}.{kind.__qualname__}".removeprefix("comfy.text_encoders."))
+    encoding = encoding_of(clip)
     if encoding is None:
         check_clip(clip)
         found = clip_runs(clip, prompt, phrase)
@@ -85,6 +87,26 @@ def token_runs(clip: CLIP, prompt: str, phrase: str) -> list[tuple[int, ...]]:
     if not found:
         raise ValueError(f'"{phrase}" is not in the prompt "{prompt}". Write it exactly as it occurs there.')
     return sorted(found)
+
+
+def encoding_of(clip: CLIP) -> Encoding | None:
+    """What is known of a text encoder that is no CLIP."""
+    kind = type(clip.tokenizer)
+    return ENCODINGS.get(f"{kind.__module__}.{kind.__qualname__}".removeprefix("comfy.text_encoders."))
+
+
+def rows_of(clip: CLIP, prompt: str) -> int:
+    """How many rows the CONDITIONING of a prompt has, as its tokenizer and its encoder's template say."""
+    tokens, encoding = clip.tokenize(prompt), encoding_of(clip)
+    counts = {name: sum(map(len, rows)) for name, rows in tokens.items()}
+    if encoding is None:
+        return max(counts.values())
+    if encoding.after_clip:
+        own = 0 if clip.cond_stage_model.t5xxl is None else counts[encoding.name]
+        return clip_rows(clip, prompt) + own
+    name = encoding.features or encoding.name
+    cut = cut_off([value for row in tokens[name] for value, *_ in row]) if encoding.cuts else 0
+    return counts[name] - cut
 
 
 def is_clip(clip: CLIP) -> bool:
@@ -271,12 +293,31 @@ BYTES = letters_of_bytes()
 # ------------------------------------------------------------ a prompt in a CONDITIONING
 
 
-def offset_of_words(own: torch.Tensor, given: torch.Tensor, positions: list[int]) -> int | None:
-    """How many tokens further back than in a prompt its words stand in other text features: 0 where those are the
-    prompt's own, more where they were joined behind others (ConditioningConcat); None where the words are not there.
+def offset_of_words(own: list, given: list, positions: list[int]) -> int | None:
+    """How many tokens further back than in a prompt its words stand in another part of a CONDITIONING: 0 where that is
+    the prompt's own, more where its words were joined behind others (ConditioningConcat); None where they are not
+    there.
 
-    own: features of the prompt [1, tokens, C]. given: [B, other tokens, C]. positions: of the words in the prompt.
-    Compared are the features at those places, as a correlation: prompt weights scale them, and change little in it.
+    own: the prompt's [features [1, tokens, C], settings]. given: another such part, features [B, other tokens, C].
+    positions: of the words in the prompt.
+    """
+    ids = own[1].get(TARGET_IDS), given[1].get(TARGET_IDS)
+    if ids[0] is not None and ids[1] is not None:  # Anima: the features are of other tokens
+        return offset_of_ids(*ids, positions)
+    return offset_of_features(own[0], given[0], positions)
+
+
+def offset_of_ids(own: torch.Tensor, given: torch.Tensor, positions: list[int]) -> int | None:
+    """The first place further back at which ids [tokens] are those of the words."""
+    sought = own[positions]
+    last, places = max(positions), torch.tensor(positions)
+    fitting = (n for n in range(len(given) - last) if torch.equal(given[places + n], sought))
+    return next(fitting, None)
+
+
+def offset_of_features(own: torch.Tensor, given: torch.Tensor, positions: list[int]) -> int | None:
+    """The place at which features are most like those of the words, as a correlation: prompt weights scale them, and
+    change little in it.
     """
     if given.shape[-1] != own.shape[-1] or given.shape[1] <= max(positions):
         return None

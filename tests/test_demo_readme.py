@@ -18,7 +18,7 @@ def test_every_experiment_has_its_block():
 
 def test_every_picture_is_there_and_small():
     pictures = re.findall(r"\]\((pictures/[^)]+)\)", PAGE.read_text())
-    assert len(pictures) == 6
+    assert len(pictures) == 7
     for picture in pictures:
         assert 1_000 < PAGE.with_name("pictures").joinpath(Path(picture).name).stat().st_size < 300_000
 

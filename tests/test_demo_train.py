@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from montage.demo import autoencoder, auxiliary_head, detector, diffusion, dit, scenes, subject, train, training_loop
 
-PARTS = ["autoencoder", "diffusion", "dit", "controlnet", "subject", "reader"]
+PARTS = ["autoencoder", "diffusion", "dit", "controlnet", "subject", "dit_subject", "reader"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,7 @@ def test_everything_is_trained_and_comfyui_loads_it(trained):
 
     assert sorted(file.name for file in trained.iterdir()) == [
         "demo-controlnet.safetensors",
+        "demo-dit-subject-lora.safetensors",
         "demo-dit.safetensors",
         "demo-model.safetensors",
         "demo-reader.safetensors",
@@ -87,6 +88,9 @@ def test_everything_is_trained_and_comfyui_loads_it(trained):
         keys = comfy.lora.model_lora_keys_unet(model.model, {})
         lora = load_file(trained / "demo-subject-lora.safetensors")
         assert len(comfy.lora.load_lora(lora, keys)) == len(lora) / 3 == 16 * 2 * 4
+        keys = comfy.lora.model_lora_keys_unet(transformer[0].model, {})
+        lora = load_file(trained / "demo-dit-subject-lora.safetensors")
+        assert len(comfy.lora.load_lora(lora, keys)) == len(lora) / 3 == dit.DOUBLE * 4 + dit.SINGLE * 2
         clip.tokenizer.clip_l.embedding_directory = str(trained)
         tokens = [token for token, _ in clip.tokenize("a embedding:demo-subject-embedding ball")["l"][0]]
         assert [torch.is_tensor(token) for token in tokens[:5]] == [False, False, True, True, False]
@@ -97,6 +101,7 @@ def test_a_file_tells_how_it_was_trained(trained):
         ("demo-model", {"autoencoder", "diffusion"}),
         ("demo-dit", {"dit"}),
         ("demo-subject-lora", {"lora"}),
+        ("demo-dit-subject-lora", {"dit_lora"}),
         ("demo-reader", {"reader"}),
     ):
         with safe_open(trained / f"{name}.safetensors", "pt") as opened:
@@ -358,18 +363,23 @@ def test_a_new_controlnet_changes_nothing():
     assert not torch.equal(unet(x, t, context, net(x, t, context, hint)), plain)
 
 
-def test_a_lora_acts_until_removed():
-    unet = diffusion.UNet()
-    for block in unet.modules():
-        if isinstance(block, diffusion.SpatialTransformer):
-            torch.nn.init.normal_(block.proj_out.weight, std=0.1)
-    torch.nn.init.normal_(unet.out[2].weight, std=0.1)
-    args = torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 77, 64)
-    plain = unet(*args)
-    lora = subject.LoRA(unet, torch.Generator().manual_seed(0))
-    assert torch.equal(unet(*args), plain)
+@pytest.mark.parametrize("network", ["unet", "dit"])
+def test_a_lora_acts_until_removed(network):
+    network = diffusion.UNet() if network == "unet" else dit.DiT()
+    for value in network.parameters():
+        if not value.any():  # layers that are 0 before the training
+            torch.nn.init.normal_(value, std=0.1)
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 64)
+    is_unet = isinstance(network, diffusion.UNet)
+
+    def run():
+        return network(x, torch.tensor([500]), context) if is_unet else network(x, torch.tensor([0.5]), context)[0]
+
+    plain = run()
+    lora = subject.LoRA(network, torch.Generator().manual_seed(0))
+    assert torch.equal(run(), plain)
     for value in lora.factors.values():
         torch.nn.init.normal_(value.detach(), std=0.1)
-    assert not torch.allclose(unet(*args), plain, atol=1e-4)
+    assert not torch.allclose(run(), plain, atol=1e-4)
     lora.remove()
-    assert torch.equal(unet(*args), plain)
+    assert torch.equal(run(), plain)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from comfy.ldm.flux.model import Flux
 from comfy.model_sampling import CONST
+from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
 
 from montage.methods.collage import CollageBias
@@ -25,13 +26,14 @@ from montage.patching.engine import Engine
 from montage.patching.install import install
 from montage.patching.internals import KEY
 from montage.patching.models import Site, family_of, parse_sites, sites_of
-from montage.patching.run_masks import part_of_schedule
+from montage.patching.run_masks import part_of_schedule, scaled
 from montage.patching.schedule import Window
 from montage.patching.streams import Recording
 from montage.workshop.collages import BLUE, RED, canvas, layer, plain
 from montage.workshop.random_transformers import (
     TRANSFORMERS,
     build_transformer,
+    control_net,
     empty_latent,
     prompt,
     random_transformer,
@@ -48,7 +50,7 @@ from montage.workshop.sampling import (
     sample,
     sample_custom,
 )
-from nodes import ConditioningSetArea, KSamplerAdvanced
+from nodes import ConditioningSetArea, ControlNetApplyAdvanced, KSamplerAdvanced
 
 FAMILIES = list(TRANSFORMERS)
 STEPS = 2
@@ -432,9 +434,6 @@ def test_a_class_that_nobody_has_listed_is_refused():
 
 def test_nodes_for_unets_refuse_transformers_by_name():
     model = random_transformer("Flux.1")
-    collage = two_layers()
-    with pytest.raises(ValueError, match="Collage Control: it works on SD1.x, SD2.x and SDXL only"):
-        CollageControl.execute(model, collage, 1.0)
     arguments = inspect.signature(LearnLayerToken.execute.__func__).parameters
     settings = dict.fromkeys(list(arguments)[1:], 1) | {"model": model, "learning_rate": 0.1}
     with pytest.raises(ValueError, match="it works on SD1.x, SD2.x and SDXL only: it trains a word"):
@@ -650,6 +649,77 @@ def test_places_without_noise_stay_the_images_own(name):
     made = draw(name, model, start, steps=6, denoise=denoise)["samples"]
     assert same(made[..., :3], start["samples"][..., :3])
     assert (made[..., 5:] - start["samples"][..., 5:]).abs().min(1).values.max() > 1e-2
+
+
+def test_each_layer_scales_its_rows_of_a_control_net():
+    """Of Flux's structure: 1 everywhere changes nothing, 0 is no ControlNet, and a layer's value acts on its tokens."""
+    positive, negative = prompt("Flux.1", 1), prompt("Flux.1", 99)
+    hint = torch.rand(1, 96, 64, 3, generator=torch.Generator().manual_seed(5))
+    controlled = ControlNetApplyAdvanced().apply_controlnet(positive, negative, control_net(), hint, 1.0, 0.0, 1.0)
+    seen = {}
+
+    def residuals(name):
+        def take(executor, x, t, c_concat, c_crossattn, control, *args, **kwargs):
+            seen.setdefault(name, control["input"][0])
+            return executor(x, t, c_concat, c_crossattn, control, *args, **kwargs)
+
+        return take
+
+    def made(name, collage=None, background=1.0, conditioning=controlled):
+        model = random_transformer("Flux.1")
+        if collage is not None:
+            (model,) = CollageControl.execute(model, collage, background).args
+        if conditioning is controlled:
+            model = model.clone()
+            model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, name, residuals(name))  # after Collage Control's
+        return sample(model, empty_latent("Flux.1"), 1, *conditioning, cfg=3.0, steps=STEPS)["samples"]
+
+    def halves(left, right):
+        first = layer(plain(RED, 96, 32), x=0.25, scale=1.0, control=left)
+        return canvas(layer(plain(BLUE, 96, 32), x=0.75, scale=1.0, control=right, behind=first), width=64, height=96)[
+            0
+        ]
+
+    alone = made("alone")
+    assert same(made("ones", halves(1.0, 1.0)), alone)
+    without = made("none", conditioning=(positive, negative))
+    assert same(made("zeros", halves(0.0, 0.0), 0.0), without) and (alone - without).abs().max() > 1e-2
+    made("left", halves(2.0, 0.5))
+    whole, scaled = (seen[name].unflatten(1, (6, 4)) for name in ("alone", "left"))
+    close(scaled[:, :, :2], 2 * whole[:, :, :2], 1e-6)
+    close(scaled[:, :, 2:], 0.5 * whole[:, :, 2:], 1e-6)
+    with pytest.raises(ValueError, match="Collage Control: no ControlNet acts in this run"):
+        made("refused", halves(1.0, 1.0), conditioning=(positive, negative))
+
+
+def test_a_control_net_of_other_tokens_is_refused():
+    with pytest.raises(ValueError, match="Collage Control: a ControlNet adds 1x25x8 to this MODEL, which has 6x4"):
+        scaled("Collage Control", torch.zeros(1, 25, 8), torch.ones(96, 64), (6, 4))
+
+
+@pytest.mark.parametrize("name", ["Flux.1", "SD3.5 medium", "Qwen-Image"])
+def test_what_is_locked_has_the_noise_of_its_step(name):
+    """A layer that stays is shown to the model as its own image, noised to the sigma that the sampler is at."""
+    left = layer(plain(RED, 96, 32), x=0.25, scale=1.0, noise=0.0)
+    collage = canvas(layer(plain(BLUE, 96, 32), x=0.75, scale=1.0, noise=0.8, behind=left), width=64, height=96)[0]
+    start = {"samples": picture_of(name)}
+    model, denoise = CollageNoise.execute(random_transformer(name), collage, 0.0).args
+    seen = []
+
+    def take(executor, model, conds, x, timestep, options):
+        seen.append((timestep[0], x.clone()))
+        return executor(model, conds, x, timestep, options)
+
+    model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "test", take)
+    draw(name, model, start, steps=6, denoise=denoise)
+    sampling = model.get_model_object("model_sampling")
+    image = model.model.process_latent_in(start["samples"])
+    noise = comfy.sample.prepare_noise(start["samples"], 1)
+    assert len(seen) == 6
+    for sigma, x in seen:
+        close(x[..., :3], sampling.noise_scaling(sigma[None], noise, image)[..., :3], 1e-5)
+        if sigma < 0.7:
+            assert (x - sampling.noise_scaling(sigma[None], noise, image))[..., 5:].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["Flux.1", "SD3.5 medium", "Cosmos-Predict2"])

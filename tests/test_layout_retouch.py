@@ -16,6 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
 
 from montage.kernels import adaptive_mask as kernel
+from montage.methods.layout_retouch import ObjectMask
 from montage.nodes.layout_retouch import (
     AdaptiveMaskBlend,
     FromBoth,
@@ -555,7 +556,7 @@ def test_a_mask_blends_each_place_by_its_weight():
     generator = torch.Generator().manual_seed(0)
     n, r, o = (torch.randn(1, 64, 32, generator=generator) for _ in range(3))
     mask = torch.rand(2, *SIZE, generator=generator) * OBJECT
-    recipe = FromBoth(Window(0, 1, ()), [None], [None], mask)
+    recipe = FromBoth(Window(0, 1, ()), [None], [None], ObjectMask(mask))
     q, k, v, split = pack([recipe.attend(None, TargetRows(*[n.expand(2, -1, -1)] * 3), [r, o], SIZE)], 2, 64)
     found = split.attend(q, k, v, lambda q, k, v, *_: optimized_attention(q, k, v, 4))
     weight = mask.flatten(1)[..., None]

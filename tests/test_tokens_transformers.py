@@ -2,6 +2,7 @@
 that write each token's number into its row: the rows at the positions that were found must decode to the phrase.
 """
 
+import functools
 import io
 from types import SimpleNamespace
 
@@ -26,9 +27,12 @@ from comfy.text_encoders import (
 
 from montage.nodes.collage import CollageCrossAttn
 from montage.nodes.demo_model import MontageDemoModel
+from montage.nodes.inputs import encoded
 from montage.nodes.layout_retouch import TokenAttentionMap
 from montage.patching.tokens import token_runs
 from montage.workshop.collages import RED, canvas, layer, plain
+from montage.workshop.random_transformers import WIDTH, empty_latent, random_transformer
+from montage.workshop.random_transformers import prompt as transformer_prompt
 from montage.workshop.sampling import sample
 
 PROMPTS = {  # prompt: phrase -> occurrences
@@ -77,7 +81,14 @@ def single(kind, name, attribute=None, **settings):
 def text_encoder(tokenizer, model):
     clip = CLIP(no_init=True)
     clip.tokenizer, clip.cond_stage_model, clip.tokenizer_options = tokenizer, model, {}
+    clip.encode_from_tokens_scheduled = functools.partial(conditioning_of, model)
     return clip
+
+
+def conditioning_of(model, tokens):
+    """ComfyUI's way from an encoder to a CONDITIONING, without loading weights."""
+    features, pooled, *more = model.encode_token_weights(tokens)
+    return [[features, {"pooled_output": pooled, **(more[0] if more else {})}]]
 
 
 def pieces(**settings):
@@ -196,6 +207,28 @@ def test_absent_and_empty(clip):
         token_runs(clip, "the red cat", " ")
 
 
+@pytest.mark.parametrize("prompt", ["", "a red cat", "word, " * 300])
+def test_no_encoder_is_taken_for_a_changed_one(clip, prompt):
+    """The rows of the prompt are as many as the nodes expect of an encoder that no other node has changed."""
+    assert encoded("test", clip, prompt)[0][0].shape[1] > 0
+
+
+@pytest.mark.parametrize("there", [(True, True, True), (False, False, True), (True, True, False)])
+def test_nor_are_those_of_sd3_and_anima(there):
+    for prompt in ("", "a red cat", "word, " * 300):
+        encoded("test", sd3(*there), prompt)
+        encoded("test", text_encoder(anima.AnimaTokenizer(), single(anima.AnimaTEModel, "qwen3_06b")), prompt)
+
+
+def test_a_changed_encoder_is_noticed():
+    """NegPip gives twice as many rows."""
+    clip = qwen()
+    plain_encoder = clip.encode_from_tokens_scheduled
+    clip.encode_from_tokens_scheduled = lambda tokens: [[f.repeat(1, 2, 1), s] for f, s in plain_encoder(tokens)]
+    with pytest.raises(ValueError, match="test: this CLIP encodes the prompt's 8 tokens to 16"):
+        encoded("test", clip, "a red cat")
+
+
 def test_weights():
     """T5 reads weights, a language model reads parentheses."""
     assert token_runs(flux1(), "a (red:1.4) cat", "red cat") == [(2, 3)]
@@ -251,6 +284,38 @@ def test_anima_has_t5s_tokens():
     ids = model.encode_token_weights(clip.tokenize(prompt))[2]["t5xxl_ids"]
     (run,) = token_runs(clip, prompt, "red cat")
     assert words(clip.tokenizer.t5xxl.decode(ids[list(run)].tolist())) == "red cat"
+
+
+def test_animas_words_are_found_in_a_given_conditioning():
+    """T5's tokens are more than Qwen's features are: what they are is compared, not the features."""
+    clip = text_encoder(anima.AnimaTokenizer(), single(anima.AnimaTEModel, "qwen3_06b"))
+    prompt, words_of = "an unfathomable red cat", "red cat"
+    own = encoded("test", clip, prompt)
+    (run,) = token_runs(clip, prompt, words_of)
+    assert max(run) >= own[0][0].shape[1]  # behind the last of the features
+    longer = encoded("test", clip, f"fog, {prompt}")
+    moved = len(longer[0][1]["t5xxl_ids"]) - len(own[0][1]["t5xxl_ids"])
+    other = encoded("test", clip, "a blue dog")
+    assert CollageCrossAttn.offsets(own, [*own, *longer, *other], list(run)) == [0, moved, None]
+    with pytest.raises(ValueError, match="the canvas's words are not in the conditioning"):
+        CollageCrossAttn.offsets(own, other, list(run))
+
+
+def test_the_bias_acts_on_anima_through_a_given_conditioning():
+    clip = text_encoder(anima.AnimaTokenizer(), single(anima.AnimaTEModel, "qwen3_06b"))
+    prompt, model = "an unfathomable red cat", random_transformer("Anima")
+    features = torch.randn(1, 4, WIDTH, generator=torch.Generator().manual_seed(0))
+    settings = encoded("test", clip, prompt)[0][1]
+    given, negative = [[features, settings]], transformer_prompt("Anima", 99)
+    collage = a_collage(prompt, "red cat")
+    made = {}
+    for strength in (0.0, 3.0):
+        node = CollageCrossAttn.execute(model, clip, collage, strength, "constant", 0.0, 1.0, "all", given)
+        made[strength] = sample(
+            *(node.args[0], empty_latent("Anima", size=(16, 16))), 1, node.args[1], negative, steps=2
+        )
+    difference = (made[3.0]["samples"] - made[0.0]["samples"]).abs()
+    assert difference.max() > 1e-3 and made[3.0]["samples"].isfinite().all()
 
 
 def test_embeddings_take_rows():

@@ -9,8 +9,10 @@ from unittest import mock
 import comfy.ldm.anima.model
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.supported_models as supported
 import torch
+from comfy.ldm.flux.controlnet import ControlNetFlux
 from comfy.model_patcher import ModelPatcher
 
 WIDTH = 48  # of the text features
@@ -249,6 +251,18 @@ def build_transformer(name: str, seed: int = 0, dtype: torch.dtype = torch.float
 @functools.cache
 def random_transformer(name: str, seed: int = 0) -> ModelPatcher:
     return build_transformer(name, seed)
+
+
+def control_net(seed: int = 7) -> comfy.controlnet.ControlNet:
+    """A ControlNet for the random Flux.1 with random weights, one block of each kind. Its hint is as large as the
+    picture.
+    """
+    config = {key: value for key, value in FLUX.items() if key not in ("image_model", "out_channels")}
+    config |= {"depth": 1, "depth_single_blocks": 1, "in_channels": 16, "out_channels": 16}
+    network = ControlNetFlux(dtype=torch.float32, operations=comfy.ops.disable_weight_init, **config)
+    fill(network, seed)
+    device = comfy.model_management.get_torch_device()
+    return comfy.controlnet.ControlNet(network, load_device=device, extra_conds=["y", "guidance"])
 
 
 def prompt(name: str, seed: int, tokens: int = 20, batch: int = 1, **extra: Any) -> list:

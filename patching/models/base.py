@@ -116,11 +116,13 @@ class ModelFamily(ABC):
 
     lockstep: whether streams are by default evaluated as further images of the target's own batch, which holds nothing,
     instead of being replayed before it, which is exact to the bit. is_unet: whether it has levels, maps [B, C, h, w] of
-    features, and is small enough to be trained through.
+    features, and is small enough to be trained through. has_positions: whether keys say where their token stands, so
+    that queries look at their own place in another image too.
     """
 
     lockstep = False
     is_unet = False
+    has_positions = False
 
     def __init__(self, model: ModelPatcher, network: torch.nn.Module) -> None:
         self.model, self.network = model, network
@@ -157,6 +159,16 @@ class ModelFamily(ABC):
     @abstractmethod
     def hooked(self, options: dict, handler: SiteHandler) -> dict:
         """Model options (of which this may change the copy it was given) whose attentions go through the handler."""
+
+    def grid(self, latent_size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the tokens of a latent, of families that have one grid for all sites."""
+        raise NotImplementedError
+
+    def moved(self, rows: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+        """Rows, [1 or B, tokens, C], whose keys say that their tokens stand elsewhere; the same rows where keys say
+        nothing of places. shifts: (down, right) in tokens, [1 or B, 2].
+        """
+        return rows
 
     @abstractmethod
     def cut_site(self) -> Site:

@@ -23,6 +23,7 @@ import torch
 from .. import internals
 from ..terms import EVERY, TargetRows
 from .base import ModelFamily, SelfAttention, SelfAttentionRows, Site, SiteHandler, TextAttention
+from .positions import Positions, of_axes, of_halves
 
 Tensor = torch.Tensor
 
@@ -36,7 +37,8 @@ class Architecture(NamedTuple):
     rows stand first or last in the joint attention, or are read by a cross-attention of its own. is_numbered: whether
     the network says which block is running; else its attentions are counted. has_references: whether it says how many
     rows of reference images follow the image's own. refused: arguments of the network with which its rows cannot be
-    told apart.
+    told apart. positions: the network's embedder of places, and how it is read; None where keys say nothing of them.
+    is_scaled: whether the network heeds what ScaleROPE says of the distance of tokens.
     """
 
     name: str
@@ -45,23 +47,31 @@ class Architecture(NamedTuple):
     is_numbered: bool = True
     has_references: bool = False
     refused: tuple[str, ...] = ()
+    positions: tuple[str, Callable[[Any], Positions]] | None = ("pe_embedder", of_axes)
+    is_scaled: bool = False
 
 
 TWO_STREAMS = {"double": "double_blocks", "single": "single_blocks"}
-_COSMOS = Architecture("Cosmos-Predict2 and Anima", {"double": "blocks"}, text=APART)
+_COSMOS = Architecture(
+    "Cosmos-Predict2 and Anima", {"double": "blocks"}, text=APART, positions=("pos_embedder", of_halves)
+)
 
 # class -> what is known of it; names instead of the classes themselves, so that none has to be there
 ARCHITECTURES = {
-    "comfy.ldm.flux.model.Flux": Architecture("Flux.1 and Flux.2", TWO_STREAMS, has_references=True),
+    "comfy.ldm.flux.model.Flux": Architecture("Flux.1 and Flux.2", TWO_STREAMS, has_references=True, is_scaled=True),
     "comfy.ldm.chroma.model.Chroma": Architecture("Chroma", TWO_STREAMS),
     "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel": Architecture(
         "Qwen-Image", {"double": "transformer_blocks"}, has_references=True
     ),
     "comfy.ldm.lumina.model.NextDiT": Architecture(
-        "Z-Image and Lumina 2", {"double": "layers"}, refused=("ref_latents", "siglip_feats")
+        "Z-Image and Lumina 2",
+        {"double": "layers"},
+        refused=("ref_latents", "siglip_feats"),
+        positions=("rope_embedder", of_axes),
+        is_scaled=True,
     ),
     "comfy.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper": Architecture(
-        "SD3 and SD3.5", {"double": "joint_blocks"}, is_numbered=False
+        "SD3 and SD3.5", {"double": "joint_blocks"}, is_numbered=False, positions=None
     ),
     "comfy.ldm.hunyuan_video.model.HunyuanVideo": Architecture("Hunyuan-Image", TWO_STREAMS, refused=("ref_latent",)),
     "comfy.ldm.hidream.model.HiDreamImageTransformer2DModel": Architecture(
@@ -78,6 +88,8 @@ ARCHITECTURES = {
         {"double": "blocks"},
         text=APART,
         refused=("reference_latent", "context_latents", "time_dim_concat"),
+        positions=("rope_embedder", of_axes),
+        is_scaled=True,
     ),
 }
 
@@ -185,6 +197,28 @@ class DiT(ModelFamily):
         it tells objects' edges as well as any that every model's hook reaches (evidence/benchmarks/edges.py).
         """
         return rows.chunk(3, -1)[2]
+
+    # ------------------------------------------------------------ places
+
+    @property
+    def has_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.architecture.positions is not None
+
+    @functools.cached_property
+    def positions(self) -> Positions | None:
+        if self.architecture.positions is None:
+            return None
+        embedder, read = self.architecture.positions
+        found = read(getattr(self.network, embedder))
+        options = self.model.model_options["transformer_options"].get("rope_options") or {}
+        down, right = (options.get(f"scale_{axis}", 1.0) if self.architecture.is_scaled else 1.0 for axis in "yx")
+        return found._replace(down=down * found.down, right=right * found.right)
+
+    def moved(self, rows: Tensor, shifts: Tensor) -> Tensor:
+        if self.positions is None or not shifts.any():
+            return rows
+        q, k, v = rows.expand(max(len(rows), len(shifts)), -1, -1).chunk(3, -1)
+        return torch.cat([q, self.positions.moved(k, shifts), v], -1)
 
     # ------------------------------------------------------------ attention
 
