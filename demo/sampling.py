@@ -33,13 +33,6 @@ def load(path=None):
     return comfy.sd.load_checkpoint_guess_config(str(path or supported_model.WEIGHTS))[:3]
 
 
-def architecture(model) -> str:
-    """ "unet" or "dit"."""
-    from comfy.ldm.flux.model import Flux
-
-    return "dit" if isinstance(model.model.diffusion_model, Flux) else "unet"
-
-
 def encode(clip, captions: list[str]) -> list:
     """A CONDITIONING with one row for each caption: row i of a batch follows caption i."""
     rows = [clip.encode_from_tokens(clip.tokenize(caption), return_pooled=True) for caption in captions]
@@ -58,6 +51,8 @@ def sample(model, clip, captions: list[str], start: Tensor, control=None, steps:
     """Latents (n, 4, h, w) of n captions from n starting noises. control: (ControlNet, hints (n, h, w, 3))."""
     import comfy.sample
 
+    from . import supported_model
+
     positive, negative = encode(clip, captions), encode(clip, [""])
     if control:
         net = control[0].copy().set_cond_hint(control[1].movedim(-1, 1), 1.0)
@@ -68,7 +63,7 @@ def sample(model, clip, captions: list[str], start: Tensor, control=None, steps:
         start,
         steps,
         GUIDANCE,
-        *SAMPLERS[architecture(model)],
+        *SAMPLERS[supported_model.architecture(model)],
         positive,
         negative,
         torch.zeros_like(start),
@@ -113,7 +108,7 @@ def swap_self_attention(model, parts: str):
         }
 
     patched = model.clone()
-    patched.set_model_attn1_patch(joint if architecture(model) == "dit" else patch)
+    patched.set_model_attn1_patch(joint if supported_model.architecture(model) == "dit" else patch)
     return patched
 
 

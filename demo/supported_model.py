@@ -11,6 +11,8 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.model import Flux
+from comfy.model_patcher import ModelPatcher
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from comfy.supported_models_base import ClipTarget
 
@@ -34,6 +36,11 @@ TEXT_CONFIG = {
     "max_position_embeddings": 77,
     "eos_token_id": 49407,
 }
+
+
+def architecture(model: ModelPatcher) -> str:
+    """ "unet" or "dit"."""
+    return "dit" if isinstance(model.model.diffusion_model, Flux) else "unet"
 
 
 class DemoTextModel(SDClipModel):

@@ -113,7 +113,7 @@ def test_the_transformer_loads_through_comfyui(transformer):
     model, _, vae = transformer
     assert isinstance(model.model.model_config, supported_model.MontageDemoDiT)
     assert model.model.model_type == comfy.model_base.ModelType.FLOW
-    assert sampling.architecture(model) == "dit"
+    assert supported_model.architecture(model) == "dit"
     assert (supported_model.DIT_WIDTH, supported_model.DIT_HEADS) == (dit.HIDDEN, dit.HEADS)
     assert (list(dit.AXES), dit.WORDS) == (supported_model.DIT_AXES, supported_model.DIT_WORDS)
     assert vae.decode(torch.zeros(1, 4, 24, 16)).shape == (1, 192, 128, 3)
@@ -157,9 +157,9 @@ def test_the_node_offers_both_and_no_controlnet_for_the_transformer():
     from montage.nodes.demo_model import MontageDemoModel
 
     model, clip, vae, control = MontageDemoModel.execute("dit").args
-    assert sampling.architecture(model) == "dit" and clip and vae
+    assert supported_model.architecture(model) == "dit" and clip and vae
     assert control.message.startswith('Montage Demo Model: there is no ControlNet for architecture "dit".')
-    assert sampling.architecture(MontageDemoModel.execute().args[0]) == "unet"
+    assert supported_model.architecture(MontageDemoModel.execute().args[0]) == "unet"
 
 
 @pytest.fixture(scope="module", params=["unet", "dit"])

@@ -64,7 +64,7 @@ def test_everything_is_trained_and_comfyui_loads_it(trained):
     import comfy.lora
     import comfy.utils
 
-    from montage.demo import sampling
+    from montage.demo import sampling, supported_model
 
     assert sorted(file.name for file in trained.iterdir()) == [
         "demo-controlnet.safetensors",
@@ -83,7 +83,7 @@ def test_everything_is_trained_and_comfyui_loads_it(trained):
         hint = scenes.layout(scenes.sample(1, torch.Generator().manual_seed(0)), 128).movedim(1, -1)
         assert sampling.draw(models, ["a red ball"], [0], control=(net, hint), steps=1).shape == (1, 128, 128, 3)
         transformer = sampling.load(trained / "demo-dit.safetensors")
-        assert sampling.architecture(transformer[0]) == "dit"
+        assert supported_model.architecture(transformer[0]) == "dit"
         assert sampling.draw(transformer, ["a red ball"], [0], steps=1).shape == (1, 128, 128, 3)
         keys = comfy.lora.model_lora_keys_unet(model.model, {})
         lora = load_file(trained / "demo-subject-lora.safetensors")
