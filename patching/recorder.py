@@ -30,6 +30,7 @@ class Recorder:
         self.kept, self.room = 0, 0  # bytes of features: of the run so far, and that the recording has made room for
         family = family_of(model)
         self.cut_site, self.sites = family.cut_site(), frozenset(family.sites())
+        self.has_levels = family.is_unet  # so that its sites hold features of different sizes
 
     def begin_call(self, key: CallKey, conds: dict[str, list[dict]], x: torch.Tensor, options: dict) -> Record | None:
         """Take down what goes into an evaluation of the model; return what records the target's attention inputs, or
@@ -63,8 +64,13 @@ class Recorder:
         return total <= self.room
 
     def keep(self, evaluation: Evaluation, site: Site, role: CondRole, rows: torch.Tensor) -> None:
-        """Keep the features of one site while the budget lasts: at no moment is it exceeded."""
-        if not self.has_room(rows.nbytes):
+        """Keep the features of one site while the budget lasts: at no moment is it exceeded. A transformer's first site
+        tells how large all are together: if one evaluation does not fit, nothing is copied.
+        """
+        wanted = rows.nbytes
+        if not self.kept and not self.has_levels:
+            wanted *= len(self.sites) * len(roles_of(self.run.conds))
+        if not self.has_room(wanted):
             self.keeps_features, evaluation.features = False, {}  # part of an evaluation is of no use
             return
         self.kept += rows.nbytes

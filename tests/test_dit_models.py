@@ -28,8 +28,9 @@ from montage.patching.internals import KEY
 from montage.patching.models import Site, family_of, parse_sites, sites_of
 from montage.patching.run_masks import part_of_schedule, scaled
 from montage.patching.schedule import Window
-from montage.patching.streams import Recording
+from montage.patching.streams import LATENT_KEY, Recording
 from montage.workshop.collages import BLUE, RED, canvas, layer, plain
+from montage.workshop.dispatches import Dispatches
 from montage.workshop.random_transformers import (
     TRANSFORMERS,
     build_transformer,
@@ -194,6 +195,22 @@ def test_a_cache_serves_as_a_replay_does(exact):
     assert same(composed("Flux.1", [a, b], owner), composed("Flux.1", [c, d], owner))
     features = run_of(a).evaluations[run_of(a).sigmas[0], 0, 0].features
     assert {rows.shape for rows in features.values()} == {(1, 24, 3 * 64)} and len(features) == 2 * 5
+
+
+@each_family
+def test_features_that_do_not_fit_are_not_copied(name):
+    """One step of a large transformer takes gigabytes: its first site tells that."""
+    size = run_of(recorded(name, cache_mb=64)).evaluation_bytes
+    copies, kept = {}, {}
+    for budget in (0, size - 1, size):
+        model, latent = recorder(random_transformer(name), empty_latent(name), 0)
+        latent[LATENT_KEY].budget = budget
+        with Dispatches() as dispatches:
+            run = run_of(draw(name, model, latent))
+        copies[budget] = dispatches.operations["to"] + dispatches.operations["_to_copy"]
+        kept[budget] = [bool(evaluation.features) for evaluation in run.evaluations.values()]
+    assert copies[size - 1] == copies[0] < copies[size]
+    assert kept[size - 1] == [False, False] and kept[size] == [True, False]
 
 
 def test_nothing_is_held_in_lockstep():
