@@ -2,14 +2,14 @@
 ComfyUI's folder in COMFYUI_PATH.
 
 Everything is drawn by ComfyUI's own samplers with the shipped weights and judged by the reader, which is
-itself measured first, on renders that no training has seen.
+itself measured first, on renders that no training has seen. With --address the machines of a Ray cluster draw
+(docs/many-machines.md); what is drawn, and with which seeds, is settled here, and so is what is measured.
 """
 
 import argparse
 import json
 import sys
-import time
-from functools import cached_property
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ if not __package__:  # started as a script: find the rest as the package that th
 import torch
 from torch import Tensor
 
-from . import detector, metrics, sampling, scenes, subject
+from . import detector, drawings, metrics, sampling, scenes, subject
 from .train import save_grid
 
 HERE = Path(__file__).resolve().parent
@@ -39,23 +39,26 @@ OMISSIONS = {
 STACK = 6  # pictures of one prompt
 
 
+UNET, DIT = "demo-model.safetensors", "demo-dit.safetensors"
+
+
 class Evaluation:
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.weights = Path(args.weights) if args.weights else HERE / "weights"
+        self.weights = Path(args.weights).resolve() if args.weights else HERE / "weights"
         self.reader = detector.load(self.weights / "demo-reader.safetensors")
 
-    @cached_property
-    def models(self):
-        return sampling.load(self.weights / "demo-model.safetensors")
+    def draw(self, captions: Sequence[str], first_seed: int, model: str = UNET, **settings: Any) -> Tensor:
+        """Pictures [n, h, w, 3] of captions, from seeds that follow each other. settings: of a Drawing."""
+        return self.timed_draw(captions, first_seed, model, **settings)[0]
 
-    @cached_property
-    def dit(self):
-        return sampling.load(self.weights / "demo-dit.safetensors")
-
-    def draw(self, captions, first_seed: int, models=None, **kwargs) -> Tensor:
+    def timed_draw(
+        self, captions: Sequence[str], first_seed: int, model: str = UNET, **settings: Any
+    ) -> tuple[Tensor, float]:
+        """(pictures, CPU seconds of drawing them)."""
         seeds = range(first_seed, first_seed + len(captions))
-        return sampling.draw(models or self.models, captions, seeds, steps=self.args.steps, **kwargs)
+        drawing = drawings.Drawing(self.weights / model, tuple(captions), tuple(seeds), self.args.steps, **settings)
+        return drawings.drawn(drawing, self.args.address)
 
     # --------------------------------------------------------------------------------------- the judge
 
@@ -64,7 +67,7 @@ class Evaluation:
         generator = torch.Generator().manual_seed(HELD_OUT)
         drawn = scenes.sample(3 * self.args.n, generator)
         sharp = scenes.render(drawn, 128, generator).movedim(1, -1)
-        _, _, vae = self.models
+        _, _, vae = drawings.loaded(self.weights / UNET)
         with torch.inference_mode():
             coded = torch.cat([vae.decode(vae.encode(part)) for part in sharp.split(50)]).clamp(0, 1)
         psnr = -10 * ((coded - sharp) ** 2).mean((1, 2, 3)).log10().mean().item()
@@ -110,43 +113,34 @@ class Evaluation:
     # ------------------------------------------------------------------------------------- the model
 
     def prompts(self) -> dict:
-        return self._prompts(self.models, "unpicked.jpg")
+        return self._prompts(UNET, "unpicked.jpg")
 
     def dit_prompts(self) -> dict:
-        return self._prompts(self.dit, "dit-unpicked.jpg")
+        return self._prompts(DIT, "dit-unpicked.jpg")
 
-    def _prompts(self, models, name: str) -> dict:
+    def _prompts(self, model: str, name: str) -> dict:
         """What it is told against what it draws, and the first 64 pictures as they came."""
         drawn = scenes.sample(self.args.n, torch.Generator().manual_seed(HELD_OUT + 1))
         captions = [scenes.caption(drawn, i) for i in range(self.args.n)]
-        start = time.process_time()
-        pictures = self.draw(captions, HELD_OUT, models)
-        seconds = (time.process_time() - start) / len(captions)
+        pictures, seconds = self.timed_draw(captions, HELD_OUT, model)
         save_grid(pictures[:64].movedim(-1, 1), self.args.pictures / name, 8)
-        return {"score": self.score(drawn, pictures), "captions": captions[:64], "seconds": seconds}
+        return {"score": self.score(drawn, pictures), "captions": captions[:64], "seconds": seconds / len(captions)}
 
-    def _fed(self, models, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _fed(self, model: str, captions: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Two runs of each caption, and the second again with the first's self-attention inputs: the first's
         pictures, the second's by what it was fed."""
         n = len(captions)
-        first, seconds = self.draw(captions, HELD_OUT, models), {"none": self.draw(captions, HELD_OUT + n, models)}
+        first, seconds = self.draw(captions, HELD_OUT, model), {"none": self.draw(captions, HELD_OUT + n, model)}
         for parts in ("kv", "qkv"):
-            patched = (sampling.swap_self_attention(models[0], parts), *models[1:])
-            pictures = []
-            for i in range(0, n, 8):
-                rows = slice(i, min(i + 8, n))
-                seeds = [*range(HELD_OUT + i, HELD_OUT + rows.stop), *range(HELD_OUT + n + i, HELD_OUT + n + rows.stop)]
-                pictures.append(
-                    sampling.draw(patched, captions[rows] * 2, seeds, steps=self.args.steps)[rows.stop - i :]
-                )
-            seconds[parts] = torch.cat(pictures)
+            sources = tuple(range(HELD_OUT, HELD_OUT + n))
+            seconds[parts] = self.draw(captions, HELD_OUT + n, model, change=parts, batch=8, sources=sources)
         return first, seconds
 
     def swap(self) -> dict:
         """Pairs of runs from the same prompt: the second is fed the first's self-attention inputs. How far is
         the second's style from the first's, with and without?"""
         drawn = self.striped(1, HELD_OUT + 2)
-        first, seconds = self._fed(self.models, [scenes.caption(drawn, i) for i in range(len(drawn.radius))])
+        first, seconds = self._fed(UNET, [scenes.caption(drawn, i) for i in range(len(drawn.radius))])
         save_grid(
             torch.cat([x[:8] for x in (first, *seconds.values())]).movedim(-1, 1), self.args.pictures / "swap.jpg", 8
         )
@@ -178,7 +172,7 @@ class Evaluation:
         """As swap, from prompts that leave colour and texture open: how often do they differ from the first run's?"""
         drawn = scenes.sample(self.args.pairs, torch.Generator().manual_seed(HELD_OUT + 5), count=1)
         captions = [scenes.caption(drawn, i, without=("colour", "texture")) for i in range(len(drawn.radius))]
-        first, seconds = self._fed(self.dit, captions)
+        first, seconds = self._fed(DIT, captions)
         firsts = [self.main_object(picture) for picture in first]
         return {
             name: _differing([(a, self.main_object(picture)) for a, picture in zip(firsts, pictures)])
@@ -193,7 +187,7 @@ class Evaluation:
         drawn = {}
         for name, without in OMISSIONS.items():
             captions = [scenes.caption(asked, i, without=without) for i in range(len(asked.radius))]
-            drawn[name] = self.draw([caption for caption in captions for _ in range(STACK)], HELD_OUT, self.dit)
+            drawn[name] = self.draw([caption for caption in captions for _ in range(STACK)], HELD_OUT, DIT)
         lots = scenes.sample(STACK * len(asked.radius), generator, count=1)
         lots.shape[:, 0] = asked.shape[:, 0].repeat_interleave(STACK)
         drawn["all three, renders"] = scenes.render(lots, 128, generator).movedim(1, -1)
@@ -214,17 +208,10 @@ class Evaluation:
         every token sees only itself, and when it is off? Chance: objects of two different pictures."""
         drawn = self.striped(2, HELD_OUT + 3)
         captions = [scenes.caption(drawn, i) for i in range(len(drawn.radius))]
-        model, *rest = self.models
-        kinds = {
-            "working": model,
-            "each token alone": sampling.narrow_self_attention(model),
-            "off": sampling.silence_self_attention(model),
-        }
+        kinds = {"working": "none", "each token alone": "each token alone", "off": "off"}
         result, shown = {}, []
-        for name, patched in kinds.items():
-            pictures = sampling.draw(
-                (patched, *rest), captions, range(HELD_OUT, HELD_OUT + len(captions)), steps=self.args.steps
-            )
+        for name, change in kinds.items():
+            pictures = self.draw(captions, HELD_OUT, change=change)
             shown.append(pictures[:8])
             found = [
                 metrics.judge(metrics.look(self.reader, picture), 0, metrics.wanted(drawn, i))
@@ -251,21 +238,12 @@ class Evaluation:
 
     def controlnet(self) -> dict:
         """Does every object stand where the layout's outline is? With the hint and without."""
-        import comfy.controlnet
-        import comfy.utils
-
-        net = comfy.controlnet.load_controlnet_state_dict(
-            comfy.utils.load_torch_file(str(self.weights / "demo-controlnet.safetensors"))
-        )
         drawn = scenes.sample(self.args.pairs, torch.Generator().manual_seed(HELD_OUT + 4), count=2)
         captions = [scenes.caption(drawn, i) for i in range(len(drawn.radius))]
         hints = scenes.layout(drawn).movedim(1, -1)
         result, shown = {}, [hints[:8]]
         for name in ("with the hint", "without"):
-            control = [(net, hints[i : i + 1]) if name == "with the hint" else None for i in range(len(captions))]
-            pictures = torch.cat(
-                [self.draw([caption], HELD_OUT + i, control=control[i]) for i, caption in enumerate(captions)]
-            )
+            pictures = self.draw(captions, HELD_OUT, batch=1, hints=hints if name == "with the hint" else None)
             seen = [metrics.look(self.reader, picture)[2] for picture in pictures]
             # A ring's centre is empty: what counts is the filled square about each centre.
             placed = [
@@ -280,37 +258,26 @@ class Evaluation:
 
     def subject(self) -> dict:
         """The subject by embedding and by LoRA, next to no teaching."""
-        self.models[1].tokenizer.clip_l.embedding_directory = str(self.weights)
         kinds = {
-            "neither": (self.models[0], "ball"),
-            "embedding": (self.models[0], "embedding:demo-subject-embedding ball"),
-            "LoRA": (self._taught(self.models, "demo-subject-lora"), f"{subject.LORA_WORD} ball"),
+            "neither": ("none", "ball"),
+            "embedding": ("none", "embedding:demo-subject-embedding ball"),
+            "LoRA": ("LoRA", f"{subject.LORA_WORD} ball"),
         }
-        return self._subject(self.models, kinds, "subject.jpg")
+        return self._subject(UNET, kinds, "subject.jpg")
 
     def dit_subject(self) -> dict:
         """The same of the transformer, which has a LoRA alone."""
-        taught = self._taught(self.dit, "demo-dit-subject-lora")
-        kinds = {"neither": (self.dit[0], "ball"), "LoRA": (taught, f"{subject.LORA_WORD} ball")}
-        return self._subject(self.dit, kinds, "dit-subject.jpg")
+        kinds = {"neither": ("none", "ball"), "LoRA": ("LoRA", f"{subject.LORA_WORD} ball")}
+        return self._subject(DIT, kinds, "dit-subject.jpg")
 
-    def _taught(self, models: tuple, name: str) -> Any:
-        """The MODEL with a LoRA, by ComfyUI's loader."""
-        import comfy.sd
-        import comfy.utils
-
-        lora = comfy.utils.load_torch_file(str(self.weights / f"{name}.safetensors"))
-        return comfy.sd.load_lora_for_models(models[0], None, lora, 1.0, 0.0)[0]
-
-    def _subject(self, models: tuple, kinds: dict, picture: str) -> dict:
-        """Colour and texture against the subject's photos. kinds: {how it was taught: (MODEL, words)}."""
+    def _subject(self, model: str, kinds: dict[str, tuple[str, str]], picture: str) -> dict:
+        """Colour and texture against the subject's photos. kinds: {how it was taught: (change of the MODEL, words)}."""
         drawn, photos = subject.photos()
         photos, masks = photos.movedim(1, -1), scenes.masks(drawn)[:, 0]
         result, shown = {}, [photos]
-        for name, (patched, words) in kinds.items():
+        for name, (change, words) in kinds.items():
             captions = [f"a {words} {place}" for place in list(scenes.BACKGROUNDS.values()) * 4][: self.args.pairs]
-            seeds = range(HELD_OUT, HELD_OUT + len(captions))
-            pictures = sampling.draw((patched, *models[1:]), captions, seeds, steps=self.args.steps)
+            pictures = self.draw(captions, HELD_OUT, model, change=change)
             seen = [metrics.look(self.reader, picture)[2] for picture in pictures]
             discs = [(picture, _disc(found[0])) for picture, found in zip(pictures, seen) if found]
             result[name] = {
@@ -488,6 +455,16 @@ SECTIONS = (
 )
 
 
+def connect(address: str) -> None:
+    """Connect to the Ray cluster that draws; ends the script where there is none."""
+    from farm import cluster, errors
+
+    try:
+        cluster.connect(address)
+    except errors.Failure as failure:
+        sys.exit(str(failure))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--only", nargs="+", default=SECTIONS, choices=SECTIONS)
@@ -498,7 +475,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "runs" / "evaluation.json")
     parser.add_argument("--pictures", type=Path, default=HERE / "pictures")
     parser.add_argument("--readme", action="store_true", help="write the tables into README.md")
+    parser.add_argument("--address", help="of a Ray cluster whose machines draw; local: one that is started here")
     args = parser.parse_args()
+    if args.address:
+        connect(args.address)
     sampling.start_comfyui()
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
     evaluation = Evaluation(args)

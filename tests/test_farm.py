@@ -433,6 +433,25 @@ def test_a_study_of_the_evidence_is_measured_on_the_cluster(cluster, tmp_path):
     assert sorted(again.samples) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
+def test_the_demos_evaluation_finds_on_a_cluster_what_it_finds_here(cluster, tmp_path):
+    """Every kind of drawing in more than one part; the pictures to the last bit."""
+
+    def evaluated(name, *more):
+        results = tmp_path / f"{name}.json"
+        small = ["--n", "24", "--pairs", "9", "--steps", "1", "--only", "prompts", "swap", "controlnet", "subject"]
+        command = [sys.executable, "demo/evaluate.py", *small, "--results", results, "--pictures", tmp_path / name]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1"}  # as Ray's workers have
+        subprocess.run([*command, *more], cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, check=True, timeout=300)
+        found = json.loads(results.read_text())
+        assert found["prompts"].pop("seconds") > 0
+        return found, {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    alone = evaluated("here")
+    assert alone == evaluated("cluster", "--address", cluster.address)
+    assert len(alone[1]) == 4
+
+
 def test_the_command_line_tells_failures_in_a_sentence(tmp_path, capsys):
     assert cli.main(["nothing of the kind", "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("There is no file nothing of the kind")
