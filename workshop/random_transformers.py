@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 from unittest import mock
 
+import comfy.controlnet
 import comfy.ldm.anima.model
 import comfy.model_management
 import comfy.model_patcher
