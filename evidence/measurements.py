@@ -20,6 +20,8 @@ comfy.utils.set_progress_bar_enabled(False)
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "demo" / "weights"
 PICTURES = ROOT / "docs" / "evidence"
+MODELS = ("unet", "dit")
+TRANSFORMER = ("demo-dit.safetensors",)  # what the studies of the UNet do not depend on
 
 
 class Section(NamedTuple):
@@ -50,11 +52,12 @@ class Interval(NamedTuple):
 
 class Study:
     """Figures by sample and variant. Each sample is appended to a file as soon as it is measured, so that a killed run
-    goes on where it was; the file belongs to the demo model's weights and is begun anew with others."""
+    goes on where it was; the file belongs to the demo models' weights and is begun anew with others."""
 
-    def __init__(self, name, folder):
+    def __init__(self, name, folder, without=()):
+        """without: files of weights that these samples do not depend on."""
         weights = hashlib.sha256(
-            b"".join(path.read_bytes() for path in sorted(WEIGHTS.glob("*.safetensors")))
+            b"".join(path.read_bytes() for path in sorted(WEIGHTS.glob("*.safetensors")) if path.name not in without)
         ).hexdigest()[:8]
         self.name, self.path = name, Path(folder) / f"{name}-{weights}.jsonl"
         self.samples = {}
@@ -87,6 +90,11 @@ class Study:
 
     def mean(self, variant, figure):
         return Interval.of(self.of(variant, figure))
+
+    def best(self, variant, figure, sign=1):
+        """The sample in which a figure is largest (sign 1) or smallest (-1)."""
+        known = {n: value for n, value in zip(self.samples, self.of(variant, figure)) if value is not None}
+        return max(known, key=lambda sample: sign * known[sample])
 
     def difference(self, variant, other, figure):
         """Interval of the paired difference variant - other, over the samples that have both."""
@@ -135,6 +143,11 @@ def prepare_worker() -> None:
     bootstrap.start()
 
 
+def models(options) -> tuple[str, ...]:
+    """The demo models that a study is to be made on."""
+    return (options.model,) if options.model else MODELS
+
+
 def markdown(head, rows):
     """A Markdown table of strings."""
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *rows])
@@ -155,17 +168,34 @@ def claim(text, difference, sign=1, paper=""):
 CLAIMS = ["claim", "the paper's number", "paired difference here, 95 %", "verdict"]
 
 
-def grid(name, rows, titles, side=128):
-    """Write docs/evidence/NAME.jpg: rows of pictures [h, w, 3] in [0, 1] under column titles. Returns its Markdown."""
-    bar = 16
-    canvas = Image.new("RGB", (len(titles) * side, bar + len(rows) * side), "white")
+def grid(name, rows, titles, side=176, chosen=None):
+    """Write docs/evidence/NAME.jpg: rows of pictures [h, w, 3] in [0, 1] under column titles, the first samples as they
+    come. Returns its Markdown.
+
+    chosen: (a row of pictures, how it was chosen), which stands apart below the others.
+    """
+    bar = 18
+    canvas = Image.new(
+        "RGB", (len(titles) * side, bar + len(rows) * side + (chosen is not None) * (bar + side)), "white"
+    )
     pen = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
-        pen.text((column * side + 3, 2), title, fill="black")
+        pen.text((column * side + 3, 3), title, fill="black")
     for number, row in enumerate(rows):
-        for column, picture in enumerate(row):
-            tile = Image.fromarray((torch.as_tensor(picture).float().clamp(0, 1) * 255).round().byte().cpu().numpy())
-            canvas.paste(tile.resize((side, side), Image.Resampling.LANCZOS), (column * side, bar + number * side))
+        _paste_row(canvas, row, bar + number * side, side)
+    note = f"The first {len(rows)} samples, unpicked"
+    if chosen is not None:
+        row, why = chosen
+        below = bar + len(rows) * side
+        pen.text((3, below + 3), f"chosen: {why}", fill="black")
+        _paste_row(canvas, row, below + bar, side)
+        note += f"; below them one that was chosen: {why}"
     PICTURES.mkdir(parents=True, exist_ok=True)
     canvas.save(PICTURES / f"{name}.jpg", quality=85)
-    return f"![{name}](evidence/{name}.jpg)"
+    return f"![{name}](evidence/{name}.jpg)\n\n*{note}.*"
+
+
+def _paste_row(canvas, row, top, side):
+    for column, picture in enumerate(row):
+        tile = Image.fromarray((torch.as_tensor(picture).float().clamp(0, 1) * 255).round().byte().cpu().numpy())
+        canvas.paste(tile.resize((side, side), Image.Resampling.LANCZOS), (column * side, top))

@@ -1,7 +1,9 @@
-"""Runs every study and writes docs/evidence.md.
+"""Runs studies and writes docs/evidence.md.
 
 python dev.py evidence [--quick]
-python dev.py evidence collage cost     only prints what these studies find
+python dev.py evidence collage cost                       only prints what these studies find
+python dev.py evidence --write --model dit photomontage   puts what it finds in the place of the page's older sections
+python dev.py evidence --head                             measures nothing: writes the page's head and first table anew
 """
 
 import argparse
@@ -12,24 +14,17 @@ from pathlib import Path
 
 import torch
 
-from . import cost, measurements
+from . import causes_tested, cost, measurements, page, photographs, regional
 from .methods import METHODS
 
-STUDIES = {**{name: method.studies for name, method in METHODS.items()}, "cost": cost}
-
-HEAD = """# The evidence
-
-Each paper's claims, measured here on the demo model ([demo/README.md](../demo/README.md)): toy scenes, fixed seeds,
-real ComfyUI samplers. Made by `python dev.py evidence{quick}` from commit {commit}, {day}, on {machine}.
-
-Means with 95 % intervals; a claim is *reproduced* when the interval of the paired difference lies on the paper's side
-of zero, *not reproduced* when it lies on the other side, *not decided* when it holds zero. Pictures are the first
-samples, unpicked. What the papers measure with pretrained networks (LPIPS, CLIP, DINO, ImageReward) or with people
-cannot be measured here: the closest measure that needs neither is used instead, and is named.
-
-The samples are few: no GPU was available. How well the demo model follows its prompts, and how far style travels
-through its self-attention, is in demo/README.md. The formulas themselves are tested against the papers'.
-"""
+STUDIES = {
+    **{name: method.studies for name, method in METHODS.items()},
+    "regional": regional,
+    "causes": causes_tested,
+    "photographs": photographs,
+    "cost": cost,
+}
+PAGE = measurements.ROOT / "docs" / "evidence.md"
 
 
 def commit() -> str:
@@ -54,6 +49,11 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("studies", nargs="*", metavar="study", help=f"of {', '.join(STUDIES)}; all, if none is named")
     parser.add_argument("--quick", action="store_true", help="a sample of a tenth")
     parser.add_argument(
+        "--model", choices=measurements.MODELS, help="the demo model to measure on; both, if none is named"
+    )
+    parser.add_argument("--write", action="store_true", help="write the sections of the named studies into the page")
+    parser.add_argument("--head", action="store_true", help="write the page's head and first table anew, and no more")
+    parser.add_argument(
         "--folder",
         type=Path,
         default=measurements.ROOT / "output" / "evidence",
@@ -66,18 +66,26 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     return chosen
 
 
-def main() -> None:
-    chosen = options()
-    parts = []
+def measured(chosen: argparse.Namespace) -> list[measurements.Section]:
+    """The sections of the chosen studies, each with when it was measured."""
+    line = page.measured_line(commit() + " --quick" * chosen.quick, str(date.today()), machine())
+    found = []
     with torch.inference_mode():
         for name in chosen.studies or STUDIES:
-            for section in STUDIES[name].sections(chosen):
-                parts.append(f"## {section.title}\n\n{section.text}\n")
-    if chosen.studies:
-        print("\n".join(parts))
+            for title, text in STUDIES[name].sections(chosen):
+                found.append(measurements.Section(title, f"{line}\n\n{text}"))
+    return found
+
+
+def main() -> None:
+    chosen = options()
+    new = [] if chosen.head else measured(chosen)
+    if chosen.studies and not chosen.write:
+        print("\n\n".join(f"## {title}\n\n{text}" for title, text in new))
         return
-    head = HEAD.format(quick=" --quick" * chosen.quick, commit=commit(), day=date.today(), machine=machine())
-    (measurements.ROOT / "docs" / "evidence.md").write_text("\n".join([head, *parts]), encoding="utf-8")
+    partly = chosen.studies or chosen.model or chosen.head
+    kept = page.sections(PAGE.read_text(encoding="utf-8")) if partly else []
+    PAGE.write_text(page.written(page.replaced(kept, new)), encoding="utf-8")
     print("docs/evidence.md is written.")
 
 

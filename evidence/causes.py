@@ -1,0 +1,74 @@
+"""Why a claim was not found, where that is known, and how it was tested."""
+
+from typing import NamedTuple
+
+
+class Cause(NamedTuple):
+    why: str
+    test: str
+
+
+COPIES = Cause(
+    "Latent blending copies the latents of the others' regions and starts the base's region from the base's own noise;"
+    " a composite computes every pixel anew. What copying costs shows at the seams.",
+    "columns *of the others* and *of the base*, and the claims on its seams and on the base's region alone",
+)
+OFFSET = Cause(
+    "Gradient-domain blending leaves the base's pixels as they are, and moves the others' by a smooth offset, which is"
+    " small between images of one prompt.",
+    "columns *of the base* and *of the others*, with one prompt and with prompts of their own",
+)
+SAME_CUT = Cause(
+    "Both cuts give nearly all pixels to the same images: around these objects colours say as much as keys.",
+    "column *same as the cut in features*",
+)
+ALIKE = Cause(
+    "Images of one prompt are alike where they meet: even pasted seams are weak.",
+    "*seam* of the pixel paste, with one prompt and with prompts of their own",
+)
+NAMED = Cause(
+    "The prompt names the subject's colour and texture, so that it gets them without the attention too.",
+    'the section "with words that leave the look open": the same ablation, where the prompt names neither',
+)
+DRIFT = Cause(
+    "PSNR counts the drift of every pixel, which SALQ holds back in the later steps; the paper's measure does not.",
+    'column *around* of "with words that leave the look open": the same by an embedding',
+)
+TRAVELS = Cause(
+    "Of what no word says, little but the direction of the texture travels through this UNet's self-attention.",
+    'demo/README.md, "Does style travel through self-attention?"',
+)
+OUTLINE = Cause(
+    "A subject fills its area, and the strongest 30 % of a map are larger and rounder than most objects here.",
+    "the row of the subject whose place is given",
+)
+LEARNED = Cause(
+    "The subject's LoRA has learned its look already, and the photo's features bring another place and size along.",
+    'the section "with a weaker personalisation": the same swap with the LoRA at half and at no strength',
+)
+FULL = Cause("The prompt is followed nearly to the full already: there is nothing to gain.", "column *prompt*")
+ROVING = Cause(
+    "The subject's eight photos have it in different places, so that its LoRA does not tie it to one.",
+    "column *spread of places*",
+)
+TOLD = Cause(
+    "The layer's words name its colour and texture already, and leave little to a token of 60 steps.",
+    "the row of another layer's embedding, which is further off: the token does carry the look",
+)
+SMALL = Cause("The difference is smaller than what these samples can show.", "by its interval")
+UNKNOWN = Cause("not known", "not tested")
+
+CAUSES = {  # (method, pattern of the claim): the first that fits
+    ("Generative Photomontage", r"^keeps regions better than blended|^the same (in|by)|base's region alone"): COPIES,
+    ("Generative Photomontage", r"gradient-domain"): OFFSET,
+    ("Generative Photomontage", r"^a cut in feature space|^and in the composite"): SAME_CUT,
+    ("Generative Photomontage", r"^seams more often"): ALIKE,
+    ("Collage Diffusion", r"^in (colours|texture)"): TOLD,
+    ("MCA-Ctrl", r"undescribed style|style too"): TRAVELS,
+    ("MCA-Ctrl", r"background is kept"): DRIFT,
+    ("MCA-Ctrl", r"^without (SALQ|SAGI), (the subject's colours|it looks)"): NAMED,
+    ("MCA-Ctrl", r"right object"): OUTLINE,
+    ("Layout-and-Retouch", r"^the later the switch, the better|follows the prompt better"): FULL,
+    ("Layout-and-Retouch", r"likeness|personalised model$|like the photo"): LEARNED,
+    ("Layout-and-Retouch", r"freely|^and so does"): ROVING,
+}

@@ -1,0 +1,91 @@
+"""Collage Diffusion's cross-attention against the field's own regional prompting, attention couple."""
+
+import functools
+
+from ..nodes.collage import CollageNoise
+from ..workshop.sampling import sample
+from . import measurements, peers
+from .collage import AREAS, BIASED, CFG, STEPS, Crowd
+
+SAMPLES = 16
+COUPLE = "GH + attention couple"
+
+
+def coupled(example: Crowd, collage, image):
+    """The picture of a collage whose layers' words reach their own places alone."""
+
+    def encode(text):
+        return example.clip.encode_from_tokens_scheduled(example.clip.tokenize(text))
+
+    positive, latent = encode(collage.prompt), example.encoded(image)
+    regions = [
+        ((mask > 0.5).float(), encode(layer.text)[0][0])
+        for layer, mask in zip(collage.layers, collage.masks)
+        if (mask > 0.5).any()
+    ]
+    model = peers.attention_couple(example.model, regions, positive[0][0], latent["samples"].shape[-2:])
+    model, denoise = CollageNoise.execute(model, collage, 1.0).args
+    found = sample(model, latent, example.seed, positive, encode(""), "euler_ancestral", "normal", STEPS, CFG, denoise)[
+        "samples"
+    ]
+    return example.vae.decode(found)[0].clamp(0, 1)
+
+
+@functools.lru_cache(8)  # the pictures that are measured are shown
+def pictures(number):
+    example = Crowd(number)
+    collage, image = example.collage()
+    found = {
+        BIASED: example.sampled(collage, image)[1],
+        COUPLE: coupled(example, collage, image),
+        AREAS: example.sampled(collage, image, bias=False, areas=True)[1],
+    }
+    return example, collage, image[0], found
+
+
+def measure(number):
+    example, collage, _, found = pictures(number)
+    return {name: example.found(collage, picture) for name, picture in found.items()}
+
+
+def shown(number):
+    _, _, image, found = pictures(number)
+    return [image, *found.values()]
+
+
+def sections(options):
+    if "unet" not in measurements.models(options):
+        return
+    count = SAMPLES // (10 if options.quick else 1)
+    found = measurements.Study("collage-couple", options.folder, measurements.TRANSFORMER).run(
+        range(count), measure, options.address
+    )
+    claims = [
+        measurements.claim(what, found.difference(BIASED, COUPLE, figure), 1, "(a peer of ours)")
+        for what, figure in (
+            ("CA puts more objects where their layers are than attention couple", "placed"),
+            ("and more of them in their shape", "shaped"),
+        )
+    ]
+    best = found.best(BIASED, "shaped")
+    yield measurements.Section(
+        "Collage Diffusion: against attention couple",
+        "\n\n".join(
+            [
+                (
+                    f"{count} of the collages above. *attention couple*, written here for this comparison: each layer's"
+                    " place attends to that layer's words alone, what no layer covers to the whole prompt; its noise"
+                    " map and start are the collage's own. It needs no word to be found in a prompt, and gives every"
+                    " layer a text encoding and a cross-attention of its own."
+                ),
+                found.table(placed="in its place", shaped="and in its shape"),
+                measurements.markdown(measurements.CLAIMS, claims),
+                measurements.grid(
+                    "collage-couple",
+                    [shown(number) for number in range(min(4, count))],
+                    ["layers", "GH+CA", "attention couple", "areas"],
+                    chosen=(shown(best), f"of {count} the first with most of our objects in shape"),
+                ),
+            ]
+        ),
+    )
