@@ -33,6 +33,7 @@ from montage.patching.run_masks import part_of_schedule, scaled
 from montage.patching.schedule import Window
 from montage.patching.streams import Recording
 from montage.workshop.collages import BLUE, RED, canvas, layer, plain
+from montage.workshop.random_models import text_encoder
 from montage.workshop.random_transformers import (
     TRANSFORMERS,
     build_transformer,
@@ -436,7 +437,7 @@ def test_a_class_that_nobody_has_listed_is_refused():
 def test_nodes_for_unets_refuse_transformers_by_name():
     model = random_transformer("Flux.1")
     arguments = inspect.signature(LearnLayerToken.execute.__func__).parameters
-    settings = dict.fromkeys(list(arguments)[1:], 1) | {"model": model, "learning_rate": 0.1}
+    settings = dict.fromkeys(list(arguments)[1:], 1) | {"model": model, "clip": text_encoder(), "learning_rate": 0.1}
     with pytest.raises(ValueError, match="it works on SD1.x, SD2.x and SDXL only: it trains a word"):
         LearnLayerToken.execute(**settings)
 
