@@ -50,12 +50,17 @@ class Interval(NamedTuple):
 
 class Study:
     """Figures by sample and variant. Each sample is appended to a file as soon as it is measured, so that a killed run
-    goes on where it was; the file belongs to the demo model's weights and is begun anew with others."""
+    goes on where it was; the file belongs to the weights of the demo's network that it is of (the transformer, if its
+    name says so) and is begun anew with others."""
 
     def __init__(self, name, folder):
-        weights = hashlib.sha256(
-            b"".join(path.read_bytes() for path in sorted(WEIGHTS.glob("*.safetensors")))
-        ).hexdigest()[:8]
+        is_transformer = "transformer" in name
+        files = [
+            path
+            for path in sorted(WEIGHTS.glob("*.safetensors"))
+            if path.stem == "demo-reader" or ("demo-dit" in path.stem) == is_transformer
+        ]
+        weights = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
         self.name, self.path = name, Path(folder) / f"{name}-{weights}.jsonl"
         self.samples = {}
         if self.path.exists():

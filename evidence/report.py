@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from . import cost, measurements
+from . import cost, measurements, transformer
 from .methods import METHODS
 
-STUDIES = {**{name: method.studies for name, method in METHODS.items()}, "cost": cost}
+STUDIES = {**{name: method.studies for name, method in METHODS.items()}, "transformer": transformer, "cost": cost}
 
 HEAD = """# The evidence
 
