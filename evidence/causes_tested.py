@@ -107,7 +107,7 @@ def sections(options):
     if "unet" not in measurements.models(options):
         return
     tenth = 10 if options.quick else 1
-    found = measurements.Study("collaborate-open", options.folder, measurements.TRANSFORMER).run(
+    found = measurements.Study("collaborate-open", options.folder).run(
         range(OPEN // tenth), open_words, options.address
     )
     yield measurements.Section(
@@ -133,7 +133,7 @@ def sections(options):
         ),
     )
 
-    found = measurements.Study("retouch-weak", options.folder, measurements.TRANSFORMER).run(
+    found = measurements.Study("retouch-weak", options.folder).run(
         range(max(2, WEAK // tenth)), personal, options.address
     )
     yield measurements.Section(

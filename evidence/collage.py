@@ -41,11 +41,16 @@ class Example:
     """A collage of a scene's own objects, each a layer where it stands in the scene."""
 
     size = SIZE
+    SETTINGS = ("euler_ancestral", "normal", STEPS)  # sampler, scheduler, steps
 
     def __init__(self, number, count):
-        self.model, self.clip, self.vae = demo_model()
+        self.model, self.clip, self.vae = self.models()
         self.count, self.seed = count, FIRST + number
         self.draw(torch.Generator().manual_seed(self.seed))
+
+    @staticmethod
+    def models():
+        return demo_model()
 
     def draw(self, generator):
         self.scene = scenes.sample(1, generator, count=self.count)
@@ -99,9 +104,9 @@ class Example:
         ).args
         positive = self.areas(collage, positive) if areas else positive
         model, denoise = CollageNoise.execute(model, collage, 1.0).args
-        latent = sample(
-            model, self.encoded(image), self.seed, positive, negative, "euler_ancestral", "normal", STEPS, CFG, denoise
-        )["samples"]
+        latent = sample(model, self.encoded(image), self.seed, positive, negative, *self.SETTINGS, CFG, denoise)[
+            "samples"
+        ]
         return latent, self.vae.decode(latent)[0].clamp(0, 1)
 
 

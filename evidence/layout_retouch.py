@@ -37,8 +37,12 @@ def named(switch):
 class Example:
     """One sample: a photo of the subject, and a prompt with the subject, another object and a place."""
 
+    SETTINGS = ("euler", "normal", STEPS)  # sampler, scheduler, steps
+    ITERATIONS = 0  # of the inversion's steps
+    MAP, SITES = SITES, "u@1-2"  # of the map, and of what reads the reference
+
     def __init__(self, number):
-        self.model, self.clip, self.vae = demo_model()
+        self.model, self.clip, self.vae = self.models()
         photo = number % scenes.PHOTOS
         self.personal, self.photo = MontageDemoSubject.execute(self.model, photo).args
         self.inside = scenes.masks(scenes.photos()[0])[photo, 0]  # where the subject is in it
@@ -47,7 +51,11 @@ class Example:
         words = f"and {scenes.caption(self.scene, 0)}"
         self.prompts = f"a ball {words}", f"a sks ball {words}"
         self.negative, self.seed = self.encode(""), FIRST + number
-        self.sigmas = BasicScheduler.execute(self.model, "normal", STEPS, 1.0).args[0]
+        self.sigmas = BasicScheduler.execute(self.model, *self.SETTINGS[1:], 1.0).args[0]
+
+    @staticmethod
+    def models():
+        return demo_model()
 
     def encode(self, text):
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
@@ -59,7 +67,7 @@ class Example:
         """Stage one, carrying its history and the map of the subject's words where the personalised model took part."""
         empty = {"samples": torch.zeros(1, 4, SIZE // 8, SIZE // 8)}
         model, latent, positive = TokenAttentionMap.execute(
-            self.personal, empty, self.clip, self.prompts[1], "sks ball", SITES
+            self.personal, empty, self.clip, self.prompts[1], "sks ball", self.MAP
         ).args
         first = CFGGuider.execute(self.model, self.encode(self.prompts[0]), self.negative, CFG).args[0]
         then = CFGGuider.execute(model, positive, self.negative, CFG).args[0]
@@ -69,14 +77,18 @@ class Example:
 
     def reference(self):
         return InvertImage.execute(
-            self.personal, {"samples": self.vae.encode(self.photo)}, self.sigmas, self.encode("a sks ball")
+            self.personal,
+            {"samples": self.vae.encode(self.photo)},
+            self.sigmas,
+            self.encode("a sks ball"),
+            self.ITERATIONS,
         ).args[0]
 
-    def retouched(self, layout, reference, layout_end=0.2, **optional):
+    def retouched(self, layout, reference, layout_end=0.2, sites=None, **optional):
         patched = MultiSourceSwap.execute(
-            self.personal, layout, reference, layout_end, 0.6, 1.0, "u@1-2", **optional
+            self.personal, layout, reference, layout_end, 0.6, 1.0, sites or self.SITES, **optional
         ).args
-        return sample(*patched, self.seed, self.encode(self.prompts[1]), self.negative, "euler", "normal", STEPS, CFG)
+        return sample(*patched, self.seed, self.encode(self.prompts[1]), self.negative, *self.SETTINGS, CFG)
 
 
 def variants(example):

@@ -24,8 +24,12 @@ UNIFORM = PRESETS["paper swap"]  # "Uniform", of which the paper's ablation is
 class Pair:
     """One sample: a picture of a subject, one of another object, and both inverted together."""
 
+    SETTINGS = ("ddim", "normal", STEPS)  # sampler, scheduler, steps
+    ITERATIONS = 0  # of the inversion's steps
+    SITES = "u2-"  # of SALQ, where the edited area is given
+
     def __init__(self, number):
-        self.model, self.clip, self.vae = demo_model()
+        self.model, self.clip, self.vae = self.models()
         self.seed, generator = FIRST + number, torch.Generator().manual_seed(FIRST + number)
         self.drawn = self.draw(generator)
         self.drawn.shape[1, 0] = self.drawn.shape[0, 0]  # as in DreamEditBench, of one kind
@@ -36,9 +40,15 @@ class Pair:
         self.words = scenes.phrase(self.drawn, 0, 0)
         self.prompt = f"{self.words} {list(scenes.BACKGROUNDS.values())[self.drawn.background[1]]}"
         self.empty = self.encode("")
-        sigmas = BasicScheduler.execute(self.model, "normal", STEPS, 1.0).args[0]
+        sigmas = BasicScheduler.execute(self.model, *self.SETTINGS[1:], 1.0).args[0]
         self.encoded = self.vae.encode(self.pictures)
-        self.history, self.noise = InvertImage.execute(self.model, {"samples": self.encoded}, sigmas, self.empty).args
+        self.history, self.noise = InvertImage.execute(
+            self.model, {"samples": self.encoded}, sigmas, self.empty, self.ITERATIONS
+        ).args
+
+    @staticmethod
+    def models():
+        return demo_model()
 
     def draw(self, generator):
         """The scenes of subject and picture."""
@@ -55,9 +65,9 @@ class Pair:
         return {**self.history, "samples": self.history["samples"][row : row + 1]}
 
     def sampled(self, model, latent, positive=None, cfg=CFG):
-        return sample(
-            model, latent, self.seed, positive or self.encode(self.prompt), self.empty, "ddim", "normal", STEPS, cfg
-        )["samples"]
+        return sample(model, latent, self.seed, positive or self.encode(self.prompt), self.empty, *self.SETTINGS, cfg)[
+            "samples"
+        ]
 
     def collaborating(
         self,
@@ -69,6 +79,7 @@ class Pair:
         fresh=False,
         order="SAGI first",
         form="soft",
+        sites=None,
         **inputs,
     ):
         preset = {
@@ -78,7 +89,7 @@ class Pair:
             "sagi_sites": "all",
             "salq_start": salq[0],
             "salq_end": salq[1],
-            "salq_sites": "u2-" if "edit_mask" in inputs else "all",
+            "salq_sites": sites or (self.SITES if "edit_mask" in inputs else "all"),
         }
         return CollaborativeAttention.execute(
             model, self.latent(0), self.subject_mask.float(), preset, dilation, lock, fresh, order, 0.3, form, **inputs

@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "demo" / "weights"
 PICTURES = ROOT / "docs" / "evidence"
 MODELS = ("unet", "dit")
-TRANSFORMER = ("demo-dit.safetensors",)  # what the studies of the UNet do not depend on
 
 
 class Section(NamedTuple):
@@ -52,13 +51,16 @@ class Interval(NamedTuple):
 
 class Study:
     """Figures by sample and variant. Each sample is appended to a file as soon as it is measured, so that a killed run
-    goes on where it was; the file belongs to the demo models' weights and is begun anew with others."""
+    goes on where it was; the file belongs to the weights of the demo model that it is of and is begun anew with others."""
 
-    def __init__(self, name, folder, without=()):
-        """without: files of weights that these samples do not depend on."""
-        weights = hashlib.sha256(
-            b"".join(path.read_bytes() for path in sorted(WEIGHTS.glob("*.safetensors")) if path.name not in without)
-        ).hexdigest()[:8]
+    def __init__(self, name, folder, model="unet"):
+        """model: which of MODELS these samples are of."""
+        files = [
+            path
+            for path in sorted(WEIGHTS.glob("*.safetensors"))
+            if path.stem == "demo-reader" or ("dit" if "demo-dit" in path.stem else "unet") == model
+        ]
+        weights = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
         self.name, self.path = name, Path(folder) / f"{name}-{weights}.jsonl"
         self.samples = {}
         if self.path.exists():

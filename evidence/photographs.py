@@ -99,8 +99,7 @@ def locked(number):
 
 def sections(options):
     for model in measurements.models(options):
-        without = measurements.TRANSFORMER if model == "unet" else ()
-        found = measurements.Study(f"photographs-{model}", options.folder, without).run(
+        found = measurements.Study(f"photographs-{model}", options.folder, model).run(
             range(len(NAMES)), measure(model), options.address
         )
         text = (

@@ -336,8 +336,8 @@ def shown(setting: Setting, number: int) -> list:
 
 def study(options, setting: Setting) -> measurements.Section:
     count = setting.samples // (10 if options.quick else 1)
-    without = measurements.TRANSFORMER if setting.stack is Stack else ()
-    found = measurements.Study(setting.name, options.folder, without).run(
+    model = "unet" if setting.stack is Stack else "dit"
+    found = measurements.Study(setting.name, options.folder, model).run(
         range(count), measure(setting.stack, setting.prompts), options.address
     )
     claims = [

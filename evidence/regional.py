@@ -57,9 +57,7 @@ def sections(options):
     if "unet" not in measurements.models(options):
         return
     count = SAMPLES // (10 if options.quick else 1)
-    found = measurements.Study("collage-couple", options.folder, measurements.TRANSFORMER).run(
-        range(count), measure, options.address
-    )
+    found = measurements.Study("collage-couple", options.folder).run(range(count), measure, options.address)
     claims = [
         measurements.claim(what, found.difference(BIASED, COUPLE, figure), 1, "(a peer of ours)")
         for what, figure in (

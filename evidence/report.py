@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from . import causes_tested, cost, measurements, page, photographs, regional
+from . import causes_tested, cost, measurements, page, photographs, regional, transformer
 from .methods import METHODS
 
 STUDIES = {
     **{name: method.studies for name, method in METHODS.items()},
+    "transformer": transformer,
     "regional": regional,
     "causes": causes_tested,
     "photographs": photographs,

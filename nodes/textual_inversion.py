@@ -179,13 +179,13 @@ class LearnLayerToken(io.ComfyNode):
         resume: bool,
     ) -> io.NodeOutput:
         refuse_nan(cls.NAME, learning_rate=learning_rate)
-        require_unet(cls.NAME, model, "it trains a word of CLIP through the model's cross-attention")
         connected(cls.NAME, "clip", clip)
         if not is_clip(clip):
             raise ValueError(
                 f"{cls.NAME}: it trains a word of CLIP, and the text encoder {type(clip.cond_stage_model).__name__} is"
                 " another. Connect the CLIP of the model's own checkpoint (Load Checkpoint)."
             )
+        require_unet(cls.NAME, model, "it trains a word of CLIP through the model's cross-attention")
         connected(cls.NAME, "vae", vae)
         path = cls.path(clip, name)
         learned = cls.with_token(clip, collage, layer, name)

@@ -1,12 +1,14 @@
 """Transformers: every family, by ComfyUI's own class with small random weights, through the real sampler."""
 
 import inspect
+import logging
 import weakref
 
 import comfy.sample
 import pytest
 import torch
 from comfy.ldm.flux.model import Flux
+from comfy.ldm.modules.attention import attention_pytorch, wrap_attn
 from comfy.model_sampling import CONST
 from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
@@ -26,11 +28,13 @@ from montage.patching.engine import Engine
 from montage.patching.install import install
 from montage.patching.internals import KEY
 from montage.patching.models import Site, family_of, parse_sites, sites_of
+from montage.patching.models.dit import _say_that_masks_are_plain
 from montage.patching.run_masks import part_of_schedule, scaled
 from montage.patching.schedule import Window
 from montage.patching.streams import LATENT_KEY, Recording
 from montage.workshop.collages import BLUE, RED, canvas, layer, plain
 from montage.workshop.dispatches import Dispatches
+from montage.workshop.random_models import text_encoder
 from montage.workshop.random_transformers import (
     TRANSFORMERS,
     build_transformer,
@@ -452,7 +456,7 @@ def test_a_class_that_nobody_has_listed_is_refused():
 def test_nodes_for_unets_refuse_transformers_by_name():
     model = random_transformer("Flux.1")
     arguments = inspect.signature(LearnLayerToken.execute.__func__).parameters
-    settings = dict.fromkeys(list(arguments)[1:], 1) | {"model": model, "learning_rate": 0.1}
+    settings = dict.fromkeys(list(arguments)[1:], 1) | {"model": model, "clip": text_encoder(), "learning_rate": 0.1}
     with pytest.raises(ValueError, match="it works on SD1.x, SD2.x and SDXL only: it trains a word"):
         LearnLayerToken.execute(**settings)
 
@@ -518,6 +522,44 @@ def test_the_bias_is_a_mask_on_image_rows_and_text_columns(name):
         assert rows.tolist() == list(range(start, start + tokens))
         drawn = mask[0, 0, start : start + tokens, first + TOKENS[0]].reshape(6, 4)
         assert (drawn[2:4, 0] > 0).all() and (drawn[:, 2:] < 0).all() and (drawn[:1] < 0).all()
+
+
+@pytest.mark.parametrize("name", ["Flux.1", "Cosmos-Predict2"])
+def test_who_knows_no_masks_is_left_out_where_one_is_needed(name, caplog):
+    """As SageAttention's kernels, which leave a mask out without a word: the bias acts all the same. Said once."""
+    _say_that_masks_are_plain.cache_clear()
+    masked = []
+
+    def heedless(func, q, k, v, heads, mask=None, *args, **kwargs):
+        masked.append(mask is not None)
+        return func(q, k, v, heads, None, *args, **kwargs)
+
+    model, carrying = biased(name, random_transformer(name), prompt(name, 1))
+    wanted = draw(name, model, empty_latent(name), positive=carrying)["samples"]
+    holding = random_transformer(name).clone()
+    holding.model_options["transformer_options"]["optimized_attention_override"] = heedless
+    model, carrying = biased(name, holding, prompt(name, 1))
+    with caplog.at_level(logging.INFO):
+        close(draw(name, model, empty_latent(name), positive=carrying)["samples"], wanted, 1e-5)
+    assert len([r for r in caplog.records if "knows no masks" in r.message]) == 1
+    assert masked.count(True) == 1 and masked.count(False) > STEPS
+
+
+def test_flash_attention_is_left_out_where_a_mask_is_needed(caplog, monkeypatch):
+    _say_that_masks_are_plain.cache_clear()
+    called = []
+
+    def flash(q, k, v, heads, mask=None, *args, **kwargs):
+        called.append(mask)
+        return attention_pytorch(q, k, v, heads, mask, *args, **kwargs)
+
+    monkeypatch.setattr("montage.patching.models.dit._FLASH", flash)
+    monkeypatch.setattr("comfy.ldm.flux.math.optimized_attention", wrap_attn(flash))
+    model, carrying = biased("Flux.1", random_transformer("Flux.1"), prompt("Flux.1", 1))
+    with caplog.at_level(logging.INFO):
+        draw("Flux.1", model, empty_latent("Flux.1"), positive=carrying)
+    assert called and called.count(None) == len(called)
+    assert len([r for r in caplog.records if "flash attention knows no masks" in r.message]) == 1
 
 
 @each_family

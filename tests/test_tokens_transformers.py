@@ -3,6 +3,7 @@ that write each token's number into its row: the rows at the positions that were
 """
 
 import functools
+import inspect
 import io
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ from montage.nodes.collage import CollageCrossAttn
 from montage.nodes.demo_model import MontageDemoModel
 from montage.nodes.inputs import encoded
 from montage.nodes.layout_retouch import TokenAttentionMap
+from montage.nodes.textual_inversion import LearnLayerToken
 from montage.patching.tokens import token_runs
 from montage.workshop.collages import RED, canvas, layer, plain
 from montage.workshop.random_transformers import WIDTH, empty_latent, random_transformer
@@ -327,6 +329,18 @@ def test_embeddings_take_rows():
     assert token_runs(clip, "a embedding:three cat", "cat") == [(5,)]
     with pytest.raises(ValueError, match="has no letters for a part of"):
         token_runs(clip, "a embedding:three cat", "embedding:three cat")
+
+
+@pytest.mark.parametrize("name", ["Flux.1", "Qwen-Image", "Z-Image", "Flux.2"])
+def test_no_word_is_learned_of_t5_or_a_language_model(name):
+    """By the name of the encoder, before that of the model."""
+    clip, arguments = ENCODERS[name](), inspect.signature(LearnLayerToken.execute.__func__).parameters
+    settings = dict.fromkeys(list(arguments)[1:], 1) | {"model": None, "clip": clip, "learning_rate": 0.1}
+    kind = type(clip.cond_stage_model).__name__
+    with pytest.raises(
+        ValueError, match=f"Learn Layer Token: it trains a word of CLIP, and the text encoder {kind} is"
+    ):
+        LearnLayerToken.execute(**settings)
 
 
 def test_hidream_is_refused():

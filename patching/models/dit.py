@@ -10,6 +10,7 @@ The override is a single slot, and another pack (SageAttention nodes) may hold i
 """
 
 import functools
+import logging
 import math
 import re
 from collections import Counter
@@ -118,6 +119,7 @@ class DiT(ModelFamily):
     """
 
     lockstep = True
+    is_heedless: bool | None = None  # whether who holds the slot leaves masks out; None: not known yet
 
     @classmethod
     def owns(cls, network: torch.nn.Module) -> bool:
@@ -229,6 +231,20 @@ class DiT(ModelFamily):
         height, width = latent_size
         return math.ceil(height / patch), math.ceil(width / patch)
 
+    def masked(self, attend: Callable, mask: Tensor) -> Tensor | None:
+        """What who holds the slot makes of a mask; None where it leaves masks out, as SageAttention's kernels do
+        without a word: found out once a run, by the first mask that says something. attend: it, on the tensors at hand.
+        """
+        if self.is_heedless:
+            return None
+        found = attend(mask)
+        if self.is_heedless is None and mask.abs().max() > 0.1:
+            self.is_heedless = torch.equal(found, attend(None))
+            if self.is_heedless:
+                _say_that_masks_are_plain("another node's attention (SageAttention and its kin)")
+                return None
+        return found
+
     def hooked(self, options: dict, handler: SiteHandler) -> dict:
         calls: list[_NetworkCall] = []  # the one that is running
 
@@ -256,12 +272,21 @@ class DiT(ModelFamily):
             *args: Any,
             **kwargs: Any,
         ) -> Tensor:
-            def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            def attend(q: Tensor, k: Tensor, v: Tensor, wanted: Tensor | None) -> Tensor:
+                def by_occupant(wanted: Tensor | None) -> Tensor:
+                    return occupant(func, q, k, v, heads, wanted, *args, **kwargs)
+
                 if occupant is not None:
-                    return occupant(func, q, k, v, heads, mask, *args, **kwargs)
+                    is_ours = wanted is not None and wanted is not mask
+                    found = self.masked(by_occupant, wanted) if is_ours else by_occupant(wanted)
+                    if found is not None:
+                        return found
                 # flash attention knows no mask, and would say so at every call
-                plain = func if mask is None or func is not _FLASH else attention.attention_pytorch
-                return plain(q, k, v, heads, mask, *args, **kwargs)
+                plain = func
+                if wanted is not None and func is _FLASH:
+                    _say_that_masks_are_plain("flash attention")
+                    plain = attention.attention_pytorch
+                return plain(q, k, v, heads, wanted, *args, **kwargs)
 
             if not calls:  # a ControlNet runs blocks of its own before the network is called
                 return attend(q, k, v, mask)
@@ -270,6 +295,11 @@ class DiT(ModelFamily):
         occupant = internals.replace_attention(options, override)
         internals.wrap_network(options, apply_model)
         return options
+
+
+@functools.cache
+def _say_that_masks_are_plain(who: str) -> None:
+    logging.info("Montage: %s knows no masks; where the bias needs one, PyTorch's attention is used.", who)
 
 
 _FLASH = getattr(attention.attention_flash, "__wrapped__", attention.attention_flash)
