@@ -51,7 +51,7 @@ class Interval(NamedTuple):
 
 class Study:
     """Figures by sample and variant. Each sample is appended to a file as soon as it is measured, so that a killed run
-    goes on where it was; the file belongs to the weights of the demo model that it is of and is begun anew with others."""
+    goes on where it was; the file belongs to the weights of its demo model and is begun anew with others."""
 
     def __init__(self, name, folder, model="unet"):
         """model: which of MODELS these samples are of."""

@@ -56,15 +56,15 @@ def test_the_sample_that_is_chosen(tmp_path):
     assert found.best("a", "x") == 2 and found.best("a", "x", -1) == 3
 
 
-def test_samples_outlive_weights_that_they_do_not_depend_on(tmp_path, monkeypatch):
+def test_samples_outlive_the_other_models_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(measurements, "WEIGHTS", tmp_path)
     for name in ("demo-model.safetensors", "demo-dit.safetensors"):
         (tmp_path / name).write_bytes(b"before")
-    for without in ((), measurements.TRANSFORMER):
-        measurements.Study("study", tmp_path, without).run(range(1), lambda sample: {"a": {"x": 1}})
+    for model in measurements.MODELS:
+        measurements.Study("study", tmp_path, model).run(range(1), lambda sample: {"a": {"x": 1}})
     (tmp_path / "demo-dit.safetensors").write_bytes(b"now")
-    assert not measurements.Study("study", tmp_path).samples
-    assert measurements.Study("study", tmp_path, measurements.TRANSFORMER).samples
+    assert not measurements.Study("study", tmp_path, "dit").samples
+    assert measurements.Study("study", tmp_path, "unet").samples
 
 
 def section(title: str, *claims: list[str]) -> measurements.Section:
