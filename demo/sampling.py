@@ -35,9 +35,9 @@ def load(path=None):
 
 def architecture(model) -> str:
     """ "unet" or "dit"."""
-    from comfy.ldm.flux.model import Flux
+    from . import supported_model
 
-    return "dit" if isinstance(model.model.diffusion_model, Flux) else "unet"
+    return supported_model.architecture(model)
 
 
 def encode(clip, captions: list[str]) -> list:

@@ -11,6 +11,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.supported_models
 import torch
+from comfy.ldm.flux.model import Flux
 from comfy.sd1_clip import SD1ClipModel, SD1Tokenizer, SDClipModel, SDTokenizer
 from comfy.supported_models_base import ClipTarget
 
@@ -115,6 +116,11 @@ class MontageDemoDiT(comfy.supported_models.FluxSchnell):
 
     def clip_target(self, state_dict=None):
         return ClipTarget(DemoTokenizer, DemoClipModel)
+
+
+def architecture(model) -> str:
+    """ "unet" or "dit", of a MODEL."""
+    return "dit" if isinstance(model.model.diffusion_model, Flux) else "unet"
 
 
 def register() -> None:

@@ -168,9 +168,9 @@ class MontageDemoSubject(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, photo: int) -> io.NodeOutput:
-        from ..demo import sampling, scenes, supported_model
+        from ..demo import scenes, supported_model
 
-        path = supported_model.LORAS[sampling.architecture(model)]
+        path = supported_model.LORAS[supported_model.architecture(model)]
         lora = comfy.utils.load_torch_file(str(path), safe_load=True)
         personal, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
         return io.NodeOutput(personal, scenes.photos()[1][photo : photo + 1].movedim(1, -1))
