@@ -72,7 +72,7 @@ def measure_collage(number: int) -> dict[str, dict]:
 
 
 class Pair(mca_ctrl.Pair):
-    SETTINGS, ITERATIONS, SITES = SETTINGS, ITERATIONS, "last half"
+    SETTINGS, ITERATIONS, SITES = SETTINGS, ITERATIONS, "first third"
 
     @staticmethod
     def models() -> tuple:
@@ -279,7 +279,7 @@ def of_swaps(options: argparse.Namespace, samples: range) -> measurements.Sectio
     pictures = [swaps(pair) for pair in pairs]
     text = (
         f"{len(samples)} pairs of scenes as on the UNet, inverted over {SETTINGS[2]} steps with {ITERATIONS} iterations"
-        " each, the paper's uniform windows, SALQ in the last half of the blocks. *Shift*: the subject's keys are"
+        " each, the paper's uniform windows, SALQ in the first third of the blocks. *Shift*: the subject's keys are"
         " turned as if it stood on the edited area, from the centre of one mask to that of the other."
     )
     parts = [

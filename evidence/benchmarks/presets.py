@@ -17,17 +17,18 @@ from ...nodes.layout_retouch import AdaptiveMaskBlend
 from .. import layout_retouch, measurements
 from ..transformer import Pair, Personal, likeness
 
-SITES = ("all", "first half", "last half", "middle half", "double", "single")
+SITES = ("all", "first third", "first half", "last half", "middle half", "single")
 SAGI = (0.0, 0.1, 0.2, 0.4)  # where SAGI ends and SALQ begins, of the schedule
 SALQ = (0.96, 0.6)  # where SALQ ends
+BEST = "first third"  # in which the windows are tried
 MEASURED = {"present": "right object", "colour": "colour distance", "psnr": "background"}
 
 
 def swaps(number: int) -> dict[str, dict]:
-    """{setting: figures} of one pair: the windows with SALQ in the last half, then its blocks with the best known."""
+    """{setting: figures} of one pair: SALQ in each part of the blocks, and in one part in each window."""
     pair, found = Pair(number), {}
-    settings = [("last half", sagi, salq) for sagi, salq in itertools.product(SAGI, SALQ)]
-    settings += [(sites, 0.1, 0.96) for sites in SITES]
+    settings = [(sites, 0.1, 0.96) for sites in SITES]
+    settings += [(BEST, sagi, salq) for sagi, salq in itertools.product(SAGI, SALQ)]
     for sites, sagi, salq in dict.fromkeys(settings):
         picture = pair.edited(sagi=(0.0, sagi), salq=(sagi, salq), sites=sites)
         found[f"SALQ in {sites}, SAGI to {sagi:g}, SALQ to {salq:g}"] = likeness(pair, picture)

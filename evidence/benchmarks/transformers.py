@@ -1,4 +1,5 @@
-"""What composing costs on a diffusion transformer, as ratios to plain sampling taken in one run.
+"""What the methods cost on a diffusion transformer, as ratios to plain sampling taken in one run: composing, the
+collage's bias, swaps and retouches.
 
 python dev.py benchmark transformers
     Flux.1's structure at half its width with random weights, a few of its blocks: the ratios do not depend on how many
@@ -11,11 +12,21 @@ from collections.abc import Callable
 
 import torch
 
+from ...methods.collage import CollageBias
+from ...nodes.layout_retouch import MultiSourceSwap
+from ...nodes.mca_ctrl import CollaborativeAttention
+from ...patching.bias import attach
 from ...patching.engine import Engine
+from ...patching.install import install
+from ...patching.models import sites_of
+from ...patching.schedule import Window
+from ...workshop.collages import RED, THINGS, canvas, layer, plain
 from ...workshop.random_transformers import FLUX, build_transformer, prompt
 from ...workshop.sampling import inject, masks_of, recorder, sample
 from . import bench
+from .collage import SIDE, places
 
+LAYERS = (2, 9, 20)  # of a collage
 HEAD = 128  # channels of one head, as in Flux.1
 
 
@@ -52,10 +63,46 @@ def replayed(act: Callable) -> Callable:
     return case
 
 
-def cases(on: FluxBench, images: list[int]) -> dict[str, Callable]:
+def biased(on: FluxBench, count: int) -> Callable:
+    """A case with the bias of so many layers, of one word each, at all blocks."""
+    last: tuple = ()
+    for thing, (x, y) in zip(THINGS, places(count)):
+        last = layer(plain(RED), thing, x=x, y=y, scale=SIDE, behind=last)
+    collage = canvas(last, width=8 * on.size, height=8 * on.size)[0]
+    window = Window(0.0, 1.0, sites_of(on.model))
+    owned = {2 * number: (number,) for number in range(count)}
+    positive = attach(on.positive, CollageBias(window, collage, owned, 1.0, "log log"))
+    model = install(on.model, heed_bias=True)
+    return lambda: on.sample(model, on.empty, positive)
+
+
+def subject_cases(on: FluxBench, subject: dict, condition: dict) -> dict[str, Callable]:
+    """Swaps in which subject and edited area take half a picture each, and retouches, all over the whole schedule."""
+    found: dict[str, Callable] = {}
+    left = torch.zeros(1, 8 * on.size, 8 * on.size)
+    left[:, :, : 4 * on.size] = 1
+    windows = {"sagi_sites": "all", "salq_sites": "last half"}
+    for name, sagi, salq in (("swap, SAGI", (0.0, 1.0), (1.0, 1.0)), ("swap, SALQ", (1.0, 1.0), (0.0, 1.0))):
+        times = dict(zip(("sagi_start", "sagi_end", "salq_start", "salq_end"), (*sagi, *salq)))
+        preset = {"preset": "custom", **windows, **times}
+        patched = CollaborativeAttention.execute(
+            on.model, subject, left, preset, 0, True, False, "SAGI first", 0.3, "soft", condition, 1 - left
+        ).args
+        found[name] = lambda patched=patched: on.sample(*patched)
+    for name, mask in (("retouch, no mask", {}), ("retouch", {"mask": left})):
+        patched = MultiSourceSwap.execute(on.model, condition, subject, 0.0, 0.0, 1.0, "last half", **mask).args
+        found[name] = lambda patched=patched: on.sample(*patched)
+    return found
+
+
+def cases(on: FluxBench, images: list[int], layers: list[int]) -> dict[str, Callable]:
     """What is measured, by name."""
-    stack = [on.sample(*recorder(on.model, on.empty, 0), seed=seed) for seed in range(max(images))]
+    stack = [on.sample(*recorder(on.model, on.empty, 0), seed=seed) for seed in range(max([2, *images]))]
     found: dict[str, Callable] = {"plain": on.plain, "record": lambda: on.sample(*recorder(on.model, on.empty, 0))}
+    three = {"samples": on.empty["samples"].expand(3, -1, -1, -1)}
+    found["plain, batch of 3"] = lambda: on.sample(on.model, three)
+    found |= {f"collage, {count} layers": biased(on, count) for count in layers}
+    found |= subject_cases(on, *stack[:2])
     for n in images:
         stripes = torch.arange(on.size).mul(n).div(on.size, rounding_mode="floor").long().expand(on.size, on.size)
         patched = inject(stack[:n], masks_of(stripes, n), model=on.model)
@@ -71,9 +118,10 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--blocks", type=int, nargs=2, default=[2, 4], help="double and single")
-    parser.add_argument("--images", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--images", type=int, nargs="*", default=[2, 4], help="of the composites")
+    parser.add_argument("--layers", type=int, nargs="*", default=LAYERS, help="of the collages, at most 20")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     options = parser.parse_args()
     with torch.inference_mode():
         on = FluxBench(options.size, options.steps, options.width, options.blocks, getattr(torch, options.dtype))
-        on.report(cases(on, options.images), options.repeats)
+        on.report(cases(on, options.images, options.layers), options.repeats)

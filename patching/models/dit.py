@@ -94,12 +94,14 @@ ARCHITECTURES = {
     ),
 }
 
-ALL, FIRST_HALF, LAST_HALF, MIDDLE_HALF = PRESETS = ("all", "first half", "last half", "middle half")
+PRESETS = ("all", "first third", "first half", "last half", "middle half")
+ALL, FIRST_THIRD, FIRST_HALF, LAST_HALF, MIDDLE_HALF = PRESETS
 # What the nodes' own defaults and presets, which are written for UNets, stand for on a transformer. It has no levels:
-# its late blocks stand for the decoder, and for words those in the middle, where they are bound to places.
+# its late blocks stand for the decoder, and for words those in the middle, where they are bound to places. A subject's
+# keys are heeded in the first third, Flux's double blocks (evidence/benchmarks/presets.py).
 FOR_UNETS = {
     "u@1-2": LAST_HALF,  # Multi Source Swap
-    "u2-": LAST_HALF,  # Collaborative Attention
+    "u2-": FIRST_THIRD,  # Collaborative Attention
     "d1-,m,u": ALL,  # Collaborative Attention, "paper generation"
     "d@2-4,u@2-4": MIDDLE_HALF,  # Token Attention Map
 }
@@ -159,15 +161,15 @@ class DiT(ModelFamily):
     def parse_sites(self, text: str) -> tuple[Site, ...]:
         """The sites that a text names, in the order of execution.
 
-        `text` is a preset ("all", "first half", "last half", "middle half") or a comma-separated list of kinds of
-        blocks, each with a number or a range of numbers, counted from 0 ("single20-": to the last): "double0-18,
-        single0-37". A kind alone is all its blocks. The nodes' defaults for UNets stand for what FOR_UNETS says. Raises
-        ValueError that lists what the model has.
+        `text` is one of PRESETS or a comma-separated list of kinds of blocks, each with a number or a range of numbers,
+        counted from 0 ("single20-": to the last): "double0-18,single0-37". A kind alone is all its blocks. The nodes'
+        defaults for UNets stand for what FOR_UNETS says. Raises ValueError that lists what the model has.
         """
         sites, text = self.sites(), text.strip()
         text = FOR_UNETS.get(text.replace(" ", ""), text)
-        half, quarter = len(sites) // 2, len(sites) // 4
-        presets = dict(zip(PRESETS, (sites, sites[:half], sites[half:], sites[quarter : len(sites) - quarter])))
+        third, half, quarter = (len(sites) // n for n in (3, 2, 4))
+        middle = sites[quarter : len(sites) - quarter]
+        presets = dict(zip(PRESETS, (sites, sites[: max(1, third)], sites[:half], sites[half:], middle)))
         if text in presets:
             return presets[text]
         named = {key for word in text.replace(" ", "").split(",") for key in self.named(word)}
