@@ -3,10 +3,11 @@
 A module of this folder holds one method's studies: `sections(options)`, which yields Sections for docs/evidence.md.
 """
 
+import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,7 +94,7 @@ class Study:
     def mean(self, variant, figure):
         return Interval.of(self.of(variant, figure))
 
-    def best(self, variant, figure, sign=1):
+    def best(self, variant: str, figure: str, sign: int = 1) -> Any:
         """The sample in which a figure is largest (sign 1) or smallest (-1)."""
         known = {n: value for n, value in zip(self.samples, self.of(variant, figure)) if value is not None}
         return max(known, key=lambda sample: sign * known[sample])
@@ -145,7 +146,7 @@ def prepare_worker() -> None:
     bootstrap.start()
 
 
-def models(options) -> tuple[str, ...]:
+def models(options: argparse.Namespace) -> tuple[str, ...]:
     """The demo models that a study is to be made on."""
     return (options.model,) if options.model else MODELS
 
@@ -170,7 +171,9 @@ def claim(text, difference, sign=1, paper=""):
 CLAIMS = ["claim", "the paper's number", "paired difference here, 95 %", "verdict"]
 
 
-def grid(name, rows, titles, side=176, chosen=None):
+def grid(
+    name: str, rows: Sequence[Sequence], titles: Sequence[str], side: int = 176, chosen: tuple | None = None
+) -> str:
     """Write docs/evidence/NAME.jpg: rows of pictures [h, w, 3] in [0, 1] under column titles, the first samples as they
     come. Returns its Markdown.
 
@@ -197,7 +200,7 @@ def grid(name, rows, titles, side=176, chosen=None):
     return f"![{name}](evidence/{name}.jpg)\n\n*{note}.*"
 
 
-def _paste_row(canvas, row, top, side):
+def _paste_row(canvas: Image.Image, row: Sequence, top: int, side: int) -> None:
     for column, picture in enumerate(row):
         tile = Image.fromarray((torch.as_tensor(picture).float().clamp(0, 1) * 255).round().byte().cpu().numpy())
         canvas.paste(tile.resize((side, side), Image.Resampling.LANCZOS), (column * side, top))
