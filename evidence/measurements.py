@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import comfy.utils
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 comfy.utils.set_progress_bar_enabled(False)
 
@@ -184,15 +184,16 @@ def grid(
         "RGB", (len(titles) * side, bar + len(rows) * side + (chosen is not None) * (bar + side)), "white"
     )
     pen = ImageDraw.Draw(canvas)
+    pen.font = ImageFont.load_default(13)
     for column, title in enumerate(titles):
-        pen.text((column * side + 3, 3), title, fill="black")
+        pen.text((column * side + 3, 1), title, fill="black")
     for number, row in enumerate(rows):
         _paste_row(canvas, row, bar + number * side, side)
     note = f"The first {len(rows)} samples, unpicked"
     if chosen is not None:
         row, why = chosen
         below = bar + len(rows) * side
-        pen.text((3, below + 3), f"chosen: {why}", fill="black")
+        pen.text((3, below + 1), f"chosen: {why}", fill="black")
         _paste_row(canvas, row, below + bar, side)
         note += f"; below them one that was chosen: {why}"
     PICTURES.mkdir(parents=True, exist_ok=True)

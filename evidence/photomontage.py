@@ -326,10 +326,17 @@ SETTINGS = {
         ),
     ),
 }
-SHOWN = (OURS, "pixel paste", "Poisson blending", "latent blending", "K, V of all images together", SHARED)
+SHOWN = {  # variant: the title of its column
+    OURS: OURS,
+    "pixel paste": "pixel paste",
+    "Poisson blending": "Poisson blending",
+    "latent blending": "latent blending",
+    "K, V of all images together": "K, V of all images",
+    SHARED: "as StyleAligned",
+}
 
 
-def shown(setting: Setting, number: int) -> list:
+def shown(setting: Setting, number: int) -> list[torch.Tensor]:
     """A sample's images and what the methods make of them."""
     example = setting.stack(number, setting.prompts)
     made = methods(example, *example.cut_in_features())
@@ -373,7 +380,7 @@ def study(options: argparse.Namespace, setting: Setting) -> measurements.Section
             measurements.grid(
                 setting.name,
                 [shown(setting, number) for number in range(4)],
-                ["base", "image 1", "image 2", *SHOWN],
+                ["base", "image 1", "image 2", *SHOWN.values()],
                 chosen=(shown(setting, best), f"of {count} samples that with our least feature distance"),
             ),
         ]

@@ -125,6 +125,16 @@ def test_what_is_shared_has_the_references_statistics():
     torch.testing.assert_close(done.std(1, correction=0), given.std(1, correction=0), atol=1e-3, rtol=1e-3)
 
 
+def test_sharing_with_itself_changes_nothing():
+    """Its own statistics, and every key twice: the same attention. From another image something comes."""
+    base, other = sampling.two()
+    for reference, changes in ((0, False), (1, True)):
+        masks = sampling.masks_of(torch.full(sampling.SIZE, reference), 2)
+        model, latent = peers.share([base, other], masks, 0, random_model("sd15-small"))
+        found = sampling.sample(model, latent, seed=1, positive=sampling.words(1))["samples"]
+        assert torch.allclose(found, base["samples"], rtol=1e-3, atol=1e-2) != changes
+
+
 def test_attention_couple_of_one_prompt_everywhere_is_that_prompt():
     model, left = random_model("sd15-small"), torch.zeros(8, 8)
     left[:, :4] = 1
