@@ -88,6 +88,13 @@ def test_the_first_table_is_made_of_the_sections():
     assert f"| Generative Photomontage, one prompt: the same in SSIM (UNet) | {causes.COPIES.why} |" in text
 
 
+def test_a_claim_of_the_transformer_stands_with_the_same_of_its_method():
+    found = page.rows([section("A: part", FOUND, FOUND), section("A, on the transformer", OPEN, LOST)])
+    claims = page.merged(found)
+    assert [list(by_model) for by_model in claims.values()] == [["UNet", "DiT"], ["UNet"], ["DiT"]]
+    assert page.verdict_of(claims["A: part", "it is so"]) == "UNet reproduced, DiT not decided"
+
+
 def test_new_sections_take_the_place_of_old_ones():
     old = [section("A: one", FOUND), section("B", FOUND), section("Cost", FOUND)]
     new = [section("B", OPEN), section("A: two", OPEN), section("C", OPEN)]
