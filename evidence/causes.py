@@ -50,9 +50,13 @@ OUTLINE = Cause(
     "A subject fills its area, and the strongest 30 % of a map are larger and rounder than most objects here.",
     "the row of the subject whose place is given",
 )
-LEARNED = Cause(
-    "The subject's LoRA has learned its look already, and the photo's features bring another place and size along.",
-    'the section "with a weaker personalisation": the same swap with the LoRA at half and at no strength',
+NOT_LEARNED = Cause(
+    "Not known. It is not that the subject's LoRA has learned its look already.",
+    'the section "with a weaker personalisation": the swap gains none with half the LoRA or without it either',
+)
+NONE_GAINED = Cause(
+    "Where the reference brings no likeness, neither the layout can lose any nor the mask gain any.",
+    "the row of the reference swap alone",
 )
 FULL = Cause("The prompt is followed nearly to the full already: there is nothing to gain.", "column *prompt*")
 ROVING = Cause(
@@ -79,6 +83,10 @@ CAUSES = {  # (method, pattern of the claim): the first that fits
     ("MCA-Ctrl", r"it looks (more|less) like"): BLUNT,
     ("MCA-Ctrl", r"right object"): OUTLINE,
     ("Layout-and-Retouch", r"^the later the switch, the better|follows the prompt better"): FULL,
-    ("Layout-and-Retouch", r"likeness|personalised model$|like the photo"): LEARNED,
+    ("Layout-and-Retouch", r"likeness is lost|^the mask gains"): NONE_GAINED,
+    (
+        "Layout-and-Retouch",
+        r"^the reference swap alone|^the whole method has|^and than the personalised model|like the photo",
+    ): NOT_LEARNED,
     ("Layout-and-Retouch", r"freely|^and so does"): ROVING,
 }

@@ -379,7 +379,7 @@ def study(options: argparse.Namespace, setting: Setting) -> measurements.Section
             measurements.markdown(measurements.CLAIMS, claims),
             measurements.grid(
                 setting.name,
-                [shown(setting, number) for number in range(4)],
+                [shown(setting, number) for number in range(measurements.FIRST)],
                 ["base", "image 1", "image 2", *SHOWN.values()],
                 chosen=(shown(setting, best), f"of {count} samples that with our least feature distance"),
             ),

@@ -85,7 +85,7 @@ def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
                 measurements.markdown(measurements.CLAIMS, claims),
                 measurements.grid(
                     "collage-couple",
-                    [shown(number) for number in range(min(4, count))],
+                    [shown(number) for number in range(min(measurements.FIRST, count))],
                     ["layers", "GH+CA", "attention couple", "areas"],
                     chosen=(shown(best), f"of {count} the first with most of our objects in shape"),
                 ),
