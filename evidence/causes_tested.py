@@ -1,5 +1,8 @@
 """Tests of why a claim was not found: the same measurement where the supposed cause is taken away."""
 
+import argparse
+from collections.abc import Iterator, Sequence
+
 import comfy.sd
 import comfy.utils
 import torch
@@ -8,14 +11,14 @@ from ..demo import detector, metrics, scenes, supported_model
 from ..kernels import grid_masks
 from . import layout_retouch, mca_ctrl, measurements, perceptual
 
-OPEN, WEAK = 24, 12  # samples
+OPEN, WEAK = 20, 12  # samples
 STRENGTHS = {"half": 0.5, "none": 0.0}  # of the subject's LoRA
 
 
 class OpenWords(mca_ctrl.Pair):
     """A pair whose prompt names the shape and the place alone: the subject's look can come from its image only."""
 
-    def __init__(self, number):
+    def __init__(self, number: int) -> None:
         super().__init__(number)
         place = list(scenes.BACKGROUNDS.values())[self.drawn.background[1]]
         self.prompt = f"a {scenes.SHAPES[int(self.drawn.shape[0, 0])]} {place}"
@@ -24,7 +27,7 @@ class OpenWords(mca_ctrl.Pair):
 ALONE = "neither: the prompt alone"
 
 
-def open_words(number):
+def open_words(number: int) -> dict[str, dict]:
     pair, reading = OpenWords(number), detector.load()
     windows = {"sagi": mca_ctrl.UNIFORM.sagi, "salq": mca_ctrl.UNIFORM.salq}
     pictures = {
@@ -81,7 +84,7 @@ OPEN_CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
 class Personal(layout_retouch.Example):
     """A sample whose personalised model has the subject's LoRA at a part of its strength."""
 
-    def __init__(self, number, strength):
+    def __init__(self, number: int, strength: float) -> None:
         super().__init__(number)
         lora = comfy.utils.load_torch_file(
             str(supported_model.WEIGHTS.with_name("demo-subject-lora.safetensors")), safe_load=True
@@ -89,7 +92,7 @@ class Personal(layout_retouch.Example):
         self.personal, _ = comfy.sd.load_lora_for_models(self.model, None, lora, strength, 0.0)
 
 
-def personal(number):
+def personal(number: int) -> dict[str, dict]:
     reading, found = detector.load(), {}
     for name, strength in STRENGTHS.items():
         example = Personal(number, strength)
@@ -103,7 +106,7 @@ def personal(number):
     return found
 
 
-def sections(options):
+def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
     if "unet" not in measurements.models(options):
         return
     tenth = 10 if options.quick else 1
@@ -166,7 +169,7 @@ def sections(options):
     )
 
 
-def _claims(found, claims):
+def _claims(found: measurements.Study, claims: Sequence[tuple]) -> str:
     return measurements.markdown(
         measurements.CLAIMS,
         [

@@ -272,6 +272,8 @@ def likeness(collage, image, picture):
 
 
 def sections(options):
+    if "unet" not in measurements.models(options):
+        return
     tenth = 10 if options.quick else 1
     yield placing(options, PLACED // tenth)
     yield trading(options, TRADED // tenth)

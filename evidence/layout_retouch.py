@@ -220,6 +220,8 @@ def table(found, names):
 
 
 def sections(options):
+    if "unet" not in measurements.models(options):
+        return
     count = SAMPLES // 10 if options.quick else SAMPLES
     found = measurements.Study("retouch", options.folder).run(range(count), measure, options.address)
     claims = [

@@ -290,6 +290,9 @@ FIGURES = {
 
 
 def sections(options):
+    if "unet" not in measurements.models(options):
+        return
+
     def size(count):
         return range(count // 10 if options.quick else count)
 

@@ -3,17 +3,18 @@
 A module of this folder holds one method's studies: `sections(options)`, which yields Sections for docs/evidence.md.
 """
 
+import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import comfy.utils
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 comfy.utils.set_progress_bar_enabled(False)
 
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / "demo" / "weights"
 PICTURES = ROOT / "docs" / "evidence"
 MODELS = ("unet", "dit")
+FIRST = 4  # samples that are shown as they come
 
 
 class Section(NamedTuple):
@@ -38,7 +40,9 @@ class Interval(NamedTuple):
     n: int
 
     def __str__(self):
-        return f"{self.mean:.3f} ± {self.half:.3f}" if self.n else "-"
+        if self.n < 2:
+            return f"{self.mean:.3f}" if self.n else "-"
+        return f"{self.mean:.3f} ± {self.half:.3f}"
 
     @classmethod
     def of(cls, values):
@@ -93,10 +97,13 @@ class Study:
     def mean(self, variant, figure):
         return Interval.of(self.of(variant, figure))
 
-    def best(self, variant, figure, sign=1):
-        """The sample in which a figure is largest (sign 1) or smallest (-1)."""
+    def best(self, variant: str, figure: str, sign: int = 1) -> Any:
+        """The sample in which a figure is largest (sign 1) or smallest (-1), of those that are not shown anyway: the
+        first few.
+        """
         known = {n: value for n, value in zip(self.samples, self.of(variant, figure)) if value is not None}
-        return max(known, key=lambda sample: sign * known[sample])
+        others = [sample for sample in list(self.samples)[FIRST:] if sample in known]
+        return max(others or known, key=lambda sample: sign * known[sample])
 
     def difference(self, variant, other, figure):
         """Interval of the paired difference variant - other, over the samples that have both."""
@@ -145,7 +152,7 @@ def prepare_worker() -> None:
     bootstrap.start()
 
 
-def models(options) -> tuple[str, ...]:
+def models(options: argparse.Namespace) -> tuple[str, ...]:
     """The demo models that a study is to be made on."""
     return (options.model,) if options.model else MODELS
 
@@ -170,7 +177,9 @@ def claim(text, difference, sign=1, paper=""):
 CLAIMS = ["claim", "the paper's number", "paired difference here, 95 %", "verdict"]
 
 
-def grid(name, rows, titles, side=176, chosen=None):
+def grid(
+    name: str, rows: Sequence[Sequence], titles: Sequence[str], side: int = 176, chosen: tuple | None = None
+) -> str:
     """Write docs/evidence/NAME.jpg: rows of pictures [h, w, 3] in [0, 1] under column titles, the first samples as they
     come. Returns its Markdown.
 
@@ -181,15 +190,16 @@ def grid(name, rows, titles, side=176, chosen=None):
         "RGB", (len(titles) * side, bar + len(rows) * side + (chosen is not None) * (bar + side)), "white"
     )
     pen = ImageDraw.Draw(canvas)
+    pen.font = ImageFont.load_default(13)
     for column, title in enumerate(titles):
-        pen.text((column * side + 3, 3), title, fill="black")
+        pen.text((column * side + 3, 1), title, fill="black")
     for number, row in enumerate(rows):
         _paste_row(canvas, row, bar + number * side, side)
     note = f"The first {len(rows)} samples, unpicked"
     if chosen is not None:
         row, why = chosen
         below = bar + len(rows) * side
-        pen.text((3, below + 3), f"chosen: {why}", fill="black")
+        pen.text((3, below + 1), f"chosen: {why}", fill="black")
         _paste_row(canvas, row, below + bar, side)
         note += f"; below them one that was chosen: {why}"
     PICTURES.mkdir(parents=True, exist_ok=True)
@@ -197,7 +207,7 @@ def grid(name, rows, titles, side=176, chosen=None):
     return f"![{name}](evidence/{name}.jpg)\n\n*{note}.*"
 
 
-def _paste_row(canvas, row, top, side):
+def _paste_row(canvas: Image.Image, row: Sequence, top: int, side: int) -> None:
     for column, picture in enumerate(row):
         tile = Image.fromarray((torch.as_tensor(picture).float().clamp(0, 1) * 255).round().byte().cpu().numpy())
         canvas.paste(tile.resize((side, side), Image.Resampling.LANCZOS), (column * side, top))

@@ -98,10 +98,16 @@ def _cells(line: str) -> list[str]:
 
 
 def merged(found: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """{(setting, claim): {model: its row}}, the settings of a method together."""
+    """{(setting, claim): {model: its row}}, the settings of a method together. A claim of the DiT in a setting that the
+    UNet does not have stands with the same claim of the same method.
+    """
     by_claim: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in found:
-        by_claim.setdefault((row.setting, row.text), {})[row.model] = row
+    for row in sorted(found, key=lambda row: MODEL_NAMES.index(row.model)):
+        key = row.setting, row.text
+        if key not in by_claim:
+            alike = (k for k in by_claim if (method_of(k[0]), k[1]) == (method_of(row.setting), row.text))
+            key = next((k for k in alike if row.model not in by_claim[k]), key)
+        by_claim.setdefault(key, {})[row.model] = row
     methods = list(dict.fromkeys(method_of(setting) for setting, _ in by_claim))
     return dict(sorted(by_claim.items(), key=lambda item: methods.index(method_of(item[0][0]))))
 

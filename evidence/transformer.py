@@ -226,6 +226,8 @@ def claims_of(study: measurements.Study, claims: Sequence[tuple]) -> str:
 def sections(options: argparse.Namespace) -> Any:
     if "dit" not in measurements.models(options):
         return
+    if "dit" not in measurements.models(options):
+        return
 
     def size(count: int) -> range:
         return range(max(2, count // 10) if options.quick else count)
