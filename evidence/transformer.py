@@ -17,11 +17,12 @@ from ..workshop.random_models import demo_transformer
 from . import collage, layout_retouch, mca_ctrl, measurements
 from .layout_retouch import BASE, BLEND, OURS, PLAIN, SOURCES
 
-COLLAGES, SWAPS, PERSONAL = 40, 40, 24  # samples
+COLLAGES, SWAPS, PERSONAL = 40, 32, 24  # samples
 SETTINGS = ("euler", "simple", 16)  # sampler, scheduler, steps
 ITERATIONS = 3  # of each step of an inversion: 44.7 dB instead of 19 on a trained flow
 IMG2IMG, BIASED = collage.PLAIN, collage.BIASED
 SWAP, UNSHIFTED, ALONE = "MCA-Ctrl", "without the shift", "the prompt alone"
+LATE, LATE_UNSHIFTED = "SALQ in the last half", "the same without the shift"
 SHIFTED = "+ the reference's keys shifted"
 
 
@@ -82,11 +83,12 @@ class Pair(mca_ctrl.Pair):
 def swaps(pair: Pair) -> dict[str, torch.Tensor]:
     """{variant: picture}."""
     windows = {"sagi": mca_ctrl.UNIFORM.sagi, "salq": mca_ctrl.UNIFORM.salq}
+    late = {**windows, "sites": "last half"}
     return {
         SWAP: pair.edited(**windows),
         UNSHIFTED: pair.edited(**windows, shift="none"),
-        "SALQ alone": pair.edited(**windows | {"sagi": mca_ctrl.NEVER}),
-        "SALQ alone, without the shift": pair.edited(**windows | {"sagi": mca_ctrl.NEVER}, shift="none"),
+        LATE: pair.edited(**late),
+        LATE_UNSHIFTED: pair.edited(**late, shift="none"),
         ALONE: pair.decode(pair.sampled(pair.model, {"samples": pair.noise["samples"][1:]})),
     }
 
@@ -268,14 +270,9 @@ def of_swaps(options: argparse.Namespace, samples: range) -> measurements.Sectio
         ("and its colours are closer", SWAP, ALONE, "colour", -1),
         ("with the shift the right object is there more often than without", SWAP, UNSHIFTED, "present", 1),
         ("and its colours are closer", SWAP, UNSHIFTED, "colour", -1),
-        (
-            "the same of SALQ alone: the right object",
-            "SALQ alone",
-            "SALQ alone, without the shift",
-            "present",
-            1,
-        ),
-        ("and its colours", "SALQ alone", "SALQ alone, without the shift", "colour", -1),
+        ("SALQ in the last half: the right object", LATE, LATE_UNSHIFTED, "present", 1),
+        ("and its colours", LATE, LATE_UNSHIFTED, "colour", -1),
+        ("in the first third the right object is there more often than in the last half", SWAP, LATE, "present", 1),
     )
     pairs = [Pair(number) for number in samples[:4]]
     pictures = [swaps(pair) for pair in pairs]
