@@ -104,8 +104,8 @@ class WordsArea:
         allowed = share[:, back] < 1
         # of an image that is all subject: its weight is 0, but there must be a key
         allowed |= ~allowed.any(1, keepdim=True)
-        weights = (part.to(dtype) for part in (share[:, front, None], 1 - share[:, back, None]))
-        return Parts(front, back, middle, *weights, None if allowed.all() else allowed)
+        of_front, of_back = share[:, front, None].to(dtype), (1 - share[:, back, None]).to(dtype)
+        return Parts(front, back, middle, of_front, of_back, None if allowed.all() else allowed)
 
 
 # ---------------------------------------------------------------- the recipes

@@ -372,7 +372,9 @@ class Engine:
     def fetch_ahead(self, call: ModelCall, recipe: Recipe, roles: list[CondRole], site: Site, like: Tensor) -> None:
         """Begin to fetch what the recipe's next site needs, where that takes time."""
         following = self.following(recipe).get(site)
-        parts = recipe.kept.get((call.key, roles[0], following)) if following else None
+        if following is None:
+            return
+        parts = recipe.kept.get((call.key, roles[0], following))
         if parts and parts[0].device != like.device:
             found = self.kept(call, recipe, roles, following, like)
             if found:
@@ -497,8 +499,8 @@ class Attentions(refusals.OfAttention):
         if len(roles) < len(known):
             raise refusals.some_are_foreign(self.names)
         if self.call.record and site in self.call.record.sites:
-            rows = n.reshape(len(roles), -1, *n.shape[1:])
-            self.call.record.take(site, roles, rows[:, : self.images], grid)
+            every = n.reshape(len(roles), -1, *n.shape[1:])
+            self.call.record.take(site, roles, every[:, : self.images], grid)
         rows: SelfAttentionRows | None = None
         for recipe in self.call.recipes:
             if site in recipe.window.sites:
@@ -556,10 +558,10 @@ class Attentions(refusals.OfAttention):
         whole = attention.q.new_zeros(batch, 1, tokens, text + -text % 16)[..., :text]
         parts = zip(attention.uuids, found, acting, *(t.chunk(count) for t in (whole, attention.q, attention.k)))
         for uuid, pair, acts, out, q, k in parts:
-            if acts:
+            if pair and acts:
                 self.biased.setdefault(uuid, set()).add(attention.site)
                 self.engine.session.acted.add(pair[0])
-                self.write_bias(out, *pair, attention._replace(uuids=[uuid], q=q, k=k))
+                self.write_bias(out, pair[0], pair[1], attention._replace(uuids=[uuid], q=q, k=k))
         return TextBias(whole, acting)
 
     def write_bias(self, out: Tensor, bias: Bias, tokens: int, attention: TextAttention) -> None:

@@ -77,7 +77,7 @@ class PackedAttention(NamedTuple):
         """The attention of the target, [conditionings x B, tokens, channels], from packed q, k and v."""
         queries, keys = [term.queries for term in self.terms], [term.keys for term in self.terms]
         parts = zip(self.terms, q.split(queries, 1), k.split(keys, 1), v.split(keys, 1))
-        results = [_of_term(term, *own, attention) for term, *own in parts]
+        results = [_of_term(term, own_q, own_k, own_v, attention) for term, own_q, own_k, own_v in parts]
         if len(results) == 1 and self.terms[0].rows is None:
             return results[0]
         out = q.new_zeros(q.shape[0], self.tokens, v.shape[-1])

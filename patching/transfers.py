@@ -23,9 +23,10 @@ class Arriving(NamedTuple):
         """The tensors, for what the device is asked from now on. Nobody else holds them."""
         if self.stream is not None:
             device = self.parts[0].device
-            comfy.model_management.sync_stream(device, self.stream)
+            current: Any = comfy.model_management.current_stream(device)
+            current.wait_stream(self.stream)
             for part in self.parts:
-                part.record_stream(comfy.model_management.current_stream(device))
+                part.record_stream(current)
         return self.parts
 
 

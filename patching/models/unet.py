@@ -183,9 +183,9 @@ def _biased_attention(handler: SiteHandler, site: Site, occupant: Callable | Non
         heads, count = extra["n_heads"], len(extra["uuids"])
         settings = {"attn_precision": extra["attn_precision"], "transformer_options": extra}
         bias = handler.bias(_text_attention(site, q, k, heads, extra))
-        if occupant is None and bias is None:
-            return attention.optimized_attention(q, k, v, heads, **settings)
         if occupant is None:
+            if bias is None:
+                return attention.optimized_attention(q, k, v, heads, **settings)
             return _masked(q, k, v, heads, mask=bias.whole, **settings)
         whole = occupant(q, k, v, extra)
         if bias is None:
