@@ -233,15 +233,20 @@ class DiT(ModelFamily):
         height, width = latent_size
         return math.ceil(height / patch), math.ceil(width / patch)
 
-    def masked(self, attend: Callable, mask: Tensor) -> Tensor | None:
-        """What who holds the slot makes of a mask; None where it leaves masks out, as SageAttention's kernels do
-        without a word: found out once a run, by the first mask that says something. attend: it, on the tensors at hand.
+    def masked(
+        self, attend: Callable, wanted: Tensor | None, own: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
+        """What who holds the slot makes of a mask; None where the mask is not the model's own and it leaves masks out,
+        as SageAttention's kernels do without a word: found out once a run, by the first mask that says something.
+        attend: it, on the tensors at hand.
         """
+        if wanted is None or wanted is own:
+            return attend(wanted, *args, **kwargs)
         if self.is_heedless:
             return None
-        found = attend(mask)
-        if self.is_heedless is None and mask.abs().max() > 0.1:
-            self.is_heedless = torch.equal(found, attend(None))
+        found = attend(wanted, *args, **kwargs)
+        if self.is_heedless is None and wanted.abs().max() > 0.1:
+            self.is_heedless = torch.equal(found, attend(None, *args, **kwargs))
             if self.is_heedless:
                 _say_that_masks_are_plain("another node's attention (SageAttention and its kin)")
                 return None
@@ -275,12 +280,9 @@ class DiT(ModelFamily):
             **kwargs: Any,
         ) -> Tensor:
             def attend(q: Tensor, k: Tensor, v: Tensor, wanted: Tensor | None) -> Tensor:
-                def by_occupant(wanted: Tensor | None) -> Tensor:
-                    return occupant(func, q, k, v, heads, wanted, *args, **kwargs)
-
                 if occupant is not None:
-                    is_ours = wanted is not None and wanted is not mask
-                    found = self.masked(by_occupant, wanted) if is_ours else by_occupant(wanted)
+                    by_occupant = functools.partial(occupant, func, q, k, v, heads)
+                    found = self.masked(by_occupant, wanted, mask, *args, **kwargs)
                     if found is not None:
                         return found
                 # flash attention knows no mask, and would say so at every call
