@@ -3,6 +3,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { allPaths, idOf } from "./paths.js";
+import { t } from "./words.js";
 
 const LIFE = 30_000; // milliseconds
 
@@ -18,9 +19,10 @@ function showError({ detail: { exception_message: message = "" } }) {
   if (!type) return;
   const ids = [...allPaths()].filter((path) => path.at(-1).comfyClass === type).map(idOf);
   const colon = message.indexOf(":");
+  const name = message.slice(0, colon);
   app.extensionManager.toast.add({
     severity: "error",
-    summary: message.slice(0, colon) + (ids.length === 1 ? ` (node ${ids[0]})` : ""),
+    summary: ids.length === 1 ? t("{name} (node {id})", { name, id: ids[0] }) : name,
     detail: message.slice(colon + 1).trim(),
     life: LIFE,
   });
