@@ -434,7 +434,7 @@ export function testLayout(comfy) {
       const { x } = await values(red);
       await onNode(red, 'widget("x").value = -1, widget("x").callback(-1)');
       await still();
-      assert.match(await status(), /Off the canvas, and not seen: "a red bar" \(node/);
+      assert.match(await status(), /Off the canvas, and not seen: “a red bar” \(node/);
       await onNode(red, 'widget("x").value = argument, widget("x").callback(argument)', x);
       await still();
       assert.doesNotMatch(await status(), /Off the canvas/);
