@@ -6,14 +6,13 @@ import { allPaths, idOf } from "./paths.js";
 import { t } from "./words.js";
 
 const LIFE = 30_000; // milliseconds
+const MODULE = `custom_nodes.${decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2))}`;
 
-/** {node type: its English display name, as errors say it} of this pack's nodes in the graph. The page has translated ones. */
+/** {node type: its English display name, as errors say it} of this pack's nodes in the graph. The page has names and categories translated. */
 async function namesInGraph() {
   const nodes = [...allPaths()].map((path) => path.at(-1));
   const types = new Set(
-    nodes
-      .filter(({ constructor }) => constructor.nodeData?.category?.startsWith("montage"))
-      .map((node) => node.comfyClass),
+    nodes.filter(({ constructor }) => constructor.nodeData?.python_module === MODULE).map((node) => node.comfyClass),
   );
   const infos = await Promise.all(
     [...types].map((type) => api.fetchApi(`/object_info/${type}`).then((it) => it.json())),
