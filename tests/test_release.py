@@ -263,6 +263,18 @@ def test_notes_of_help_pages_are_of_nodes_and_in_every_language():
     assert all(one.keys() == notes[0].keys() <= nodes and all(one.values()) for one in notes)
 
 
+def test_help_pages_name_every_input_and_output():
+    """By the id or by the name that the node shows."""
+    missing = []
+    for schema in schemas():
+        page = (ROOT / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
+        for one in (*schema.inputs, *schema.outputs):
+            names = filter(None, (one.id, one.display_name))
+            if not any(re.search(rf"\b{re.escape(name)}\b", page, re.IGNORECASE) for name in names):
+                missing.append(f"{schema.node_id}.md: {one.id}")
+    assert not missing, missing
+
+
 def texts_of_editors():
     """What the web half says through t(), in English."""
     for path in sorted((ROOT / "web").glob("*.js")):
