@@ -294,7 +294,9 @@ def test_the_editors_words_are_translated(language):
 
 def test_every_text_of_the_editors_goes_through_their_translation():
     """A sentence or a button's word as a plain string would stay English."""
-    shown = re.compile(r'(?:textContent|title|ariaLabel|notice)\b\s*[:=]\s*[^;\n]*?(?<!t\()"[A-Za-z][^"]* [^"]*"|button\(\s*"')
+    shown = re.compile(
+        r'(?:textContent|title|ariaLabel|notice)\b\s*[:=]\s*[^;\n]*?(?<!t\()"[A-Za-z][^"]* [^"]*"|button\(\s*"'
+    )
     for path in sorted((ROOT / "web").glob("*.js")):
         assert not shown.findall(path.read_text(encoding="utf-8")), path.name
 
