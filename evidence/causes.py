@@ -9,9 +9,9 @@ class Cause(NamedTuple):
 
 
 COPIES = Cause(
-    "Latent blending copies the latents of the others' regions and starts the base's region from the base's own noise;"
-    " a composite computes every pixel anew. What copying costs shows at the seams.",
-    "columns *of the others* and *of the base*, and the claims on its seams and on the base's region alone",
+    "Latent blending copies the latents of the others' regions, where a composite computes every pixel anew. In the"
+    " base's region, which neither copies, the composite keeps more.",
+    "columns *of the others* and *of the base*, and the claim on the base's region alone",
 )
 OFFSET = Cause(
     "Gradient-domain blending leaves the base's pixels as they are, and moves the others' by a smooth offset, which is"

@@ -53,9 +53,9 @@ class SharedAttention(Recipe):
             rows = (owner == image).nonzero()[:, 0].to(n.device)
             if not len(rows):
                 continue
-            given = source.expand(len(n), -1, -1)
-            queries, keys = torch.cat([n[:, rows], given], 1), torch.cat([n, given], 1)
-            terms.append(AttentionTerm(queries, keys, keys, rows, projected=aligned(len(rows), n.shape[1])))
+            given = source.expand(-1, n.shape[1], -1, -1)
+            queries, keys = torch.cat([n[:, :, rows], given], 2), torch.cat([n, given], 2)
+            terms.append(AttentionTerm(queries, keys, keys, rows, projected=aligned(len(rows), n.shape[2])))
         return terms
 
     def start(self, context: RunContext, start: Start) -> Start:

@@ -133,8 +133,9 @@ def alpha_expansion(costs: np.ndarray, edges: Pair, cycles: int = CYCLES) -> np.
 class Expansions:
     """Expansion moves on one grid, each a minimum cut.
 
-    The flow along the grid's edges is kept from one move to the next: most of a seam's flow is needed again, whichever
-    label expands. A minimum cut of what the kept flow leaves over is one of the whole (Kohli and Torr 2005).
+    The flow along the grid's edges is kept: a move begins with that of the same label's last move, where little has
+    changed since, and a label's first move with that of the move before, since most of a seam's flow is needed again,
+    whichever label expands. A minimum cut of what the kept flow leaves over is one of the whole (Kohli and Torr 2005).
     """
 
     def __init__(self, costs: np.ndarray, edges: Pair):
@@ -145,7 +146,8 @@ class Expansions:
         self.tails = np.concatenate([cell[:, :-1].ravel(), cell[:-1].ravel()])
         self.heads = np.concatenate([cell[:, 1:].ravel(), cell[1:].ravel()])
         self.weights = np.concatenate([edge.ravel() for edge in edges])
-        self.flow = np.zeros_like(self.weights)  # from tail to head
+        self.last = np.zeros_like(self.weights)  # flow of the last move, from tail to head
+        self.flows: dict[int, np.ndarray] = {}  # of the last move of each label
 
     def expand(self, grid: np.ndarray, alpha: int) -> np.ndarray:
         """The best labelling [h, w] in which every cell keeps its label in `grid` or takes alpha.
@@ -159,7 +161,7 @@ class Expansions:
         same = both & (labels[p] == labels[q])
         forward = np.where(both, weights, 0)  # cut if p keeps and q takes alpha
         backward = np.where(same, weights, 0)  # and the other way; the seam that is there already costs nothing more
-        flow = np.clip(self.flow, -backward, forward)
+        flow = np.clip(self.flows.get(alpha, self.last), -backward, forward)
 
         pull = np.where(free, self.costs[:, alpha] - self.costs[np.arange(len(labels)), labels], 0)  # cost of alpha
         ends_at_q = (both & ~same) | (free[q] & ~free[p])  # a seam that ends there if q takes alpha
@@ -167,7 +169,7 @@ class Expansions:
         pull += self.added(q, flow - weights * ends_at_q) - self.added(p, flow + weights * ends_at_p)
 
         cut, used = minimum_cut(p, q, forward - flow, backward + flow, pull)
-        self.flow = flow + used
+        self.last = self.flows[alpha] = flow + used
         return np.where(cut & free, alpha, labels).reshape(grid.shape)
 
     def added(self, cells: np.ndarray, values: np.ndarray) -> np.ndarray:

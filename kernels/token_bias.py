@@ -62,29 +62,31 @@ def spatial_weights(
     return torch.stack(rows)
 
 
-def maxima(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
-    """M_j: the largest logit that each token has with any pixel in any head, for each sample; never below 0, where it
-    would turn attraction into repulsion.
+def maxima(q: torch.Tensor, k: torch.Tensor, heads: int, gain: float = 1.0) -> torch.Tensor:
+    """gain M_j, where M_j is the largest logit that each token has with any pixel in any head, for each sample; never
+    below 0, where it would turn attraction into repulsion.
 
-    q: [B, pixels, C], k: [B, tokens, C], C = heads * d; logits are q k^T / sqrt(d). Returns [B, tokens].
+    q: [B, pixels, C], k: [B, tokens, C], C = heads * d; logits are q k^T / sqrt(d). gain: not negative. Returns [B,
+    tokens].
     """
-    q, k = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k * (k.shape[-1] // heads) ** -0.5))
-    return (q @ k.transpose(2, 3)).amax((1, 2)).clamp(min=0)
+    scale = gain * (k.shape[-1] // heads) ** -0.5
+    q, k = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k * scale))
+    return (q @ k.transpose(2, 3)).amax((1, 2)).clamp_(min=0)
 
 
 def attention_bias(
-    q: torch.Tensor, k: torch.Tensor, heads: int, columns: torch.Tensor, weights: torch.Tensor, gain: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    heads: int,
+    weights: torch.Tensor,
+    gain: float,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What is added to the cross-attention's logits: S_pj += g(sigma) M_j (w_pos A_pos - w_neg A_neg)_pj (paper,
     section 3.2).
 
-    q: [B, pixels, C], k: [B, K, C]. columns: [copies, tokens], where the layers' tokens stand among K, once for each
-    copy of the prompt (ComfyUI repeats prompts of unequal length). weights: [tokens, pixels]. gain: g(sigma).
-    Returns [B, 1, pixels, K] in q's type, 0 for all other tokens.
+    q: [B, pixels, C], k: [B, K, C]. weights: [pixels, K], 0 for tokens that are no layer's, of all copies of the prompt
+    (ComfyUI repeats prompts of unequal length). gain: g(sigma), not negative. Returns [B, 1, pixels, K] in q's type
+    (out: where to).
     """
-    values = gain * maxima(q, k[:, columns[0]], heads)[:, None, None, :] * weights.T
-    aligned = -k.shape[1] % 16  # attention kernels copy masks whose rows are not aligned
-    bias = q.new_zeros(q.shape[0], 1, q.shape[1], k.shape[1] + aligned)[..., : k.shape[1]]
-    for copy in columns:
-        bias[..., copy] = values.to(bias)
-    return bias
+    return torch.mul(maxima(q, k, heads, gain)[:, None, None], weights, out=out)

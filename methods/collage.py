@@ -69,15 +69,17 @@ class CollageBias(Bias):
         super().__init__(window, (height, width))
         self.collage, self.owned, self.strength, self.growth = collage, owned, strength, token_bias.GROWTH[growth]
 
-    def prepare(self, grid: tuple[int, int], tokens: int, copies: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def prepare(self, grid: tuple[int, int], tokens: int, copies: int, like: Tensor) -> Tensor:
+        """What each token of the text is drawn to, [h w, text tokens]: 0 for those that are no layer's."""
         w_pos, w_neg = zip(*((layer.w_pos, layer.w_neg) for layer in self.collage.layers))
         weights = token_bias.spatial_weights(self.collage.masks, w_pos, w_neg, self.owned.values(), grid)
-        columns = torch.tensor(list(self.owned)) + tokens * torch.arange(copies)[:, None]
-        return columns.to(like.device), weights.to(like)
+        drawn = weights.new_zeros(weights.shape[1], tokens)
+        drawn[:, list(self.owned)] = weights.T
+        return drawn.repeat(1, copies).to(like)
 
-    def bias(self, prepared: tuple[Tensor, Tensor], attention: TextAttention, sigma: float) -> Tensor:
+    def write(self, out: Tensor, prepared: Tensor, attention: TextAttention, sigma: float) -> None:
         strength = self.strength * self.growth(sigma)
-        return token_bias.attention_bias(attention.q, attention.k, attention.heads, *prepared, strength)
+        token_bias.attention_bias(attention.q, attention.k, attention.heads, prepared, strength, out)
 
 
 def owned_tokens(node: str, clip: CLIP, collage: Collage) -> Owned:

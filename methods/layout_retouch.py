@@ -76,12 +76,42 @@ class FromLayout(Recipe):
         return Start(torch.cat(noises), torch.cat(latents), sigmas)
 
 
+def of_images(sources: Sequence[Tensor]) -> Tensor:
+    """The rows of one stream for all images, or of one for each: [conditionings, 1 or B, tokens, C]."""
+    return sources[0] if len(sources) == 1 else torch.cat(list(sources), 1)
+
+
+class Share(NamedTuple):
+    """How much an attention counts. rows: the tokens where it does, int64 (None: all). weight: [1 or B, tokens, 1]
+    (None: 1).
+    """
+
+    rows: torch.Tensor | None
+    weight: torch.Tensor | None
+
+
+NOTHING = Share(torch.zeros(0, dtype=torch.int64), None)
+
+
+def share_of(weight: Tensor, like: Tensor) -> Share:
+    """weight: of every token, [1 or B, tokens, 1]."""
+    rows = weight.amax(0).flatten().nonzero()[:, 0]
+    if not len(rows):
+        return NOTHING
+    counted = weight[:, rows]
+    return Share(
+        None if len(rows) == weight.shape[1] else rows.to(like.device),
+        None if (counted == 1).all() else counted.to(like),
+    )
+
+
 class ObjectMask:
     """M: where the object is in the layout. mask: [1 or B, H, W] in [0, 1], or a LiveMask."""
 
     def __init__(self, mask: Tensor | LiveMask) -> None:
         self.mask = mask
         self.made: tuple[Tensor | None, Tensor] | None = None  # (map, M) of a live mask
+        self.levels: dict[tuple, list[Share]] = {}  # of the mask as it is now
 
     def check(self, node: str, context: RunContext) -> None:
         if isinstance(self.mask, LiveMask) and not context.measures_words:
@@ -98,11 +128,20 @@ class ObjectMask:
         if self.made is None or self.made[0] is not found:
             known = torch.zeros(1, *context.size) if found is None else found.cpu()
             self.made = found, kernel.adaptive(known, self.mask.segment, context.size, *self.mask[1:]).mask
+            self.levels = {}
         return self.made[1]
 
     def on(self, grid: tuple[int, int], context: RunContext) -> Tensor:
         """M on the tokens, [1 or B, h, w]."""
         return kernel.at_size(self.current(context), grid)
+
+    def shares(self, context: RunContext, grid: tuple[int, int], like: Tensor) -> list[Share]:
+        """What M and 1 - M are at a level, in the type and on the device of a tensor."""
+        mask, key = self.current(context), (grid, like.device, like.dtype)
+        if key not in self.levels:
+            weight = kernel.at_size(mask, grid).flatten(1)[..., None]
+            self.levels[key] = [share_of(weight, like), share_of(1 - weight, like)]
+        return self.levels[key]
 
 
 class Place(NamedTuple):
@@ -116,7 +155,7 @@ class Place(NamedTuple):
     inside: ObjectMask | None = None
 
     def moved(self, context: RunContext, reference: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The reference's rows, [1 or B, tokens, C], as if the subject stood where the object is."""
+        """The reference's rows, [conditionings, 1 or B, tokens, C], as if the subject stood where the object is."""
         middle = torch.zeros(1, 2)
         if self.shift.given is not None:
             shifts = self.shift.tokens(middle, middle, grid)
@@ -125,7 +164,7 @@ class Place(NamedTuple):
         else:
             subject = centre(kernel.at_size(self.subject, grid))
             shifts = self.shift.tokens(subject, centre(self.inside.on(grid, context)), grid)
-        return context.family.moved(reference, shifts)
+        return torch.stack([context.family.moved(rows, shifts) for rows in reference])
 
 
 class FromReference(Recipe):
@@ -147,7 +186,7 @@ class FromReference(Recipe):
     def attend(
         self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
     ) -> list[AttentionTerm]:
-        reference = torch.cat(sources)
+        reference = of_images(sources)
         if self.place:
             reference = self.place.moved(context, reference, grid)
         return [AttentionTerm(target.q, reference, reference)]
@@ -180,13 +219,12 @@ class FromBoth(Recipe):
     def attend(
         self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
     ) -> list[AttentionTerm]:
-        reference, layout = torch.cat(sources[: self.count]), torch.cat(sources[self.count :])
+        reference, layout = of_images(sources[: self.count]), of_images(sources[self.count :])
         if self.place:
             reference = self.place.moved(context, reference, grid)
-        weight = self.inside.on(grid, context).flatten(1)[..., None].to(reference)
-        terms = []
-        for queries, keys, share in ((target.q, reference, weight), (layout, layout, 1 - weight)):
-            rows = share.amax(0).flatten().nonzero()[:, 0]
-            if len(rows):
-                terms.append(AttentionTerm(queries[:, rows], keys, keys, rows, share[:, rows]))
-        return terms
+        sides = (target.q, reference), (layout, layout)
+        return [
+            AttentionTerm(queries if rows is None else queries.index_select(2, rows), keys, keys, rows, weight)
+            for (queries, keys), (rows, weight) in zip(sides, self.inside.shares(context, grid, target.q))
+            if rows is None or len(rows)
+        ]

@@ -61,7 +61,10 @@ class MaskArea:
         self.mask = mask
         self.found: dict[tuple, Parts] = {}
 
-    def parts(self, context: RunContext, grid: tuple[int, int], device: torch.device) -> Parts:
+    def parts(self, context: RunContext, grid: tuple[int, int], like: Tensor) -> Parts:
+        return self.known_parts(grid, like.device)
+
+    def known_parts(self, grid: tuple[int, int], device: torch.device) -> Parts:
         key = grid, device
         if key not in self.found:
             area = grid_masks.cells(self.mask, grid)
@@ -81,25 +84,28 @@ class WordsArea:
         self.maps: Tensor | None = None
         self.found: dict[tuple[int, int], Parts] = {}
 
-    def parts(self, context: RunContext, grid: tuple[int, int], device: torch.device) -> Parts | None:
+    def parts(self, context: RunContext, grid: tuple[int, int], like: Tensor) -> Parts | None:
         """None in the first step, before there is a map."""
         maps = context.attention_map
         if maps is not self.maps:
             self.maps, self.found = maps, {}
         if maps is not None and grid not in self.found:
             share = grid_masks.strongest(maps, grid, self.share, self.soft)
-            self.found[grid] = self.parts_of(share.flatten(1).to(device), centre(share >= 1))
+            self.found[grid] = self.parts_of(share.flatten(1).to(like.device), centre(share >= 1), like.dtype)
         return self.found.get(grid)
 
+    def known_parts(self, grid: tuple[int, int], device: torch.device) -> None:
+        """Nothing is known before the target is there."""
+
     @staticmethod
-    def parts_of(share: Tensor, middle: Tensor) -> Parts:
-        """share: of the subject, [B, tokens] in [0, 1]. middle: where it is, [B, 2]."""
+    def parts_of(share: Tensor, middle: Tensor, dtype: torch.dtype) -> Parts:
+        """share: of the subject, [B, tokens] in [0, 1]. middle: where it is, [B, 2]. dtype: of the weights."""
         front, back = (part.any(0).nonzero()[:, 0] for part in (share > 0, share < 1))
         allowed = share[:, back] < 1
         # of an image that is all subject: its weight is 0, but there must be a key
         allowed |= ~allowed.any(1, keepdim=True)
-        weights = share[:, front, None], 1 - share[:, back, None]
-        return Parts(front, back, middle, *weights, None if allowed.all() else allowed)
+        of_front, of_back = share[:, front, None].to(dtype), (1 - share[:, back, None]).to(dtype)
+        return Parts(front, back, middle, of_front, of_back, None if allowed.all() else allowed)
 
 
 # ---------------------------------------------------------------- the recipes
@@ -136,6 +142,7 @@ class MaskedAttention(Recipe):
         self.streams = (subject, condition) if condition else (subject,)
         self.shift = shift
         self.subjects: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.asking: dict[tuple, Tensor] = {}
 
     def start(self, context: RunContext, start: Start) -> Start:
         """Begin where the condition began: z_T of the target is the condition's."""
@@ -154,28 +161,53 @@ class MaskedAttention(Recipe):
             self.subjects[key] = found.flatten().nonzero()[:, 0].to(device), centre(found[None])
         return self.subjects[key]
 
+    def select(self, number: int, n: Tensor, grid: tuple[int, int]) -> Tensor:
+        rows = self.rows_held(number, grid, n.device)
+        return n.clone() if rows is None else n.index_select(2, rows)
+
+    def rows_held(self, number: int, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        """The tokens of a stream that are held until the target is there, int64: of the subject those in M_S, of the
+        condition those outside M_C. None: all, where that is not known yet.
+        """
+        if number == 0:
+            return self.subject_on(grid, device)[0]
+        parts = self.area.known_parts(grid, device)
+        return parts and parts.back
+
     def attend(
         self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
     ) -> list[AttentionTerm]:
         n = target.q
-        parts = self.area.parts(context, grid, n.device)
+        parts = self.area.parts(context, grid, n)
         if parts is None:
             return [AttentionTerm(*target)]
-        subject, condition = sources if self.condition else (*sources, n)
         terms = []
         if len(parts.front):
-            rows, middle = self.subject_on(grid, n.device)
-            queries, keys = (n if self.target_asks else subject)[:, parts.front], subject[:, rows]
+            middle = self.subject_on(grid, n.device)[1]
             shifts = None if self.shift is None else self.shift.tokens(middle, parts.centre, grid)
-            if shifts is not None and self.target_asks:
-                keys = context.family.moved(keys, shifts)
-            elif shifts is not None:
-                queries = moved_queries(subject, parts.front, shifts, grid)
+            queries, keys = self.front(context, n, sources[0], parts, shifts, grid)
             terms.append(AttentionTerm(queries, keys, keys, parts.front, parts.front_weight))
         if len(parts.back):
-            queries, keys = (n if self.target_asks else condition)[:, parts.back], condition[:, parts.back]
+            keys = sources[1] if self.condition else n
+            if keys.shape[2] != len(parts.back):
+                keys = keys.index_select(2, parts.back)
+            queries = n.index_select(2, parts.back) if self.target_asks and self.condition else keys
             terms.append(AttentionTerm(queries, keys, keys, parts.back, parts.back_weight, parts.allowed))
         return terms
+
+    def front(
+        self,
+        context: RunContext,
+        n: Tensor,
+        subject: Tensor,
+        parts: Parts,
+        shifts: Tensor | None,
+        grid: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        """(queries, keys) in the edited area. n: the target's rows. subject: those that were held. shifts: of the
+        subject, (down, right) in tokens, [1 or B, 2].
+        """
+        raise NotImplementedError
 
 
 class SAGI(MaskedAttention):
@@ -185,11 +217,54 @@ class SAGI(MaskedAttention):
 
     target_asks = False
 
+    def rows_held(self, number: int, grid: tuple[int, int], device: torch.device) -> Tensor | None:
+        """Of the subject also those in M_C, which ask: before the others, or all where those that ask are not known
+        yet or stand elsewhere.
+        """
+        parts = self.area.known_parts(grid, device)
+        if number:
+            return parts and parts.back
+        if parts is None or self.shift is not None:
+            return None
+        key = grid, device
+        if key not in self.asking:
+            self.asking[key] = torch.cat([parts.front, self.subject_on(grid, device)[0]])
+        return self.asking[key]
+
+    def front(
+        self,
+        context: RunContext,
+        n: Tensor,
+        subject: Tensor,
+        parts: Parts,
+        shifts: Tensor | None,
+        grid: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        if self.rows_held(0, grid, n.device) is not None:
+            return subject[:, :, : len(parts.front)], subject[:, :, len(parts.front) :]
+        keys = subject.index_select(2, self.subject_on(grid, n.device)[0])
+        if shifts is None:
+            return subject.index_select(2, parts.front), keys
+        return torch.stack([moved_queries(rows, parts.front, shifts, grid) for rows in subject]), keys
+
 
 class SALQ(MaskedAttention):
     """Self-attention local query: the target asks, subject and condition answer (section 3.3, equations 8 to 11). A
     shift turns the subject's keys.
     """
+
+    def front(
+        self,
+        context: RunContext,
+        n: Tensor,
+        subject: Tensor,
+        parts: Parts,
+        shifts: Tensor | None,
+        grid: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        if shifts is not None:
+            subject = torch.stack([context.family.moved(rows, shifts) for rows in subject])
+        return n.index_select(2, parts.front), subject
 
 
 class BackgroundLock(Recipe):
@@ -204,10 +279,14 @@ class BackgroundLock(Recipe):
         super().__init__(Window(0.0, 1.0, ()))
         self.condition, self.mask = condition, mask
         self.streams = (condition,)
+        self.inside: dict[tuple, Tensor] = {}
 
     def locked(self, x: Tensor, kept: Tensor) -> Tensor:
         """x [B, C, h, w] with the kept latent [1, C, h, w] outside the edited area."""
-        return torch.where(grid_masks.cells(self.mask, x.shape[-2:]).to(x.device), x, kept.to(x))
+        key = x.shape[-2:], x.device
+        if key not in self.inside:
+            self.inside[key] = grid_masks.cells(self.mask, x.shape[-2:]).to(x.device)
+        return torch.where(self.inside[key], x, kept.to(x))
 
     def final(self, context: RunContext) -> Tensor:
         """The condition's latent where the run at hand ends: its result, or on the way there."""

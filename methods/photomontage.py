@@ -1,6 +1,7 @@
 """Generative Photomontage (arXiv 2408.07116): one image sampled with the self-attention composed of several."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,18 @@ from ..patching.streams import Stream
 from ..patching.terms import AttentionTerm, TargetRows
 
 Tensor = torch.Tensor
+
+
+class Level(NamedTuple):
+    """Whose the tokens of a level are. rows: the tokens that each image that is read owns, int64. order: where each
+    token stands among those rows, one image's after the other's, int64 [tokens]. asks: the tokens whose Q is the
+    running model's, bool [tokens, 1]; None: none. owned: whether any token is an image's that is read.
+    """
+
+    rows: list[torch.Tensor]
+    order: torch.Tensor
+    asks: torch.Tensor | None
+    owned: bool
 
 
 class CompositeAttention(Recipe):
@@ -33,7 +46,8 @@ class CompositeAttention(Recipe):
         self.base_stream = stack[base]
         self.read = [image for image in range(len(stack)) if self.reads(image)]
         self.streams = tuple(stack[image] for image in self.read)
-        self.rows_of: dict[tuple, Tensor] = {}
+        self.merges = kv != "concat"
+        self.levels: dict[tuple, Level] = {}
 
     def reads(self, image: int) -> bool:
         if self.kv == "concat":
@@ -41,37 +55,51 @@ class CompositeAttention(Recipe):
         needed = image != self.base or self.base_q == "stored" or self.kv == "composite"
         return needed and bool((self.owner == image).any())
 
-    def rows(self, image: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """The tokens that an image owns at a level."""
-        key = image, grid, device
-        if key not in self.rows_of:
-            self.rows_of[key] = (labels.at_grid(self.owner, grid).flatten() == image).nonzero()[:, 0].to(device)
-        return self.rows_of[key]
+    def level(self, grid: tuple[int, int], device: torch.device) -> Level:
+        """Made once for each level and device."""
+        key = grid, device
+        if key not in self.levels:
+            owner = labels.at_grid(self.owner, grid).flatten()
+            rows = [(owner == image).nonzero()[:, 0] for image in self.read]
+            every = torch.cat(rows) if rows else owner[:0]
+            order = torch.zeros_like(owner)
+            order[every] = torch.arange(len(every))
+            asks = (owner == self.base)[:, None] if self.base_q == "model" else None
+            if asks is not None:
+                asks = asks.to(device) if asks.any() else None
+            self.levels[key] = Level([own.to(device) for own in rows], order.to(device), asks, bool(len(every)))
+        return self.levels[key]
 
     def select(self, number: int, n: Tensor, grid: tuple[int, int]) -> Tensor:
-        return n.clone() if self.kv == "concat" else n[:, self.rows(self.read[number], grid, n.device)]
+        return n.clone() if self.kv == "concat" else n.index_select(2, self.level(grid, n.device).rows[number])
+
+    def merge(self, selected: list[Tensor], grid: tuple[int, int]) -> list[Tensor]:
+        return selected if self.kv == "concat" else self.owned(selected, grid)
+
+    def owned(self, rows: list[Tensor], grid: tuple[int, int]) -> list[Tensor]:
+        """One image's worth of rows, each token's from the image that owns it; nothing where no image that is read owns
+        any. rows: those that each image owns.
+        """
+        if not rows or not self.level(grid, rows[0].device).owned:
+            return []
+        return [torch.cat(rows, 2).index_select(2, self.level(grid, rows[0].device).order)]
 
     def attend(
         self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
     ) -> list[AttentionTerm]:
         n = target.q
-        q, stored_base = n.clone(), None
-        for image, source in zip(self.read, sources):
-            rows = self.rows(image, grid, n.device)
-            own = source[:, rows] if self.kv == "concat" else source
-            if image == self.base and self.base_q == "model":
-                stored_base = rows, own
-            else:
-                q[:, rows] = own
-        if self.kv == "model":
-            return [AttentionTerm(q, target.k, target.v)]
+        level, composed = self.level(grid, n.device), sources
         if self.kv == "concat":
-            keys = torch.cat(sources, 1).expand(n.shape[0], -1, -1)
-        elif stored_base:
-            keys = q.clone()
-            keys[:, stored_base[0]] = stored_base[1]
+            composed = self.owned([n.index_select(2, own) for n, own in zip(sources, level.rows)], grid)
+        if not composed:
+            q = n
+        elif level.asks is None:
+            q = composed[0]
         else:
-            keys = q
+            q = torch.where(level.asks, n, composed[0])
+        if self.kv == "model" or not sources:
+            return [AttentionTerm(q, target.k, target.v)]
+        keys = sources[0] if len(sources) == 1 else torch.cat(sources, 2)
         return [AttentionTerm(q, keys, keys)]
 
     def check(self, context: RunContext) -> None:

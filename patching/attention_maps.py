@@ -48,6 +48,8 @@ class LiveAttentionMap:
             if cond.get(MARK) == wanted.prompt
         }
         self.sums: dict[tuple[int, int], torch.Tensor] = {}  # grid -> sum of maps [B, h, w]
+        self.new: dict[tuple[int, int], list[torch.Tensor]] = {}  # grid -> what is not yet in it, [B, heads, tokens]
+        self.indicators: dict[tuple, torch.Tensor] = {}
         self.count = 0
         self.before: torch.Tensor | None = None
         if not self.lengths:
@@ -63,19 +65,31 @@ class LiveAttentionMap:
         """Count one attention in, if it is of the map's sites. attention: of one conditioning that is measured.
         length: rows of one copy of its text.
         """
-        if attention.site in self.wanted.sites:
-            self.add(probability(attention.q, attention.k, attention.heads, self.wanted.tokens, length), attention.grid)
+        if attention.site not in self.wanted.sites:
+            return
+        q, k, heads = attention.q, attention.k, attention.heads
+        key = heads, k.shape[1], length, k.device, k.dtype
+        if key not in self.indicators:
+            self.indicators[key] = indicator(k, heads, self.wanted.tokens, length)
+        self.add(shares(q, k, heads, self.indicators[key]), attention.grid)
 
     def add(self, found: torch.Tensor, grid: tuple[int, int]) -> None:
-        """Count one site in. found: [B, tokens]."""
-        found = found.unflatten(1, grid)
-        self.sums[grid] = self.sums[grid] + found if grid in self.sums else found
+        """Count one site in. found: [B, heads, tokens], to be summed over heads."""
+        self.new.setdefault(grid, []).append(found)
         self.count += 1
+
+    def sum_up(self) -> None:
+        """Sum what was counted in: all at once, since every operation is a launch on a GPU."""
+        for grid, found in self.new.items():
+            total = torch.cat(found, 1).sum(1, dtype=torch.float32).view(-1, *grid)
+            self.sums[grid] = self.sums[grid] + total if grid in self.sums else total
+        self.new = {}
 
     def read(self) -> torch.Tensor | None:
         """The map so far, [B, h, w] in [0, 1] at the finest grid that was measured; None before the first site. A flat
         map is 0.
         """
+        self.sum_up()
         if not self.sums:
             return None
         finest = max(self.sums)
@@ -85,16 +99,25 @@ class LiveAttentionMap:
         return (total - low) / torch.where(high > low, high - low, 1)
 
 
-def probability(q: torch.Tensor, k: torch.Tensor, heads: int, tokens: tuple[int, ...], length: int) -> torch.Tensor:
-    """Softmax probability that an attention gives to some text tokens together, mean over heads: [B, queries].
-
-    q: [B, queries, heads x d], k: [B, text tokens, heads x d]. tokens: positions on a text axis of `length`, which
-    ComfyUI may have repeated to batch prompts of different lengths: the copies count together.
+def indicator(k: torch.Tensor, heads: int, tokens: tuple[int, ...], length: int) -> torch.Tensor:
+    """1 / heads at some text tokens and 0 elsewhere, [1, 1, text tokens, 1] like k [B, text tokens, heads x d]. tokens:
+    positions on a text axis of `length`, which ComfyUI may have repeated to batch prompts of different lengths: the
+    copies count together.
     """
-    q, k = (part.unflatten(2, (heads, -1)).transpose(1, 2).float() for part in (q, k))
-    copies = [token + start for start in range(0, k.shape[2], length) for token in tokens]
-    logits = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-    return (logits[..., copies].logsumexp(3) - logits.logsumexp(3)).exp().mean(1)
+    found = k.new_zeros(1, 1, k.shape[1], 1)
+    found[:, :, [token + start for start in range(0, k.shape[1], length) for token in tokens]] = 1 / heads
+    return found
+
+
+def shares(q: torch.Tensor, k: torch.Tensor, heads: int, wanted: torch.Tensor) -> torch.Tensor:
+    """Softmax probability that an attention gives to the text tokens of an indicator together, divided by the number of
+    heads: [B, heads, queries]. The attention itself, with the indicator in the place of V.
+
+    q: [B, queries, heads x d], k: [B, text tokens, heads x d].
+    """
+    q, k = (part.reshape(*part.shape[:2], heads, -1).transpose(1, 2) for part in (q, k))
+    v = wanted.expand(len(q), heads, -1, -1)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)[..., 0]
 
 
 def resized(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -31,8 +31,10 @@ class Bias:
         how often it is repeated in K. like: a tensor of the device and type.
         """
 
-    def bias(self, prepared: Any, attention: TextAttention, sigma: float) -> torch.Tensor:
-        """The bias [B, 1, tokens, text tokens], in q's type and finite. attention: of this conditioning alone."""
+    def write(self, out: torch.Tensor, prepared: Any, attention: TextAttention, sigma: float) -> None:
+        """Write the bias into `out`, zeros [B, 1, tokens, text tokens] in q's type: finite. attention: of this
+        conditioning alone.
+        """
         raise NotImplementedError
 
 

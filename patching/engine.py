@@ -8,21 +8,22 @@ are read where the target's are computed, and held no longer.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import torch
 
-from . import internals, refusals
+from . import internals, refusals, transfers
 from .attention_maps import LiveAttentionMap
 from .bias import Bias
-from .models import SelfAttention, SelfAttentionRows, Site, TextAttention, family_of
+from .models import SelfAttention, SelfAttentionRows, Site, TextAttention, TextBias, family_of
 from .recipe import Recipe
 from .recorder import Record
 from .streams import CallKey, CondRole, Run, Stream, conds_of, rows_to_replay
-from .terms import AttentionTerm, TargetRows, pack
+from .terms import TargetRows, pack
 
 if TYPE_CHECKING:
     from .session import Session
@@ -51,10 +52,14 @@ class ModelCall:
         self.tokens: dict[tuple[Run, Site], int] = {}  # of streams that were replayed for it
 
 
+class ReplayComplete(Exception):
+    """Ends a replay of which everything has been taken down that is read."""
+
+
 class Engine:
     """Computes the model calls of one sampling run.
 
-    exact: whether streams are always replayed, as they were recorded to the bit.
+    exact: whether streams are always replayed run by run, as they were recorded to the bit.
     """
 
     exact = False
@@ -66,8 +71,15 @@ class Engine:
         self.prepared: dict[tuple, Any] = {}  # what biases keep for the run
         self.without_compile = False  # whether torch.compile had to be left out
         self.lockstep: bool | None = None if self.family.lockstep and not self.exact else False  # None: not tried yet
-        self.alike: dict[tuple[Run, int], bool] = {}  # (run, call) -> whether its options are those of the run at hand
-        self.stacks: dict[tuple, dict | None] = {}  # (uuid, streams) -> the conditioning for the whole batch
+        self.alike: dict[tuple, bool] = {}  # (run, call, of whom) -> whether it is computed as the target or that run
+        self.stacks: dict[tuple, dict | None] = {}  # what is batched -> the conditioning for the whole batch
+        self.ahead: dict[tuple, transfers.Arriving] = {}  # what was fetched ahead, by call, roles, recipe and site
+        self.next_sites: dict[Recipe, dict[Site, Site]] = {}
+        self.order = {site: number for number, site in enumerate(self.family.sites())}
+
+    def place(self, site: Site) -> int:
+        """Where a site stands in the order of execution; -1 for one that the model does not have."""
+        return self.order.get(site, -1)
 
     # ------------------------------------------------------------ compute, gather, replay
 
@@ -103,6 +115,8 @@ class Engine:
         roles = [call.roles[cond["uuid"]] for group in conds for cond in group or () if cond["uuid"] in call.roles]
         wanted: dict[Stream, None] = {}
         for recipe in call.recipes:
+            if all((call.key, role, site) in recipe.kept for role in roles for site in recipe.window.sites):
+                continue
             for stream in recipe.streams:
                 features = self.session.context.evaluation_of(recipe, stream.run, call.key).features
                 own = [refusals.role_of_stream(recipe, stream.run, role) for role in roles]
@@ -116,7 +130,7 @@ class Engine:
             self.lockstep = joined is not None
             how = "go in lockstep, as images of one batch" if joined else "are replayed before each evaluation"
             logging.info("%s: the recorded images %s.", refusals.in_order(r.node for r in call.recipes), how)
-        if joined is None:
+        if joined is None and not self.replayed_together(model, roles, x, timestep, call, [*wanted]):
             for run in dict.fromkeys(stream.run for stream in wanted):
                 rows = rows_to_replay(run, {row for other, row in wanted if other is run})
                 self.replay(model, roles, x.device, timestep, call, run, rows)
@@ -150,12 +164,15 @@ class Engine:
         assert evaluation is not None  # gather has asked for it
         return evaluation.x[stream.row : stream.row + 1]
 
-    def computes_alike(self, run: Run, options: dict, call: ModelCall) -> bool:
-        """Whether an evaluation of a stream is computed as the target's: no biases, no other patches."""
+    def computes_alike(self, run: Run, options: dict, call: ModelCall, of: Run | None = None) -> bool:
+        """Whether an evaluation of a stream is computed as with other options: no biases, no other patches. options:
+        the target's, or those of another run at this evaluation.
+        """
         _, number = run.evaluation(call.key)
-        if (run, number) not in self.alike:
-            self.alike[run, number] = not run.biases and internals.compute_alike(run.options[number], options)
-        return self.alike[run, number]
+        key = run, number, of
+        if key not in self.alike:
+            self.alike[key] = not run.biases and internals.compute_alike(run.options[number], options)
+        return self.alike[key]
 
     def stack(self, cond: dict, wanted: list[Stream], model: Any, x: Tensor, call: ModelCall) -> dict | None:
         """One conditioning of the target with those that serve it of the streams."""
@@ -190,32 +207,114 @@ class Engine:
             for number, stream in enumerate(recipe.streams)
             if stream.run is run and stream.row in rows
         ]
-
-        sites = frozenset(site for recipe, _, _ in readers for site in recipe.window.sites)
-
-        def select(site: Site, role: CondRole, n: Tensor, grid: tuple[int, int]) -> None:
-            call.tokens[run, site] = n.shape[1]
-            for recipe, number, row in readers:
-                if site in recipe.window.sites:
-                    call.selected[recipe, number, role, site] = recipe.select(number, n[row : row + 1], grid)
-
         own = self.conds_on(run, rows, model, device)
         served = dict.fromkeys(refusals.role_of_stream(readers[0][0], run, role).role for role in roles)
         if run.is_patched_by_others:  # which may count on the batch that they met when it was recorded
             served = dict.fromkeys(run.conds)
+        every = {CondRole(role, number) for role in served for number in range(len(own[role]))}
+
+        def select(site: Site, roles: list[CondRole], n: Tensor, grid: tuple[int, int]) -> None:
+            for recipe, number, row in readers:
+                self.hold(call, recipe, number, roles, site, n[:, row : row + 1], grid)
+
+        record = self.record_until(call, {recipe for recipe, _, _ in readers}, every, select)
         evaluation, number = run.evaluation(call.key)
         assert evaluation is not None  # gather has asked for it
         biases = self.session.acting_biases(run.biases, call.key[0], run.sigmas)
-        replayed = ModelCall(call.key, run.roles, biases, record=Record(select, sites))
-        self.compute(
-            internals.evaluate,
-            model,
-            [own[role] for role in served],
-            evaluation.x[rows].to(device),
-            timestep[:1].expand(len(rows)),
-            run.options[number],
-            replayed,
-        )
+        with contextlib.suppress(ReplayComplete):
+            self.compute(
+                internals.evaluate,
+                model,
+                [own[role] for role in served],
+                evaluation.x[rows].to(device),
+                timestep[:1].expand(len(rows)),
+                run.options[number],
+                ModelCall(call.key, run.roles, biases, record=record),
+            )
+
+    def replayed_together(
+        self, model: Any, roles: list[CondRole], x: Tensor, timestep: Tensor, call: ModelCall, wanted: list[Stream]
+    ) -> bool:
+        """The same for streams of several runs in one evaluation, of which every conditioning of every stream is a row.
+        That changes no more than rounding. Returns whether they could share a batch.
+        """
+        runs = list(dict.fromkeys(stream.run for stream in wanted))
+        if self.exact or len(runs) < 2:
+            return False
+        readers = [(r, number) for r in call.recipes for number, stream in enumerate(r.streams) if stream in wanted]
+        rows: dict[tuple[Stream, CondRole], int] = {}  # place in the batch
+        for recipe, number in readers:
+            stream = recipe.streams[number]
+            for role in reversed(roles):  # as ComfyUI stacks them for the target
+                rows.setdefault((stream, refusals.role_of_stream(recipe, stream.run, role)), len(rows))
+        options = runs[0].options[runs[0].evaluation(call.key)[1]]
+        if not internals.fits(model, (len(rows), *x.shape[1:]), x.device):
+            return False
+        if runs[0].is_patched_by_others or not all(self.computes_alike(run, options, call, runs[0]) for run in runs):
+            return False
+        key = "together", tuple(rows)
+        if key not in self.stacks:
+            conds = [self.conds_on(run, [row], model, x.device)[own.role][own.number] for (run, row), own in rows]
+            self.stacks[key] = internals.stacked(conds, 1)
+        cond = self.stacks[key]
+        if cond is None:
+            return False
+        places = []
+        for recipe, number in readers:
+            own = [(role, row) for (stream, role), row in rows.items() if stream == recipe.streams[number]]
+            places.append((recipe, number, *map(list, zip(*own))))
+
+        def select(site: Site, _: list[CondRole], n: Tensor, grid: tuple[int, int]) -> None:
+            for recipe, number, own, rows in places:
+                self.hold(call, recipe, number, own, site, together([n[0, row] for row in rows])[:, None], grid)
+
+        batch = CondRole("streams", 0)
+        record = self.record_until(call, {recipe for recipe, _ in readers}, {batch}, select)
+        latents = torch.cat([self.latent_of(stream, call) for stream, _ in rows]).to(x)
+        with contextlib.suppress(ReplayComplete):
+            self.compute(
+                internals.evaluate,
+                model,
+                [[cond]],
+                latents,
+                timestep[:1].expand(len(rows)),
+                options,
+                ModelCall(call.key, {cond["uuid"]: batch}, {}, record=record),
+            )
+        return True
+
+    def hold(
+        self,
+        call: ModelCall,
+        recipe: Recipe,
+        number: int,
+        roles: Sequence[CondRole],
+        site: Site,
+        n: Tensor,
+        grid: tuple[int, int],
+    ) -> None:
+        """Hold what a recipe selects of a stream for an evaluation of the target. n: [conditionings, 1, tokens, C]."""
+        if site in recipe.window.sites:
+            call.tokens[recipe.streams[number].run, site] = n.shape[2]
+            selected = recipe.select(number, n, grid)
+            call.selected.update(((recipe, number, role, site), part) for role, part in zip(roles, selected))
+
+    def record_until(self, call: ModelCall, recipes: Iterable[Recipe], every: set[CondRole], take: Callable) -> Record:
+        """What takes down a replay at the sites of some recipes, and ends it as soon as it has seen the last of them in
+        every conditioning: nobody reads what the model would compute after it.
+        """
+        sites = frozenset(site for recipe in recipes for site in recipe.window.sites)
+        last = max(sites, key=self.place)
+        left = set(every)
+
+        def take_until(site: Site, roles: list[CondRole], n: Tensor, grid: tuple[int, int]) -> None:
+            take(site, roles, n, grid)
+            if site == last:
+                left.difference_update(roles)
+                if not left:
+                    raise ReplayComplete
+
+        return Record(take_until, sites)
 
     # ------------------------------------------------------------ what a call reads
 
@@ -223,35 +322,100 @@ class Engine:
         self,
         call: ModelCall,
         recipe: Recipe,
-        role: CondRole,
+        roles: list[CondRole],
         site: Site,
         grid: tuple[int, int],
         like: Tensor,
         beside: Tensor,
     ) -> list[Tensor]:
-        """What a recipe selects of its streams for one conditioning of the target at one site, on its device. beside:
-        rows of the streams that go in lockstep, [streams, tokens, C].
+        """What a recipe reads of its streams for the conditionings of the target at one site, on its device. beside:
+        rows of the streams that go in lockstep, [conditionings, streams, tokens, C].
         """
-        found, here = [], grid[0] * grid[1]
-        for number, (run, row) in enumerate(recipe.streams):
-            if Stream(run, row) in call.beside:
-                image = call.beside.index(Stream(run, row))
-                found.append(recipe.select(number, beside[image : image + 1], grid))
-                continue
-            own = refusals.role_of_stream(recipe, run, role)
-            selected = call.selected.get((recipe, number, own, site))
-            if selected is None:
-                evaluation = self.session.context.evaluation_of(recipe, run, call.key)
-                features = evaluation.features.get((own, site))
-                if features is None:
-                    raise refusals.missing_conditioning(recipe, number, role.role, call.key[0])
-                if features.shape[1] != here:
-                    raise refusals.resized(recipe, site, features.shape[1], here)
-                selected = recipe.select(number, features[row : row + 1], grid)
-            elif call.tokens[run, site] != here:
+        arriving = self.ahead.pop((call.key, tuple(roles), recipe, site), None)
+        arriving = arriving or self.kept(call, recipe, roles, site, like)
+        if arriving is not None:
+            self.fetch_ahead(call, recipe, roles, site, like)
+            sources = arriving.wait()
+            for part in sources:
+                if part.shape[2] != grid[0] * grid[1]:
+                    raise refusals.resized(recipe, site, part.shape[2], grid[0] * grid[1])
+            return sources
+        found, are_cached = [], True
+        for number, stream in enumerate(recipe.streams):
+            if stream in call.beside:
+                image = call.beside.index(stream)
+                selected, is_cached = recipe.select(number, beside[:, image : image + 1], grid), False
+            else:
+                selected, is_cached = self.selected(call, recipe, number, roles, site, grid, like)
+            are_cached &= is_cached
+            found.append(selected)
+        if not recipe.merges or not are_cached:
+            return recipe.merge([at_hand(part, like) for part in found], grid)
+        merged = [transfers.ready_to_send(part, like.device) for part in recipe.merge(found, grid)]
+        recipe.kept.update(
+            ((call.key, role, site), [part[number] for part in merged]) for number, role in enumerate(roles)
+        )
+        return transfers.send(merged, like).wait()
+
+    @staticmethod
+    def kept(
+        call: ModelCall, recipe: Recipe, roles: list[CondRole], site: Site, like: Tensor
+    ) -> transfers.Arriving | None:
+        """What was merged of cached features in an earlier run of the recipe, on its way to a tensor's device: in
+        memory of its own, since others may write into it.
+        """
+        keys = [(call.key, role, site) for role in roles]
+        if not all(key in recipe.kept for key in keys):
+            return None
+        return transfers.send([together(parts) for parts in zip(*(recipe.kept[key] for key in keys))], like)
+
+    def fetch_ahead(self, call: ModelCall, recipe: Recipe, roles: list[CondRole], site: Site, like: Tensor) -> None:
+        """Begin to fetch what the recipe's next site needs, where that takes time."""
+        following = self.following(recipe).get(site)
+        if following is None:
+            return
+        parts = recipe.kept.get((call.key, roles[0], following))
+        if parts and parts[0].device != like.device:
+            found = self.kept(call, recipe, roles, following, like)
+            if found:
+                self.ahead[call.key, tuple(roles), recipe, following] = found
+
+    def following(self, recipe: Recipe) -> dict[Site, Site]:
+        """Of each site of a recipe the one that is computed next."""
+        if recipe not in self.next_sites:
+            sites = sorted(recipe.window.sites, key=self.place)
+            self.next_sites[recipe] = dict(zip(sites, sites[1:]))
+        return self.next_sites[recipe]
+
+    def selected(
+        self,
+        call: ModelCall,
+        recipe: Recipe,
+        number: int,
+        roles: list[CondRole],
+        site: Site,
+        grid: tuple[int, int],
+        like: Tensor,
+    ) -> tuple[Tensor, bool]:
+        """(what a recipe selects of one stream, whether it was cached)."""
+        (run, row), here = recipe.streams[number], grid[0] * grid[1]
+        own = [refusals.role_of_stream(recipe, run, role) for role in roles]
+        if (recipe, number, own[0], site) in call.selected:
+            if call.tokens[run, site] != here:
                 raise refusals.resized(recipe, site, call.tokens[run, site], here)
-            found.append(selected.to(like))
-        return found
+            return together([call.selected[recipe, number, role, site] for role in own]), False
+        features = self.session.context.evaluation_of(recipe, run, call.key).features
+        parts = []
+        for role, wanted in zip(roles, own):
+            if (wanted, site) not in features:
+                raise refusals.missing_conditioning(recipe, number, role.role, call.key[0])
+            parts.append(features[wanted, site][row : row + 1])
+            if parts[-1].shape[1] != here:
+                raise refusals.resized(recipe, site, parts[-1].shape[1], here)
+        rows = together(parts)
+        if not recipe.merges:  # which is not worth gathering where the features lie
+            (rows,) = transfers.send([rows], like).wait()
+        return recipe.select(number, rows, grid), True
 
     def conds_on(self, run: Run, rows: list[int], model: Any, device: torch.device) -> dict[str, list[dict]]:
         key = run, tuple(rows)
@@ -268,12 +432,40 @@ class Engine:
         for (run, _), conds in self.conds.items():
             internals.release(conds)
             self.move_patches(run, self.session.context.model.offload_device)
-        self.conds, self.stacks, self.prepared = {}, {}, {}
+        self.conds, self.stacks, self.prepared, self.ahead = {}, {}, {}, {}
 
     @staticmethod
     def move_patches(run: Run, device: torch.device) -> None:
         for options in run.options.values():
             internals.move_patches(options, device)
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one, [parts, ...]: without a copy where they lie at equal distances in one memory, as the
+    conditionings of one evaluation do.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first[None]
+    memory, step = first.untyped_storage().data_ptr(), parts[1].storage_offset() - first.storage_offset()
+    if (
+        all(
+            part.untyped_storage().data_ptr() == memory
+            and part.storage_offset() == first.storage_offset() + number * step
+            and part.stride() == first.stride()
+            and part.dtype == first.dtype
+            for number, part in enumerate(parts)
+        )
+        and step >= 0
+    ):
+        return first.as_strided((len(parts), *first.shape), (step, *first.stride()))
+    return torch.stack([part.to(first) for part in parts])
+
+
+def at_hand(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor on the device and in the type of another."""
+    same = part.device == like.device and part.dtype == like.dtype
+    return part if same else part.to(like.device, like.dtype, non_blocking=True)
 
 
 class Attentions(refusals.OfAttention):
@@ -307,8 +499,8 @@ class Attentions(refusals.OfAttention):
         if len(roles) < len(known):
             raise refusals.some_are_foreign(self.names)
         if self.call.record and site in self.call.record.sites:
-            for role, part in zip(roles, n.chunk(len(roles))):
-                self.call.record.take(site, role, part[: self.images], grid)
+            every = n.reshape(len(roles), -1, *n.shape[1:])
+            self.call.record.take(site, roles, every[:, : self.images], grid)
         rows: SelfAttentionRows | None = None
         for recipe in self.call.recipes:
             if site in recipe.window.sites:
@@ -326,17 +518,16 @@ class Attentions(refusals.OfAttention):
         grid: tuple[int, int],
     ) -> SelfAttentionRows:
         """rows: what earlier recipes made of n, None if there were none."""
-        context, count, beside = self.engine.session.context, len(roles), len(self.call.beside)
-        parts = n.chunk(count)
+        context, images, beside = self.engine.session.context, self.images, len(self.call.beside)
+        every = n.reshape(len(roles), -1, *n.shape[1:])
         if rows is None:
-            own = torch.cat([part[: self.images] for part in parts]) if beside else n
-            rows = SelfAttentionRows(own, own, own, beside=beside)
-        terms: list[list[AttentionTerm]] = []
-        for role, part, *target in zip(roles, parts, *(t.chunk(count) for t in (rows.q, rows.k, rows.v))):
-            sources = self.engine.sources(self.call, recipe, role, site, grid, rows.q, part[self.images :])
-            terms.append(recipe.attend(context, TargetRows(*target), sources, grid))
-        q, k, v, packed = pack(terms, rows.q.shape[0] // count, rows.q.shape[1])
-        return SelfAttentionRows(q, k, v, packed, TargetRows(rows.q, rows.k, rows.v) if packed else None, beside)
+            target = TargetRows(*[every[:, :images]] * 3)
+        else:
+            target = TargetRows(*(t.reshape(len(roles), images, *t.shape[1:]) for t in (rows.q, rows.k, rows.v)))
+        sources = self.engine.sources(self.call, recipe, roles, site, grid, n, every[:, images:])
+        q, k, v, packed = pack(recipe.attend(context, target, sources, grid), images, n.shape[1])
+        own = TargetRows(*(t.reshape(-1, *t.shape[2:]) for t in target)) if packed else None
+        return SelfAttentionRows(q, k, v, packed, own, beside)
 
     def text_attention(self, attention: TextAttention) -> None:
         """Measure where the model looks for words."""
@@ -355,25 +546,28 @@ class Attentions(refusals.OfAttention):
         """The target's images of `count` conditionings, without those beside them."""
         return t.unflatten(0, (count, -1))[:, : self.images].flatten(0, 1)
 
-    def bias(self, attention: TextAttention) -> list[Tensor | None]:
-        """The biases of the conditionings, and where they were asked for."""
+    def bias(self, attention: TextAttention) -> TextBias | None:
+        """The biases of the conditionings; it is noted where they were asked for."""
         refusals.check_biased(self.engine.session.biased_nodes or self.names, self.size, attention)
-        count, found = len(attention.uuids), []
-        parts = zip(attention.uuids, attention.q.chunk(count), attention.k.chunk(count))
-        for uuid, q, k in parts:
-            bias, tokens = self.call.biases.get(uuid, (None, 0))
-            if bias is None or attention.site not in bias.window.sites:
-                found.append(None)
-                continue
-            self.biased.setdefault(uuid, set()).add(attention.site)
-            self.engine.session.acted.add(bias)
-            found.append(self.biased_by(bias, tokens, attention._replace(uuids=[uuid], q=q, k=k)))
-        return found
+        found = [self.call.biases.get(uuid) for uuid in attention.uuids]
+        acting = [bool(pair) and attention.site in pair[0].window.sites for pair in found]
+        if not any(acting):
+            return None
+        (batch, tokens, _), text, count = attention.q.shape, attention.k.shape[1], len(found)
+        # attention kernels copy masks whose rows are not aligned
+        whole = attention.q.new_zeros(batch, 1, tokens, text + -text % 16)[..., :text]
+        parts = zip(attention.uuids, found, acting, *(t.chunk(count) for t in (whole, attention.q, attention.k)))
+        for uuid, pair, acts, out, q, k in parts:
+            if pair and acts:
+                self.biased.setdefault(uuid, set()).add(attention.site)
+                self.engine.session.acted.add(pair[0])
+                self.write_bias(out, pair[0], pair[1], attention._replace(uuids=[uuid], q=q, k=k))
+        return TextBias(whole, acting)
 
-    def biased_by(self, bias: Bias, tokens: int, attention: TextAttention) -> Tensor:
-        """One conditioning's bias, [B, 1, tokens, text tokens]."""
-        whole, q = attention.k.shape[1], attention.q
-        rows, tokens = self.engine.family.own_text(tokens, whole)
+    def write_bias(self, out: Tensor, bias: Bias, tokens: int, attention: TextAttention) -> None:
+        """One conditioning's bias, into zeros [B, 1, tokens, text tokens]."""
+        q = attention.q
+        rows, tokens = self.engine.family.own_text(tokens, attention.k.shape[1])
         attention = attention._replace(k=attention.k[:, rows])
         length = attention.k.shape[1]
         refusals.check_text(bias.node, tokens, length)
@@ -381,8 +575,7 @@ class Attentions(refusals.OfAttention):
         prepared = self.engine.prepared
         if key not in prepared:
             prepared[key] = bias.prepare(attention.grid, tokens, length // tokens, q)
-        found = bias.bias(prepared[key], attention, self.call.key[0])
-        return found if length == whole else torch.nn.functional.pad(found, (rows.start, whole - rows.stop))
+        bias.write(out[..., rows], prepared[key], attention, self.call.key[0])
 
     def check_reached(self) -> None:
         """Refuse a call in which blocks were left out or run in another node's own way."""

@@ -109,7 +109,8 @@ class Recipe:
     node: the display name for messages. streams: whose attention it reads. several_terms: whether it may feed a site
     from several attentions, or from one over a part of the rows. One recipe can at a site and step, and acts after
     those that do not. longer_keys: whether a token may attend to more keys than an image has. same_weights: whether the
-    MODEL must be the one that its streams were recorded with, LoRAs included.
+    MODEL must be the one that its streams were recorded with, LoRAs included. merges: whether the rows of all streams
+    together become those of one image.
     """
 
     node = "Montage"
@@ -117,9 +118,11 @@ class Recipe:
     several_terms = False
     longer_keys = False
     same_weights = True
+    merges = False
 
     def __init__(self, window: Window) -> None:
         self.window = window
+        self.kept: dict[tuple, list[Tensor]] = {}  # what was merged of cached features, by evaluation and site
 
     @property
     def followed(self) -> Sequence[Stream]:
@@ -153,16 +156,22 @@ class Recipe:
         return output
 
     def select(self, number: int, n: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What to hold of stream `number` at a site until the target is there. n: [1, tokens, C], which others may
-        write into; grid: (h, w).
+        """What to hold of stream `number` at a site until the target is there. n: [conditionings, 1, tokens, C], which
+        others may write into; grid: (h, w). Returns [conditionings, 1, any, C].
         """
         return n.clone()
+
+    def merge(self, selected: list[Tensor], grid: tuple[int, int]) -> list[Tensor]:
+        """What `attend` is given of all that was selected, by stream. It is done once for features that are cached, and
+        kept for all runs of the recipe, where it is less than they are (`merges`).
+        """
+        return selected
 
     def attend(
         self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
     ) -> list[AttentionTerm]:
-        """The self-attention of one conditioning at a site. sources: what was selected, by stream. grid: (h, w) of the
-        tokens.
+        """The self-attention at a site, of all conditionings. sources: what was merged, [conditionings, 1, any, C]
+        each. grid: (h, w) of the tokens.
         """
         raise NotImplementedError
 

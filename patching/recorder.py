@@ -6,16 +6,18 @@ from typing import Any, NamedTuple
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from . import internals, refusals
+from . import internals, refusals, transfers
 from .attention_maps import LiveAttentionMap
 from .models import SelfAttention, Site, family_of
 from .streams import CallKey, CondRole, Evaluation, Recording, Run, recorded_conds, roles_of
 
 
 class Record(NamedTuple):
-    """What takes down self-attentions. take: (site, role, rows [B, tokens, C], grid (h, w)). sites: where."""
+    """What takes down self-attentions. take: (site, conditionings, rows [conditionings, B, tokens, C], grid (h, w)).
+    sites: where.
+    """
 
-    take: Callable[[Site, CondRole, torch.Tensor, tuple[int, int]], None]
+    take: Callable[[Site, list[CondRole], torch.Tensor, tuple[int, int]], None]
     sites: frozenset[Site]
 
 
@@ -46,11 +48,12 @@ class Recorder:
         if not self.keeps_features and not is_last:
             return None
 
-        def record(site: Site, role: CondRole, rows: torch.Tensor, grid: tuple[int, int]) -> None:
+        def record(site: Site, roles: list[CondRole], rows: torch.Tensor, grid: tuple[int, int]) -> None:
             if self.keeps_features:
-                self.keep(evaluation, site, role, rows)
+                self.keep(evaluation, site, roles, rows)
             if is_last and site == self.cut_site:
-                self.run.keep_cut_features(self.model, role, rows, grid)
+                for role, part in zip(roles, rows):
+                    self.run.keep_cut_features(self.model, role, part, grid)
 
         return Record(record, self.sites if self.keeps_features else frozenset([self.cut_site]))
 
@@ -63,21 +66,23 @@ class Recorder:
             self.room = total
         return total <= self.room
 
-    def keep(self, evaluation: Evaluation, site: Site, role: CondRole, rows: torch.Tensor) -> None:
+    def keep(self, evaluation: Evaluation, site: Site, roles: list[CondRole], rows: torch.Tensor) -> None:
         """Keep the features of one site while the budget lasts: at no moment is it exceeded. A transformer's first site
         tells how large all are together: if one evaluation does not fit, nothing is copied.
         """
         wanted = rows.nbytes
         if not self.kept and not self.has_levels:
-            wanted *= len(self.sites) * len(roles_of(self.run.conds))
+            wanted = wanted // len(roles) * len(self.sites) * len(roles_of(self.run.conds))
         if not self.has_room(wanted):
             self.keeps_features, evaluation.features = False, {}  # part of an evaluation is of no use
             return
         self.kept += rows.nbytes
-        evaluation.features[role, site] = rows.to("cpu", copy=True)  # other patches may write into them
+        kept = transfers.put_away(rows)
+        evaluation.features.update(((role, site), part) for role, part in zip(roles, kept))
 
     def finish(self, output: torch.Tensor, maps: Sequence[LiveAttentionMap]) -> None:
         """The run has ended in `output`, [B, C, h, w]."""
+        transfers.finish(self.model.load_device)
         self.run.final = output.detach().cpu()
         measured = ((live.wanted.words, live.read()) for live in maps)
         self.run.maps = {words: found.cpu() for words, found in measured if found is not None}

@@ -8,7 +8,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_custom_sampler import CFGGuider
 
 from montage.nodes.layout_retouch import TokenAttentionMap, tokens_of
-from montage.patching.attention_maps import LiveAttentionMap, TokenMap, marked, probability
+from montage.patching.attention_maps import LiveAttentionMap, TokenMap, indicator, marked, shares
 from montage.patching.install import install
 from montage.patching.models import Site, family_of, parse_sites
 from montage.patching.streams import streams_of
@@ -247,7 +247,7 @@ def test_the_map_is_read_during_the_run():
 def test_a_flat_map_is_zero():
     conds = {"positive": [{"uuid": 1, "cross_attn": torch.zeros(1, 77, 16), "montage_prompt": PROMPT}]}
     running = LiveAttentionMap(TokenMap("cat", PROMPT, (3,), ()), conds)
-    running.add(torch.full((2, 16), 0.25), (4, 4))
+    running.add(torch.full((2, 1, 16), 0.25), (4, 4))
     assert torch.equal(running.read(), torch.zeros(2, 4, 4))
 
 
@@ -257,7 +257,8 @@ def test_probability_of_repeated_contexts():
     n, context = torch.randn(2, 5, 32, generator=generator), torch.randn(2, 7, 16, generator=generator)
 
     def of(context, tokens):
-        return probability(attention.to_q(n), attention.to_k(context), attention.heads, tokens, 7)
+        q, k = attention.to_q(n), attention.to_k(context)
+        return shares(q, k, attention.heads, indicator(k, attention.heads, tokens, 7)).sum(1)
 
     once = of(context, (2, 3))
     assert (of(context.repeat(1, 3, 1), (2, 3)) - once).abs().max() < 1e-6

@@ -24,7 +24,8 @@ def random(*shape, seed=0):
 
 
 def attended(branches, tokens, batch=1):
-    q, k, v, split = pack([branches], batch, tokens)
+    """Of one conditioning."""
+    q, k, v, split = pack([b._replace(q=b.q[None], k=b.k[None], v=b.v[None]) for b in branches], batch, tokens)
     return split.attend(q, k, v, lambda q, k, v, rows, images: plain_attention(q, k, v))
 
 
@@ -51,8 +52,8 @@ def test_weights_are_of_each_image_and_results_are_summed():
 
 
 def test_one_plain_branch_needs_no_slot():
-    n = random(2, 6, 8)
-    q, k, v, split = pack([[AttentionTerm(n, n, n)], [AttentionTerm(n, n, n)]], 2, 6)
+    n = random(2, 2, 6, 8)
+    q, k, v, split = pack([AttentionTerm(n, n, n)], 2, 6)
     assert split is None and q.shape == (4, 6, 8) and v is k
 
 
@@ -64,9 +65,9 @@ class Halved(Recipe):
 
     def attend(self, context, target, sources, grid):
         n, k, v = target
-        middle = n.shape[1] // 2
-        rows = torch.arange(middle, device=n.device), torch.arange(middle, n.shape[1], device=n.device)
-        return [AttentionTerm(n[:, r], k, v, r) for r in rows if len(r)]
+        middle = n.shape[2] // 2
+        rows = torch.arange(middle, device=n.device), torch.arange(middle, n.shape[2], device=n.device)
+        return [AttentionTerm(n[:, :, r], k, v, r) for r in rows if len(r)]
 
 
 class Doubled(Halved):
@@ -74,7 +75,7 @@ class Doubled(Halved):
 
     def attend(self, context, target, sources, grid):
         return [
-            branch._replace(weight=torch.full((1, branch.q.shape[1], 1), 2.0))
+            branch._replace(weight=torch.full((1, branch.q.shape[2], 1), 2.0))
             for branch in super().attend(context, target, sources, grid)
         ]
 
@@ -169,7 +170,7 @@ class Uneven(Halved):
 
     def attend(self, context, target, sources, grid):
         return [
-            branch._replace(k=branch.k[:, :1], v=branch.v[:, :1])
+            branch._replace(k=branch.k[:, :, :1], v=branch.v[:, :, :1])
             for branch in super().attend(context, target, sources, grid)
         ]
 

@@ -20,3 +20,9 @@ def test_editor_on_a_bare_page(browser, editor):
 @pytest.mark.parametrize("renderer", ["classic", "modern"])
 def test_comfy_page(page_server, browser, renderer):
     run_node("comfy.test.js", {**browser, "MONTAGE_COMFY": page_server.url, "MONTAGE_RENDERER": renderer})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("renderer", ["classic", "modern"])
+def test_languages(page_server, browser, renderer):
+    run_node("language.test.js", {**browser, "MONTAGE_COMFY": page_server.url, "MONTAGE_RENDERER": renderer})

@@ -6,6 +6,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 
 from montage.kernels import labels, strokes
+from montage.patching.engine import Engine
 from montage.patching.internals import KEY
 from montage.patching.models import sites_of
 from montage.patching.streams import CondRole
@@ -20,6 +21,7 @@ from montage.workshop.sampling import (
     compose,
     cut,
     empty,
+    evaluations_of,
     halves,
     inject,
     low_memory,
@@ -60,11 +62,27 @@ def test_all_labels_k_is_image_k_with_its_noise_and_prompt(sampler, cache_mb):
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "euler_ancestral"])
-def test_replay_equals_cache(sampler):
-    close(
-        compose(two(sampler=sampler), MIXED, sampler=sampler),
-        compose(two(sampler=sampler, cache_mb=64), MIXED, sampler=sampler),
-    )
+def test_replay_equals_cache(sampler, monkeypatch):
+    """Run by run to the bit; as rows of one batch but for rounding, which these random weights magnify."""
+    images = two(sampler=sampler)
+    cached = compose(two(sampler=sampler, cache_mb=64), MIXED, sampler=sampler)
+    close(compose(images, MIXED, sampler=sampler), cached, 0.02)
+    monkeypatch.setattr(Engine, "exact", True)
+    assert same(compose(images, MIXED, sampler=sampler), cached)
+
+
+def test_a_second_composite_reads_what_the_first_has_merged():
+    """One image's worth of rows is kept, which outlives the features."""
+    a, b = two(cache_mb=64)
+    model, latent = inject([a, b], MIXED)
+    first = sample(model, latent)["samples"]
+    ((recipe,),) = model.attachments[KEY].groups
+    steps, evaluation = len(run_of(a).sigmas) - 1, run_of(a).evaluation_bytes
+    assert sum(part.nbytes for parts in recipe.kept.values() for part in parts) == steps * evaluation
+    for run in (run_of(a), run_of(b)):
+        run.forget_features()
+    assert evaluations_of(model, lambda: sample(model, latent)) == 2 * steps
+    assert same(sample(model, latent)["samples"], first)
 
 
 def test_a_cache_that_holds_a_part_is_completed_by_replay():
@@ -196,8 +214,8 @@ def test_a_window_reads_its_streams_in_its_own_steps_only():
     sample(model, latent)
     hook.remove()
     sigmas = run_of(a).sigmas
-    assert [calls.count(s) for s in sigmas[:-1]] == [1, 3, 3, 1]
-    assert len(read) == 2 * 2 * 2 * 16  # steps, images, halves, sites
+    assert [calls.count(s) for s in sigmas[:-1]] == [1, 2, 2, 1]  # both images at once
+    assert len(read) == 2 * 2 * 16  # steps, images, sites
 
 
 def test_a_window_of_sites_leaves_the_others_alone():

@@ -70,7 +70,8 @@ def test_the_kept_flow_changes_no_label(seed, monkeypatch):
     expand = graphcut.Expansions.expand
 
     def forgetful(self, labels, alpha):
-        self.flow[:] = 0
+        self.last[:] = 0
+        self.flows.clear()
         return expand(self, labels, alpha)
 
     monkeypatch.setattr(graphcut.Expansions, "expand", forgetful)

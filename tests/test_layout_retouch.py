@@ -557,14 +557,13 @@ def test_a_mask_blends_each_place_by_its_weight():
     n, r, o = (torch.randn(1, 64, 32, generator=generator) for _ in range(3))
     mask = torch.rand(2, *SIZE, generator=generator) * OBJECT
     recipe = FromBoth(Window(0, 1, ()), [None], [None], ObjectMask(mask))
-    q, k, v, split = pack([recipe.attend(None, TargetRows(*[n.expand(2, -1, -1)] * 3), [r, o], SIZE)], 2, 64)
+    terms = recipe.attend(None, TargetRows(*[n.expand(1, 2, -1, -1)] * 3), [r[None], o[None]], SIZE)
+    q, k, v, split = pack(terms, 2, 64)
     found = split.attend(q, k, v, lambda q, k, v, *_: optimized_attention(q, k, v, 4))
     weight = mask.flatten(1)[..., None]
     target, source = optimized_attention(n, r, r, 4), optimized_attention(o, o, o, 4)
     close(found, weight * target + (1 - weight) * source, 1e-5)
-    assert q.shape[1] == 16 + 64 and torch.equal(
-        recipe.attend(None, TargetRows(n, n, n), [r, o], SIZE)[0].rows, OBJECT.flatten().nonzero()[:, 0]
-    )
+    assert q.shape[1] == 16 + 64 and torch.equal(terms[0].rows, OBJECT.flatten().nonzero()[:, 0])
 
 
 @pytest.mark.parametrize("end, last", [(1.0, 5), (0.8, 2)])

@@ -9,6 +9,7 @@ from montage.kernels import grid_masks
 from montage.methods import mca_ctrl as collaboration
 from montage.nodes.layout_retouch import TokenAttentionMap
 from montage.nodes.mca_ctrl import CollaborativeAttention
+from montage.patching.engine import Engine
 from montage.patching.internals import KEY
 from montage.patching.models import family_of, parse_sites, sites_of
 from montage.patching.schedule import Window
@@ -110,8 +111,12 @@ def pair(**settings):
 @pytest.mark.parametrize(
     "sampler, cache_mb", [("euler", 0), ("euler", 64), ("heun", 0), ("dpm_2", 0), ("euler_ancestral", 0)]
 )
-def test_nothing_to_edit_gives_the_condition(sampler, cache_mb):
-    """M_C = 0 everywhere, the same prompt. The seed matters to the ancestral sampler alone."""
+def test_nothing_to_edit_gives_the_condition(sampler, cache_mb, monkeypatch):
+    """M_C = 0 everywhere, the same prompt. The seed matters to the ancestral sampler alone. Streams are replayed run by
+    run: the rounding of another batch is magnified by these random weights (noise that is changed by a millionth moves
+    dpm_2's result by 0.03).
+    """
+    monkeypatch.setattr(Engine, "exact", True)
     subject, condition = pair(sampler=sampler, cache_mb=cache_mb)
     settings = {
         "salq_sites": "all",
@@ -294,8 +299,9 @@ def test_the_area_of_words_weighs_each_image_by_its_own_map(form, operation, dty
     recipe = getattr(collaboration, operation)(
         Window(0.0, 1.0, ()), streams_of("test", [record(steps=1)])[0], None, thin, area
     )
-    branches = recipe.attend(Measured(maps), TargetRows(n, n, n), (source,), grid)
-    q, k, v, split = pack([branches], 3, 16)
+    held = recipe.select(0, source[None], grid)
+    branches = recipe.attend(Measured(maps), TargetRows(*[n[None]] * 3), [held], grid)
+    q, k, v, split = pack(branches, 3, 16)
     out = split.attend(q, k, v, attention)
     share, keys = (
         grid_masks.strongest(maps, grid, 0.3, form == "soft").flatten(1),
@@ -409,7 +415,7 @@ def test_operations_act_in_their_steps_and_blocks(monkeypatch):
         "SALQ": {1, 2},
     }
     grids = [(8, 8)] * 2 + [(4, 4)] * 2 + [(2, 2)] * 2 + [(1, 1)] + [(2, 2)] * 3 + [(4, 4)] * 3 + [(8, 8)] * 3
-    seen = {operation: [grid for name, _, grid in calls[::2] if name == operation] for operation in ("SAGI", "SALQ")}
+    seen = {operation: [grid for name, _, grid in calls if name == operation] for operation in ("SAGI", "SALQ")}
     assert seen == {"SAGI": grids, "SALQ": 2 * grids[9:]}
 
 
@@ -418,7 +424,7 @@ def test_salq_first_exchanges_the_windows(monkeypatch):
     subject, condition = pair()
     edited(subject, condition, sagi_end=0.25, salq_start=0.25, order="SALQ first")
     assert {(name, step) for name, step, _ in calls} == {("SALQ", 0), ("SAGI", 1), ("SAGI", 2), ("SAGI", 3)}
-    assert len([call for call in calls if call[0] == "SALQ"]) == 2 * 7  # sites stay with the operation
+    assert len([call for call in calls if call[0] == "SALQ"]) == 7  # sites stay with the operation
 
 
 @pytest.mark.parametrize("lock", [False, True])

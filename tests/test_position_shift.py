@@ -175,7 +175,9 @@ def front(recipe, context, shift):
     """The first term of a recipe: what the edited area is fed from."""
     recipe = recipe(Window(0, 1, ()), Stream(None, 0), Stream(None, 0), LEFT, MaskArea(RIGHT), None, shift)
     n, subject, condition = (drawn(seed) for seed in range(3))
-    return recipe.attend(context, TargetRows(n, n, n), [subject, condition], GRID)[0], n, subject
+    held = [recipe.select(number, source[None], GRID) for number, source in enumerate((subject, condition))]
+    term = recipe.attend(context, TargetRows(*[n[None]] * 3), held, GRID)[0]
+    return term._replace(q=term.q[0], k=term.k[0]), n, subject
 
 
 def test_salq_turns_the_subjects_keys(context):
@@ -195,17 +197,17 @@ def test_sagi_takes_the_subjects_outputs_from_where_it_stands(context):
 
 
 def test_a_place_is_from_the_references_mask_to_the_layouts(context):
-    reference = drawn(1)
+    reference = drawn(1)[None]
     to_right = ObjectMask(RIGHT[None].float())
     moved = Place(Shift(), LEFT[None].float(), to_right).moved(context, reference, GRID)
-    assert same(moved, context.family.moved(reference, BY))
+    assert same(moved[0], context.family.moved(reference[0], BY))
     assert Place(Shift(), None, to_right).moved(context, reference, GRID) is reference
     assert Place(Shift(), LEFT[None].float()).moved(context, reference, GRID) is reference
     assert same(Place(Shift((32 / 96, 32 / 64))).moved(context, reference, GRID), moved)
     both = ObjectMask(torch.stack([RIGHT, LEFT]).float())
     each = Place(Shift(), LEFT[None].float(), both).moved(context, reference, GRID)
-    assert same(each[:1], moved)
-    close(each[1:], reference, 1e-6)
+    assert same(each[:, :1], moved)
+    close(each[:, 1:], reference, 1e-6)
     with pytest.raises(ValueError, match="a running mask needs Token Attention Map"):
         ObjectMask(LiveMask(None, 0.1, 0.01, "or")).check("Multi Source Swap", context)
 

@@ -263,12 +263,42 @@ def test_notes_of_help_pages_are_of_nodes_and_in_every_language():
     assert all(one.keys() == notes[0].keys() <= nodes and all(one.values()) for one in notes)
 
 
-def test_the_editors_words_are_translated_into_every_language():
-    words = [
-        json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["montage"]
-        for language in LANGUAGES
-    ]
-    assert all(set(one) == set(words[0]) and all(one.values()) for one in words)
+def test_help_pages_name_every_input_and_output():
+    """By the id or by the name that the node shows."""
+    missing = []
+    for schema in schemas():
+        page = (ROOT / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
+        for one in (*schema.inputs, *schema.outputs):
+            names = filter(None, (one.id, one.display_name))
+            if not any(re.search(rf"\b{re.escape(name)}\b", page, re.IGNORECASE) for name in names):
+                missing.append(f"{schema.node_id}.md: {one.id}")
+    assert not missing, missing
+
+
+def texts_of_editors():
+    """What the web half says through t(), in English."""
+    for path in sorted((ROOT / "web").glob("*.js")):
+        for text in re.findall(r'\bt\(\s*("(?:[^"\\]|\\.)*")', path.read_text(encoding="utf-8")):
+            yield json.loads(text)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_editors_words_are_translated(language):
+    translated = json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["montage"]
+    texts = set(texts_of_editors())
+    assert len(texts) > 60
+    assert set(translated) == texts
+    for text, translation in translated.items():
+        assert translation and set(re.findall(r"{\w+}", translation)) == set(re.findall(r"{\w+}", text)), text
+
+
+def test_every_text_of_the_editors_goes_through_their_translation():
+    """A sentence or a button's word as a plain string would stay English."""
+    shown = re.compile(
+        r'(?:textContent|title|ariaLabel|notice)\b\s*[:=]\s*[^;\n]*?(?<!t\()"[A-Za-z][^"]* [^"]*"|button\(\s*"'
+    )
+    for path in sorted((ROOT / "web").glob("*.js")):
+        assert not shown.findall(path.read_text(encoding="utf-8")), path.name
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -7,6 +7,7 @@ import { CutPreview } from "./preview.js";
 import { coverage } from "./raster.js";
 import { LONG_TEXT, Painting, UNIT, makeStroke } from "./strokes.js";
 import { NodeEditor, button, claim, fill, make, setAddress, toolbar } from "./widget.js";
+import { t } from "./words.js";
 
 const RADIUS = { least: 20, most: 1500, first: 250, step: 1.2 };
 const MANY = 12; // images, from which on the thumbnails are small
@@ -25,7 +26,7 @@ export class StrokeEditor extends NodeEditor {
    *   warning(): what is wrong in the graph around the node, or "".
    */
   constructor({ colours, address, node }) {
-    super(node, "Strokes: 0 to 9 and arrows choose an image, E erases, [ and ] size the brush");
+    super(node, t("Strokes: 0 to 9 and arrows choose an image, E erases, [ and ] size the brush"));
     Object.assign(this, { colours, address });
     this.painting = new Painting();
     this.pictures = NO_PICTURES;
@@ -52,29 +53,31 @@ export class StrokeEditor extends NodeEditor {
   build() {
     this.images = make("div", { className: "montage-images" });
     const pen = {
-      paint: button("Paint", "Paint what to keep from the chosen image", () => this.look({ erasing: false })),
-      erase: button("Erase", "Erase strokes of the chosen image (E)", () => this.look({ erasing: true })),
+      paint: button(t("Paint"), t("Paint what to keep from the chosen image"), () => this.look({ erasing: false })),
+      erase: button(t("Erase"), t("Erase strokes of the chosen image (E)"), () => this.look({ erasing: true })),
       radius: make("input", {
         type: "range",
-        title: "Brush size ([ and ], or Alt and the wheel)",
+        title: t("Brush size ([ and ], or Alt and the wheel)"),
         min: Math.log(RADIUS.least),
         max: Math.log(RADIUS.most),
         step: 0.01,
       }),
-      undo: button("Undo", "Take back the last change (Ctrl+Z)", () => this.travel("undo")),
-      redo: button("Redo", "Bring it back (Ctrl+Y)", () => this.travel("redo")),
+      undo: button(t("Undo"), t("Take back the last change (Ctrl+Z)"), () => this.travel("undo")),
+      redo: button(t("Redo"), t("Bring it back (Ctrl+Y)"), () => this.travel("redo")),
     };
     const actions = {
-      base: button("Base", "", () => this.edit({ base: this.view.image })),
-      clear: button("Clear", "Remove the strokes of the chosen image", () => this.clear(this.view.image)),
-      clearAll: button("Clear all", "Remove the strokes of all images", () => this.clearAll()),
+      base: button(t("Base"), "", () => this.edit({ base: this.view.image })),
+      clear: button(t("Clear"), t("Remove the strokes of the chosen image"), () => this.clear(this.view.image)),
+      clearAll: button(t("Clear all"), t("Remove the strokes of all images"), () => this.clearAll()),
     };
     const views = {
-      image: button("Image", "Show the chosen image", () => this.look({ shown: "image" })),
-      regions: button("Regions", "Show which image each region comes from", () => this.look({ shown: "regions" })),
+      image: button(t("Image"), t("Show the chosen image"), () => this.look({ shown: "image" })),
+      regions: button(t("Regions"), t("Show which image each region comes from"), () =>
+        this.look({ shown: "regions" }),
+      ),
       result: button(
-        "Result",
-        "Show the composite of the last run; while you paint, the images pasted along the seams",
+        t("Result"),
+        t("Show the composite of the last run; while you paint, the images pasted along the seams"),
         () => this.look({ shown: "result" }),
       ),
     };
@@ -314,7 +317,7 @@ export class StrokeEditor extends NodeEditor {
       const name = this.pictures.names[image];
       const chosen = image === this.view.image;
       const marks = [
-        image === this.painting.base && (count > MANY ? "B" : "base"),
+        image === this.painting.base && (count > MANY ? t("B") : t("base")),
         painted.has(image) && "✎",
         conflicting.has(image) && "!",
       ];
@@ -328,7 +331,7 @@ export class StrokeEditor extends NodeEditor {
   makeThumbnail(image) {
     const thumbnail = make(
       "button",
-      { type: "button", className: "montage-image", tabIndex: -1, title: `Image ${image}` },
+      { type: "button", className: "montage-image", tabIndex: -1, title: t("Image {image}", { image }) },
       make("img", { draggable: false, alt: "", loading: "lazy" }),
       make("span", { className: "montage-number", textContent: image }),
       make("span", { className: "montage-marks" }),
@@ -351,8 +354,8 @@ export class StrokeEditor extends NodeEditor {
     tools.base.disabled =
       fed || painting.error !== null || view.image >= this.pictures.names.length || view.image === painting.base;
     tools.base.title = fed
-      ? "The base comes from another node"
-      : "Make the chosen image the base: its prompt, noise and composition carry the result";
+      ? t("The base comes from another node")
+      : t("Make the chosen image the base: its prompt, noise and composition carry the result");
     tools.regions.disabled = !this.pictures.regions && !this.pictures.cut;
     tools.result.disabled = !this.pictures.cut && !this.result;
     for (const shown of ["image", "regions", "result"]) tools[shown].ariaPressed = view.shown === shown;
@@ -369,35 +372,44 @@ export class StrokeEditor extends NodeEditor {
     this.ring.hidden ||= !this.canPaint();
     this.ring.classList.toggle("erasing", view.erasing);
     this.hint.textContent = !pictures.names.length
-      ? "Queue once to see the images here."
+      ? t("Run once to see the images here.")
       : !name
-        ? `Image ${view.image} is no longer in the stack: clear its strokes, or connect it again.`
+        ? t("Image {image} is no longer connected: clear its strokes, or connect it again.", { image: view.image })
         : this.missing
-          ? "The server no longer has this preview: queue to see it again. The strokes are kept."
+          ? t("The server no longer has this preview: run to see it again. The strokes are kept.")
           : "";
   }
 
   renderStatus() {
     const { painting, pictures } = this;
     const painted = painting.strokes.length > 0;
-    const overlaps = this.drawing.conflicts.map((pair) => pair.join(" and ")).join(", ");
+    const overlaps = this.drawing.conflicts.map((pair) => t("{a} and {b}", { a: pair[0], b: pair[1] })).join(", ");
     const others = painting.paintedOn.names.join() !== pictures.names.join();
     const warning =
       painting.error !== null
-        ? `The strokes cannot be read (${painting.error}). They are kept as they are; Clear all discards them.`
+        ? t("The strokes cannot be read ({reason}). They are kept as they are; Clear all discards them.", {
+            reason: painting.error,
+          })
         : overlaps
-          ? `Images ${overlaps} are both painted where it is hatched. Erase one of them there: a pixel is kept from one image only.`
+          ? t(
+              "Images {pairs} are both painted where it is hatched. Erase one of them there: a pixel is kept from one image only.",
+              { pairs: overlaps },
+            )
           : painted && painting.paintedOn.names.length && pictures.names.length && others
-            ? "The images have changed since these strokes were painted."
+            ? t("The images have changed since these strokes were painted.")
             : painting.text().length > LONG_TEXT
-              ? `The strokes take ${Math.round(painting.text().length / 1000)} KB of the workflow. Fewer strokes keep it quick.`
+              ? t("The strokes take {size} KB of the workflow. Fewer strokes keep it quick.", {
+                  size: Math.round(painting.text().length / 1000),
+                })
               : this.warnOfTheUnpainted() || this.node.warning();
     this.status.classList.toggle("warning", warning !== "");
     this.status.textContent =
       warning ||
       (this.canPaint()
         ? [
-            `${this.view.erasing ? "Erase strokes of" : "Paint what to keep from"} image ${this.view.image}.`,
+            this.view.erasing
+              ? t("Erase strokes of image {image}.", this.view)
+              : t("Paint what to keep from image {image}.", this.view),
             this.describeView(),
             this.describeTheUnpainted(),
           ]
@@ -408,11 +420,11 @@ export class StrokeEditor extends NodeEditor {
 
   describeView() {
     if (this.view.shown === "image") return "";
-    if (this.live.lost) return "The server no longer has this cut: queue to see it again.";
+    if (this.live.lost) return t("The server no longer has this cut: run to see it again.");
     if (this.view.shown === "regions") return "";
-    if (this.isResultCurrent()) return "Shown: the composite of the last run.";
-    if (this.isCut()) return "Shown: pasted, not yet composed. Queue to compose.";
-    return this.result ? "Shown: the composite of an earlier run." : "";
+    if (this.isResultCurrent()) return t("Shown: the composite of the last run.");
+    if (this.isCut()) return t("Shown: pasted, not yet composed. Run to compose.");
+    return this.result ? t("Shown: the composite of an earlier run.") : "";
   }
 
   describeTheUnpainted() {
@@ -420,9 +432,9 @@ export class StrokeEditor extends NodeEditor {
     const base = this.painting.base ?? this.pictures.base;
     const rule = this.node.unpainted();
     if (rule === null || base === null) return "";
-    if (!painted.length) return `Nothing is painted: everything comes from image ${base}, the base.`;
+    if (!painted.length) return t("Nothing is painted: everything comes from image {base}, the base.", { base });
     const fromBase = rule === "base" || (rule === "auto" && !painted.includes(base));
-    return fromBase ? `Unpainted areas come from image ${base}, the base.` : "";
+    return fromBase ? t("Unpainted areas come from image {base}, the base.", { base }) : "";
   }
 
   warnOfTheUnpainted() {
@@ -431,7 +443,10 @@ export class StrokeEditor extends NodeEditor {
     const base = this.painting.base ?? this.pictures.base;
     const coversAll = painted.length === 1 && painted[0] !== base && rule === "strokes";
     return coversAll
-      ? `Only image ${painted[0]} is painted, so it covers the whole picture. Paint on another image too, or turn on unmarked_is_base.`
+      ? t(
+          "Only image {image} is painted, so it covers the whole picture. Paint on another image too, or turn on unmarked_is_base.",
+          { image: painted[0] },
+        )
       : "";
   }
 

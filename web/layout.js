@@ -15,6 +15,7 @@ import {
 } from "./layers.js";
 import { Drag, LEFT, hasMoved, pictureBox, placeIn } from "./pointer.js";
 import { NodeEditor, button, canvasSize, claim, clear, fill, make, setAddress, toolbar } from "./widget.js";
+import { t } from "./words.js";
 
 const REACH = { mouse: 9, pen: 12, touch: 20 }; // CSS pixels around a handle that take hold of it
 const STEM = 22; // CSS pixels from the frame to the handle that turns it
@@ -41,7 +42,7 @@ export class LayoutEditor extends NodeEditor {
    *   addPictures(files, [x, y]): as layers, the first with its centre there, in fractions of the canvas.
    */
   constructor({ address, node }) {
-    super(node, "Layout: Tab chooses a layer, arrows move it, [ and ] send it back and bring it forward");
+    super(node, t("Layout: Tab chooses a layer, arrows move it, [ and ] send it back and bring it forward"));
     this.address = address;
     this.margin = MARGIN_OF_CANVAS;
     this.view = { layer: null };
@@ -57,19 +58,19 @@ export class LayoutEditor extends NodeEditor {
   }
 
   build() {
-    this.list = make("div", { className: "montage-layers", role: "listbox", ariaLabel: "Layers, front to back" });
+    this.list = make("div", { className: "montage-layers", role: "listbox", ariaLabel: t("Layers, front to back") });
     this.tools = {
-      forward: button("Forward", "Bring the chosen layer one step to the front (])", () => this.step(1)),
-      back: button("Back", "Send the chosen layer one step to the back ([)", () => this.step(-1)),
-      reset: button("Reset", "Put the chosen layer back to where a new one lies, upright (double-click)", () =>
+      forward: button(t("Forward"), t("Bring the chosen layer one step to the front (])"), () => this.step(1)),
+      back: button(t("Back"), t("Send the chosen layer one step to the back ([)"), () => this.step(-1)),
+      reset: button(t("Reset"), t("Put the chosen layer back to where a new one lies, upright (double-click)"), () =>
         this.reset(),
       ),
-      add: button("Add", "Add a picture as a layer; or drop pictures onto the canvas", () => this.files.click()),
-      duplicate: button("Duplicate", "Add a copy of the chosen layer (D)", () => this.duplicate()),
-      flip: button("Flip", "Mirror the chosen layer, left to right (M)", () => this.flip()),
-      remove: button("Delete", "Remove the chosen layer and its node (Delete)", () => this.remove()),
-      undo: button("Undo", "Take back the last change of the graph (Ctrl+Z)", () => this.travel("undo")),
-      redo: button("Redo", "Bring it back (Ctrl+Y)", () => this.travel("redo")),
+      add: button(t("Add"), t("Add a picture as a layer; or drop pictures onto the canvas"), () => this.files.click()),
+      duplicate: button(t("Duplicate"), t("Add a copy of the chosen layer (D)"), () => this.duplicate()),
+      flip: button(t("Flip"), t("Mirror the chosen layer, left to right (M)"), () => this.flip()),
+      remove: button(t("Delete"), t("Remove the chosen layer and its node (Delete)"), () => this.remove()),
+      undo: button(t("Undo"), t("Take back the last change of the graph (Ctrl+Z)"), () => this.travel("undo")),
+      redo: button(t("Redo"), t("Bring it back (Ctrl+Y)"), () => this.travel("redo")),
       ...this.viewTools,
     };
     this.files = make("input", { type: "file", accept: "image/*", multiple: true, hidden: true });
@@ -136,7 +137,9 @@ export class LayoutEditor extends NodeEditor {
   bring(layer, place) {
     if (place < 0 || place >= this.layers.length || place === this.layers.indexOf(layer)) return;
     const depths = restack(this.collage.layers, layer, place, ({ fed }) => fed.includes("depth"), layer.depths);
-    this.notice = depths ? "" : "This order would need depths that come from other nodes, and they stay as they are.";
+    this.notice = depths
+      ? ""
+      : t("This order would need depths that come from other nodes, and they stay as they are.");
     for (const [one, depth] of depths ?? []) this.node.write(one.id, { depth });
     if (depths) this.node.commit();
     this.render();
@@ -450,10 +453,10 @@ export class LayoutEditor extends NodeEditor {
       make(
         "div",
         { className: "montage-layer", role: "option" },
-        make("span", { className: "montage-grip", textContent: "⠿", title: "Drag to reorder" }),
+        make("span", { className: "montage-grip", textContent: "⠿", title: t("Drag to reorder") }),
         make("img", { draggable: false, alt: "" }),
         make("span", { className: "montage-text" }),
-        make("span", { title: "Depth" }),
+        make("span", { title: t("Depth") }),
       ),
     );
     frontFirst.forEach((layer, i) => {
@@ -461,7 +464,7 @@ export class LayoutEditor extends NodeEditor {
       const [, image, text, depth] = row.children;
       const chosen = String(layer === this.chosen);
       setAddress(image, !this.pictures.get(layer.picture).missing && this.address(layer.picture, "layer"));
-      text.textContent = layer.text || "(no text)";
+      text.textContent = layer.text || t("(no text)");
       depth.textContent = layer.values.depth;
       if (chosen === "true" && row.ariaSelected !== chosen) this.reveal(row);
       row.ariaSelected = chosen;
@@ -479,26 +482,29 @@ export class LayoutEditor extends NodeEditor {
   renderStatus() {
     const { collage, chosen } = this;
     const missing = [...this.pictures.values()].some((picture) => picture.missing);
-    this.hint.textContent = !collage ? "Drop pictures here, or queue once to see the collage." : "";
+    this.hint.textContent = !collage ? t("Drop pictures here, or run once to see the collage.") : "";
     const warning =
       this.notice ||
       (missing
-        ? "The server no longer has these pictures: queue to see them again. The layout is kept."
+        ? t("The server no longer has these pictures: run to see them again. The layout is kept.")
         : collage?.outdated
-          ? "The layers have changed since the last run: queue again to see them here."
+          ? t("The layers have changed since the last run: run again to see them here.")
           : this.warnOfLayers());
     this.status.classList.toggle("warning", warning !== "");
     this.status.textContent =
-      warning || (chosen ? described(chosen) : this.layers.length ? "Choose a layer to move, scale or turn it." : "");
+      warning ||
+      (chosen ? described(chosen) : this.layers.length ? t("Choose a layer to move, scale or turn it.") : "");
   }
 
   warnOfLayers() {
-    const nameOf = ({ id, text }) => `"${text}" (node ${id})`;
+    const nameOf = ({ id, text }) => t("“{text}” (node {id})", { text, id });
     const off = this.layers.filter((layer) => isOffCanvas(layer, this.collage));
-    if (off.length) return `Off the canvas, and not seen: ${off.map(nameOf).join(", ")}.`;
+    if (off.length) return t("Off the canvas, and not seen: {layers}.", { layers: off.map(nameOf).join(", ") });
     const bare = this.layers.filter((layer) => layer.isUncut);
     return bare.length
-      ? `The picture of ${bare.map(nameOf).join(", ")} has transparent parts: connect Load Image's MASK to cut it out.`
+      ? t("The picture of {layers} has transparent parts: connect Load Image's MASK to cut it out.", {
+          layers: bare.map(nameOf).join(", "),
+        })
       : "";
   }
 
@@ -533,8 +539,10 @@ export class LayoutEditor extends NodeEditor {
 }
 
 function described({ values: { x, y, scale, rotation, depth }, fed }) {
-  const numbers = `x ${x}, y ${y}, scale ${scale}, ${rotation}°, depth ${depth}.`;
-  return fed.length ? `${numbers} From other nodes, and moved there only: ${fed.join(", ")}.` : numbers;
+  const numbers = t("x {x}, y {y}, scale {scale}, {rotation}°, depth {depth}.", { x, y, scale, rotation, depth });
+  return fed.length
+    ? `${numbers} ${t("From other nodes, and moved there only: {names}.", { names: fed.join(", ") })}`
+    : numbers;
 }
 
 function isColour(background) {

@@ -16,6 +16,7 @@ import {
   soon,
 } from "./graph_node.js";
 import { allPaths, nodesBehind, pathOf } from "./paths.js";
+import { t } from "./words.js";
 
 const NODE = "GraphCutMontage";
 const WIDGET = "MONTAGE_STROKES";
@@ -65,7 +66,11 @@ function warningOfBase(node, base) {
     const isFollowing = composite.inputs.some(({ name, link }) => name === "cut_base" && link != null);
     const own = composite.widgets?.find((widget) => widget.name === "base")?.value;
     if (!isFollowing && !isFed(composite, "base") && own !== base)
-      return `${composite.title} has base ${own}, and here it is ${base}: connect this node's output base to its input cut_base.`;
+      return t("{node} has base {own}, and here it is {base}: connect this node's output base to its input cut_base.", {
+        node: composite.title,
+        own,
+        base,
+      });
   }
   return "";
 }

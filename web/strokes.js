@@ -4,6 +4,8 @@
 // Coordinates are in UNITs of each axis and radii in UNITs of the long side, so the picture may change its size.
 // `size` and `img` name the pictures that were painted on. An empty painting is the empty text.
 
+import { t } from "./words.js";
+
 export const UNIT = 10_000;
 export const LONG_TEXT = 300_000; // characters: from here on redrawing, undo and drafts get slow
 const MOST_IMAGES = 1000; // as many as the node's base may name
@@ -16,7 +18,7 @@ const POINTS_WANTED = 45; // of one stroke, so that 200 strokes stay under 100 K
 export function readDocument(text) {
   if (!text.trim()) return { base: null, size: null, names: [], strokes: [] };
   const read = JSON.parse(text);
-  if (read?.v !== 1 || !Array.isArray(read.strokes)) throw new Error("they are not of version 1");
+  if (read?.v !== 1 || !Array.isArray(read.strokes)) throw new Error(t("they are not of version 1"));
   return {
     base: Number.isInteger(read.base) ? read.base : null,
     size: Array.isArray(read.size) && read.size.length === 2 && read.size.every((side) => side > 0) ? read.size : null,
@@ -34,7 +36,7 @@ function readStroke(stroke, number) {
     p.every((value) => Number.isFinite(value) && Math.abs(value) <= FARTHEST);
   const isPen = Number.isFinite(r) && r >= 0 && r <= UNIT;
   if (!(Number.isInteger(k) && k >= 0 && k < MOST_IMAGES) || !isPen || !isPath)
-    throw new Error(`stroke ${number} is damaged`);
+    throw new Error(t("stroke {number} is damaged", { number }));
   return e ? { k, r, p, e: 1 } : { k, r, p };
 }
 

@@ -1,5 +1,6 @@
 // What the editors share: an element in a node that has the keyboard when it should, and gives the graph what is the graph's.
 import { LEFT, MIDDLE } from "./pointer.js";
+import { t } from "./words.js";
 
 const MOST_ZOOM = 16;
 const ZOOM_STEP = 1.2; // of the wheel
@@ -21,10 +22,10 @@ export class NodeEditor {
     this.margin = 0; // CSS pixels around the picture on its stage
     this.spaceHeld = false;
     this.viewTools = {
-      large: button("Large", "Use the whole window, with zoom by the wheel (F; Escape ends it)", () =>
+      large: button(t("Large"), t("Use the whole window, with zoom by the wheel (F; Escape ends it)"), () =>
         this.toggleLarge(),
       ),
-      fit: button("Fit", "Show all of the picture again", () => this.zoomTo({ scale: 1, left: 0, top: 0 })),
+      fit: button(t("Fit"), t("Show all of the picture again"), () => this.zoomTo({ scale: 1, left: 0, top: 0 })),
     };
     this.viewTools.large.hidden = !HTMLElement.prototype.showPopover;
     // ComfyUI leaves keys alone while an input has the focus, so that Delete does not delete the node, nor Ctrl+Z undo the graph.

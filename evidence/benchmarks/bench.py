@@ -98,6 +98,15 @@ class Bench:
     def encode(self, text):
         return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
 
+    def with_features(self, conditioning):
+        """A CONDITIONING of the encoder, with random features where the encoder's are too narrow: the positions of its
+        words alone count.
+        """
+        if self.name == "demo":
+            return conditioning
+        features, settings = self.positive[0]
+        return [[features, {**conditioning[0][1], **settings}]]
+
     def sample(self, model, latent, positive=None, seed=1):
         return sample(model, latent, seed, positive or self.positive, self.negative, "ddim", "normal", self.steps, 3.0)
 

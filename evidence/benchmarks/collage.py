@@ -30,20 +30,23 @@ def collage_of(on, count):
     return canvas(last, width=8 * on.size, height=8 * on.size, blur=3.0)[0]
 
 
+def steered(on, collage):
+    """(MODEL, CONDITIONING) with the bias of a collage's layers, in its own prompt."""
+    node = (1.0, "log log", 0.0, 1.0, "all")
+    model, positive = CollageCrossAttn.execute(on.model, on.clip, collage, *node).args
+    return model, on.with_features(positive)
+
+
 def biased(on, count):
     """Cross-attention with the bias of so many layers."""
-    model, positive = CollageCrossAttn.execute(
-        on.model, on.clip, collage_of(on, count), 1.0, "log log", 0.0, 1.0, "all", on.positive
-    ).args
+    model, positive = steered(on, collage_of(on, count))
     return lambda: on.sample(model, on.empty, positive)
 
 
 def harmonised(on, count):
     """And a noise for each layer."""
     collage = collage_of(on, count)
-    model, positive = CollageCrossAttn.execute(
-        on.model, on.clip, collage, 1.0, "log log", 0.0, 1.0, "all", on.positive
-    ).args
+    model, positive = steered(on, collage)
     model, _ = CollageNoise.execute(model, collage, 4.0).args
     return lambda: on.sample(model, {"samples": torch.ones_like(on.empty["samples"])}, positive)
 

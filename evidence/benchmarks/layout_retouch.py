@@ -33,9 +33,9 @@ def reference(on):
 
 
 def measured(on, model, latent):
-    """Token Attention Map over random features where the text encoder's are too narrow: its positions alone count."""
+    """Token Attention Map."""
     model, latent, positive = TokenAttentionMap.execute(model, latent, on.clip, PROMPT, "ball", "d@2-4,u@2-4").args
-    return model, latent, [[on.positive[0][0], {**on.positive[0][1], **positive[0][1]}]]
+    return model, latent, on.with_features(positive)
 
 
 def cases(on):

@@ -115,12 +115,15 @@ def gathered(n, inside, subject):
     channels].
     """
     front, back = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
-    branches = [
-        AttentionTerm(n[:1, front], n[1:2, subject], n[1:2, subject], front),
-        AttentionTerm(n[:1, back], n[2:, back], n[2:, back], back),
+    rows = n[:, None, None].expand(-1, 2, -1, -1, -1)  # of both halves
+    target, of_subject, condition = rows
+    keys = of_subject[:, :, subject], condition[:, :, back]
+    terms = [
+        AttentionTerm(target[:, :, front], keys[0], keys[0], front),
+        AttentionTerm(target[:, :, back], keys[1], keys[1], back),
     ]
-    q, k, v, split = pack([branches, branches], 1, n.shape[1])
-    return split.attend(q, k, v, lambda *part: optimized_attention(*part, HEADS))
+    q, k, v, split = pack(terms, 1, n.shape[1])
+    return split.attend(q, k, v, lambda *part: optimized_attention(*part[:3], HEADS))
 
 
 def explicit(n, inside, subject):

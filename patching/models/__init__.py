@@ -11,6 +11,7 @@ from .base import (
     Site,
     SiteHandler,
     TextAttention,
+    TextBias,
 )
 from .families import family_of, parse_sites, require_unet, sites_of
 
@@ -21,6 +22,7 @@ __all__ = [
     "Site",
     "SiteHandler",
     "TextAttention",
+    "TextBias",
     "family_of",
     "parse_sites",
     "require_unet",

@@ -68,6 +68,19 @@ class TextAttention(NamedTuple):
     latent_size: tuple[int, int]
 
 
+class TextBias(NamedTuple):
+    """What is added to the logits of an attention to the text. whole: [conditionings x B, 1, tokens, text tokens].
+    acts: of each conditioning, whether any of it is not 0.
+    """
+
+    whole: torch.Tensor
+    acts: Sequence[bool]
+
+    def parts(self) -> list[torch.Tensor | None]:
+        """Of each conditioning, [B, 1, tokens, text tokens]; None where it does not act."""
+        return [part if acts else None for part, acts in zip(self.whole.chunk(len(self.acts)), self.acts)]
+
+
 class SiteHandler:
     """What happens at the attentions of one model evaluation. A family calls it at the sites that it lists; a subclass
     has the methods that it lists sites for.
@@ -86,8 +99,8 @@ class SiteHandler:
         """Look at an attention."""
         raise NotImplementedError
 
-    def bias(self, attention: TextAttention) -> list[torch.Tensor | None]:
-        """For each conditioning what is added to its logits, [B, 1, tokens, text tokens], or None."""
+    def bias(self, attention: TextAttention) -> TextBias | None:
+        """What is added to the logits, or None."""
         raise NotImplementedError
 
     def wrong_result(self, site: Site, got: tuple[int, ...], queries: tuple[int, ...]) -> ValueError:

@@ -14,7 +14,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import comfy.ldm.modules.attention as attention
@@ -23,7 +23,7 @@ import torch
 
 from .. import internals
 from ..terms import EVERY, TargetRows
-from .base import ModelFamily, SelfAttention, SelfAttentionRows, Site, SiteHandler, TextAttention
+from .base import ModelFamily, SelfAttention, SelfAttentionRows, Site, SiteHandler, TextAttention, TextBias
 from .positions import Positions, of_axes, of_halves
 
 Tensor = torch.Tensor
@@ -233,15 +233,20 @@ class DiT(ModelFamily):
         height, width = latent_size
         return math.ceil(height / patch), math.ceil(width / patch)
 
-    def masked(self, attend: Callable, mask: Tensor) -> Tensor | None:
-        """What who holds the slot makes of a mask; None where it leaves masks out, as SageAttention's kernels do
-        without a word: found out once a run, by the first mask that says something. attend: it, on the tensors at hand.
+    def masked(
+        self, attend: Callable, wanted: Tensor | None, own: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
+        """What who holds the slot makes of a mask; None where the mask is not the model's own and it leaves masks out,
+        as SageAttention's kernels do without a word: found out once a run, by the first mask that says something.
+        attend: it, on the tensors at hand.
         """
+        if wanted is None or wanted is own:
+            return attend(wanted, *args, **kwargs)
         if self.is_heedless:
             return None
-        found = attend(mask)
-        if self.is_heedless is None and mask.abs().max() > 0.1:
-            self.is_heedless = torch.equal(found, attend(None))
+        found = attend(wanted, *args, **kwargs)
+        if self.is_heedless is None and wanted.abs().max() > 0.1:
+            self.is_heedless = torch.equal(found, attend(None, *args, **kwargs))
             if self.is_heedless:
                 _say_that_masks_are_plain("another node's attention (SageAttention and its kin)")
                 return None
@@ -275,12 +280,9 @@ class DiT(ModelFamily):
             **kwargs: Any,
         ) -> Tensor:
             def attend(q: Tensor, k: Tensor, v: Tensor, wanted: Tensor | None) -> Tensor:
-                def by_occupant(wanted: Tensor | None) -> Tensor:
-                    return occupant(func, q, k, v, heads, wanted, *args, **kwargs)
-
                 if occupant is not None:
-                    is_ours = wanted is not None and wanted is not mask
-                    found = self.masked(by_occupant, wanted) if is_ours else by_occupant(wanted)
+                    by_occupant = functools.partial(occupant, func, q, k, v, heads)
+                    found = self.masked(by_occupant, wanted, mask, *args, **kwargs)
                     if found is not None:
                         return found
                 # flash attention knows no mask, and would say so at every call
@@ -435,29 +437,29 @@ class _Attention:
         q, k, v = (self.q, self.k, self.v) if own is None else self.with_image(own, rows.beside)
         return self.plain(q, k, v, self.look()) if is_plain else self.fed(q, k, v, rows, self.look())
 
-    def look(self) -> list[Tensor | None]:
-        """Let the handler measure the attention to the text, and say what is added to its logits for each conditioning:
-        [B, 1, image tokens, text tokens].
+    def look(self) -> TextBias | None:
+        """Let the handler measure the attention to the text, and say what is added to its logits, of the image's tokens
+        and the text's.
         """
         handler, site = self.call.handler, self.site
         if self.columns is None or site not in handler.measured_sites | handler.biased_sites:
-            return [None] * len(self.uuids)
+            return None
         q, k = _joined(self.q[..., self.image, :]), _joined(self.k[..., self.columns, :])
         seen = TextAttention(
             site, self.uuids, q, k, self.heads, self.call.images, self.call.grid, self.call.latent_size
         )
         if site in handler.measured_sites:
             handler.text_attention(seen)
-        return handler.bias(seen) if site in handler.biased_sites else [None] * len(self.uuids)
+        return handler.bias(seen) if site in handler.biased_sites else None
 
     # ------------------------------------------------------------ one attention
 
-    def plain(self, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor | None]) -> Tensor:
-        """One attention of the usual shape, or one for each conditioning where some are biased."""
-        if all(bias is None for bias in biases):
+    def plain(self, q: Tensor, k: Tensor, v: Tensor, found: TextBias | None) -> Tensor:
+        """One attention of the usual shape, or one for each conditioning where some are biased: its mask is large."""
+        if found is None:
             return self.attend(q, k, v, self.model_mask)
-        count, done = len(biases), []
-        for number, (bias, *part) in enumerate(zip(biases, *(t.chunk(count) for t in (q, k, v)))):
+        count, done = len(found.acts), []
+        for number, (bias, *part) in enumerate(zip(found.parts(), *(t.chunk(count) for t in (q, k, v)))):
             images = slice(number * len(part[0]), (number + 1) * len(part[0]))
             if bias is None:
                 mask = self.model_mask if self.mask is None else self.mask[self.images_of(images)]
@@ -505,11 +507,11 @@ class _Attention:
         images = t.unflatten(0, (len(self.uuids), -1))
         return images[:, : images.shape[1] - beside]
 
-    def fed(self, q: Tensor, k: Tensor, v: Tensor, rows: SelfAttentionRows, biases: Sequence[Tensor | None]) -> Tensor:
+    def fed(self, q: Tensor, k: Tensor, v: Tensor, rows: SelfAttentionRows, found: TextBias | None) -> Tensor:
         """An attention in several terms, or whose image tokens have keys in another number than they are. q, k, v: with
         the image rows that the text attends to.
         """
-        bias = self.joint_bias(biases, q)
+        bias = self.joint_bias(found, q)
         if not rows.beside:
             return _Fed(self, q, k, v, self.mask, bias).attend(rows)
         images = torch.arange(len(q), device=q.device).unflatten(0, (len(self.uuids), -1))
@@ -525,15 +527,13 @@ class _Attention:
         out[others] = self.attend(*(of(others, t) for t in (self.q, self.k, self.v, self.mask)))
         return out
 
-    def joint_bias(self, biases: Sequence[Tensor | None], q: Tensor) -> Tensor | None:
+    def joint_bias(self, found: TextBias | None, q: Tensor) -> Tensor | None:
         """The biases of all conditionings, [B, 1, rows, text tokens]: 0 for rows that are not the image's."""
-        if all(bias is None for bias in biases):
+        if found is None:
             return None
         assert self.columns is not None  # else there is no text to be biased towards
         done = q.new_zeros(len(q), 1, q.shape[-2], self.columns.stop - self.columns.start)
-        for part, bias in zip(done.chunk(len(biases)), biases):
-            if bias is not None:
-                part[:, :, self.image] = bias
+        done[:, :, self.image] = found.whole
         return done
 
 

@@ -176,28 +176,25 @@ def _measuring_patch(handler: SiteHandler, attentions: dict[Site, CrossAttention
 
 def _biased_attention(handler: SiteHandler, site: Site, occupant: Callable | None) -> Callable:
     """What stands in the attn2 slot of a site. Where another pack (IPAdapter) holds the slot already, the result is its
-    output plus (biased - plain attention).
+    output plus (biased - plain attention), for the conditionings that are biased.
     """
 
     def replace(q: Tensor, k: Tensor, v: Tensor, extra: dict) -> Tensor:
         heads, count = extra["n_heads"], len(extra["uuids"])
         settings = {"attn_precision": extra["attn_precision"], "transformer_options": extra}
-        biases = handler.bias(_text_attention(site, q, k, heads, extra))
-        parts = list(zip(q.chunk(count), k.chunk(count), v.chunk(count)))
+        bias = handler.bias(_text_attention(site, q, k, heads, extra))
         if occupant is None:
-            return torch.cat(
-                [
-                    attention.optimized_attention(*part, heads, **settings)
-                    if bias is None
-                    else _masked(*part, heads, mask=bias, **settings)
-                    for bias, part in zip(biases, parts)
-                ]
-            )
-        out = list(occupant(q, k, v, extra).chunk(count))
-        for number, (bias, part) in enumerate(zip(biases, parts)):
-            if bias is not None:
+            if bias is None:
+                return attention.optimized_attention(q, k, v, heads, **settings)
+            return _masked(q, k, v, heads, mask=bias.whole, **settings)
+        whole = occupant(q, k, v, extra)
+        if bias is None:
+            return whole
+        out, parts = list(whole.chunk(count)), zip(q.chunk(count), k.chunk(count), v.chunk(count))
+        for number, (mask, part) in enumerate(zip(bias.parts(), parts)):
+            if mask is not None:
                 plain = attention.optimized_attention(*part, heads, **settings)
-                out[number] = out[number] + (_masked(*part, heads, mask=bias, **settings) - plain)
+                out[number] = out[number] + (_masked(*part, heads, mask=mask, **settings) - plain)
         return torch.cat(out)
 
     return replace

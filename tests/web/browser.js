@@ -40,7 +40,7 @@ export async function barePage(browser, options = {}) {
 }
 
 /** ComfyUI's page, ready. modern: Nodes 2.0 instead of the classic canvas. `faults` collects what goes wrong in it. */
-export async function openComfy(browser, { modern, theme = "dark", ...options }) {
+export async function openComfy(browser, { modern, theme = "dark", language = "en", ...options }) {
   const context = await browser.newContext({ viewport: { width: 1500, height: 1000 }, ...options });
   await context.route(
     (url) => !url.href.startsWith(COMFY) && url.protocol.startsWith("http"),
@@ -49,6 +49,7 @@ export async function openComfy(browser, { modern, theme = "dark", ...options })
   const settings = {
     "Comfy.VueNodes.Enabled": modern,
     "Comfy.ColorPalette": theme,
+    "Comfy.Locale": language,
     "Comfy.TutorialCompleted": true,
     "Comfy.UseNewMenu": "Top",
     "Comfy.RightSidePanel.IsOpen": false,

@@ -153,7 +153,7 @@ export function testLayout(comfy) {
   describe("a collage", () => {
     test("asks for a run, and then shows its layers as the node composites them", async () => {
       ids = await buildCollage(comfy.page());
-      assert.match(await (await editor()).textContent(), /queue once/i);
+      assert.match(await (await editor()).textContent(), /run once/i);
       const outputs = await succeed();
       await shown(3);
       assert.deepEqual(await texts(), ["a blue post", "a green box", "a red bar"]);
@@ -299,14 +299,14 @@ export function testLayout(comfy) {
         [ids.canvas, ids.layers.at(-1)],
       );
       await still();
-      assert.match(await status(), /queue again/);
+      assert.match(await status(), /run again/);
       await shown(3);
       await succeed();
       await shown(4);
-      assert.doesNotMatch(await status(), /queue again/);
+      assert.doesNotMatch(await status(), /run again/);
       await onNode(added[1], "node.mode = 4"); // bypassed
       await (await row("black")).click();
-      assert.match(await status(), /queue again/);
+      assert.match(await status(), /run again/);
       await comfy
         .page()
         .evaluate((added) => added.forEach((id) => window.app.graph.remove(window.app.graph.getNodeById(id))), added);
@@ -331,7 +331,7 @@ export function testLayout(comfy) {
         canvas.pasteFromClipboard({ position: [1120, 500] });
         return graph.nodes.at(-1).id;
       }, ids.canvas);
-      assert.match(await (await editor(copy)).textContent(), /queue once/i);
+      assert.match(await (await editor(copy)).textContent(), /run once/i);
       const freed = await comfy.page().evaluateHandle((id) => {
         const { graph } = window.app;
         const { element } = graph.getNodeById(id).widgets.find((one) => one.name === "layout");
@@ -406,7 +406,7 @@ export function testLayout(comfy) {
         () => window.app.graph.nodes.filter(({ type }) => type === "CollageLayer").at(-1).id,
       );
       near(Object.values(await values(added)).slice(0, 2), [0.5, 0.5]);
-      assert.doesNotMatch(await status(), /queue again/);
+      assert.doesNotMatch(await status(), /run again/);
       const outputs = await succeed(); // Load Image's MASK as it comes
       await still();
       assert.ok((await difference(outputs)) < 2);
@@ -434,7 +434,7 @@ export function testLayout(comfy) {
       const { x } = await values(red);
       await onNode(red, 'widget("x").value = -1, widget("x").callback(-1)');
       await still();
-      assert.match(await status(), /Off the canvas, and not seen: "a red bar" \(node/);
+      assert.match(await status(), /Off the canvas, and not seen: “a red bar” \(node/);
       await onNode(red, 'widget("x").value = argument, widget("x").callback(argument)', x);
       await still();
       assert.doesNotMatch(await status(), /Off the canvas/);

@@ -676,7 +676,7 @@ describe("tools", () => {
 describe("what is not as it should be", () => {
   test("before the first run there is a hint and nothing to paint on", async () => {
     await mount({ count: 0 });
-    assert.match(await page.locator(".montage-hint").textContent(), /queue once/i);
+    assert.match(await page.locator(".montage-hint").textContent(), /run once/i);
     await page.locator(".montage-stage > canvas").click({ force: true });
     assert.equal(await value(), "");
     await mount({
@@ -701,7 +701,7 @@ describe("what is not as it should be", () => {
     await mount({ text: '{"v":1,"base":0,"strokes":[{"k":4,"r":250,"p":[1000,1000,5000,5000]}]}' });
     assert.equal(await page.locator(".montage-image").count(), 5);
     await thumbnail(4).click();
-    assert.match(await page.locator(".montage-hint").textContent(), /no longer in the stack/);
+    assert.match(await page.locator(".montage-hint").textContent(), /no longer connected/);
     await press("Clear");
     assert.equal(await value(), "");
     assert.equal(await page.locator(".montage-image").count(), 3);

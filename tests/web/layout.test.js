@@ -543,7 +543,7 @@ describe("keys, wheel and the graph", () => {
 describe("what is not as it should be", () => {
   test("before the first run there is a sentence, and nothing to hold", async () => {
     await mount({ run: false });
-    assert.match(await page.locator(".montage-hint").textContent(), /queue once/i);
+    assert.match(await page.locator(".montage-hint").textContent(), /run once/i);
     await drag(page, [
       [0.2, 0.2],
       [0.8, 0.8],
@@ -559,7 +559,7 @@ describe("what is not as it should be", () => {
       window.collage.layers.pop();
       window.editor.render();
     });
-    assert.match(await status(), /queue again/);
+    assert.match(await status(), /run again/);
     assert.equal(await page.locator(".montage-layer").count(), 2);
   });
 

@@ -1,0 +1,76 @@
+"""Features on their way between a model's device and main memory, without anyone waiting.
+
+On a GPU they go to and from pinned memory on a stream of their own, which starts when the model's stream is where it
+was asked, and is waited for where it is needed. Elsewhere a copy is a copy.
+"""
+
+import contextlib
+from typing import Any, NamedTuple
+
+import comfy.model_management
+import torch
+
+Tensor = torch.Tensor
+
+
+class Arriving(NamedTuple):
+    """Tensors that are being copied to a device. stream: of the copies, None where they are there."""
+
+    parts: list[Tensor]
+    stream: Any
+
+    def wait(self) -> list[Tensor]:
+        """The tensors, for what the device is asked from now on. Nobody else holds them."""
+        if self.stream is not None:
+            device = self.parts[0].device
+            current: Any = comfy.model_management.current_stream(device)
+            current.wait_stream(self.stream)
+            for part in self.parts:
+                part.record_stream(current)
+        return self.parts
+
+
+def send(parts: list[Tensor], like: Tensor) -> Arriving:
+    """Begin to copy tensors to the device and type of another, always into memory of their own."""
+    stream = _stream(like.device) if any(part.device != like.device for part in parts) else None
+    with _on(stream):
+        copies = [part.to(like.device, like.dtype, non_blocking=True, copy=True) for part in parts]
+    return Arriving(copies, stream)
+
+
+def put_away(rows: Tensor) -> Tensor:
+    """A copy of a tensor in main memory, complete after `finish`. Others may write into the tensor meanwhile."""
+    own = rows.clone() if rows.device.type != "cpu" else rows
+    stream = _stream(rows.device)
+    if stream is None:
+        return own.to("cpu", copy=own is rows)
+    kept = torch.empty(own.shape, dtype=own.dtype, pin_memory=True)
+    with _on(stream):
+        kept.copy_(own, non_blocking=True)
+    own.record_stream(stream)
+    return kept
+
+
+def ready_to_send(part: Tensor, device: torch.device) -> Tensor:
+    """A tensor of main memory where a device can fetch it without anyone waiting."""
+    return part if part.device == device or _stream(device) is None else part.pin_memory()
+
+
+def finish(device: torch.device) -> None:
+    """Wait until everything that was put away is there: at the end of a run."""
+    if _stream(device) is not None:
+        comfy.model_management.synchronize()
+
+
+def _stream(device: torch.device) -> Any:
+    """A stream of ComfyUI's for transfers, which goes on from where the model's stream is; None where there is none: on
+    a CPU, and with --disable-async-offload.
+    """
+    stream = None if device.type == "cpu" else comfy.model_management.get_offload_stream(device)
+    if stream is not None:
+        stream.wait_stream(comfy.model_management.current_stream(device))
+    return stream
+
+
+def _on(stream: Any) -> Any:
+    return contextlib.nullcontext() if stream is None else stream.as_context(stream)
