@@ -1,4 +1,4 @@
-"""Why a claim was not found, where that is known, and how it was tested."""
+"""Why a claim was not found, and why the two models differ, where that is known; and how it was tested."""
 
 from typing import NamedTuple
 
@@ -89,4 +89,22 @@ CAUSES = {  # (method, pattern of the claim): the first that fits
         r"^the reference swap alone|^the whole method has|^and than the personalised model|like the photo",
     ): NOT_LEARNED,
     ("Layout-and-Retouch", r"freely|^and so does"): ROVING,
+}
+
+# What differs between the two models, by the claim that shows it: (method, pattern of the claim) -> why.
+DIFFERENCES = {
+    ("Generative Photomontage", "keeps regions better than blended latent diffusion"): (
+        "A transformer's key says its place, so that a region is copied token by token, and a token is 2x2 latent"
+        " pixels: it comes closer to what copying keeps."
+    ),
+    ("Collage Diffusion", r"puts more objects where their layers are than img2img"): (
+        "Text and image share one softmax there: what is added to a word is taken from the image's tokens too."
+    ),
+    ("MCA-Ctrl", r"^the right object is there more often than with the prompt alone"): (
+        "A transformer's queries look at their own place in the subject's image (RoPE); the keys are shifted for that."
+    ),
+    ("MCA-Ctrl", r"^with the shift the right object"): "A UNet's keys say no place: there is nothing to shift.",
+    ("Layout-and-Retouch", "the whole method has more likeness than its layout"): (
+        "Each model has a LoRA of its own, which has the look already; less is closer."
+    ),
 }

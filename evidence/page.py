@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .causes import CAUSES, SMALL, UNKNOWN, Cause
+from .causes import CAUSES, DIFFERENCES, SMALL, UNKNOWN, Cause
 from .measurements import CLAIMS, Section, markdown
 
 HEAD = """# The evidence
@@ -142,6 +142,7 @@ def first_table(of: Iterable[Section]) -> str:
             ),
             markdown(["claim", "paper", "here, UNet", "here, DiT", "verdict"], table),
             causes_table(claims),
+            differences_table(claims),
         ]
     )
 
@@ -163,6 +164,20 @@ def causes_table(claims: dict[tuple[str, str], dict[str, Row]]) -> str:
     return (
         "**What was not found, and why.** In brackets: on which model, and of how many samples a difference of the size"
         " found here would be decided.\n\n" + markdown(["claim", "cause", "how it was tested"], lines)
+    )
+
+
+def differences_table(claims: dict[tuple[str, str], dict[str, Row]]) -> str:
+    """Where the two models differ by their nature, and what shows it."""
+    lines = []
+    for (setting, text), by_model in claims.items():
+        for (method, pattern), why in DIFFERENCES.items():
+            if method_of(setting) == method and re.search(pattern, text) and MODEL_NAMES[1] in by_model:
+                here = [by_model[model].found if model in by_model else "" for model in MODEL_NAMES]
+                lines.append([f"{setting}: {text}", *here, why])
+    return (
+        "**What differs on the transformer, and why.** The two models are of other sizes and saw other numbers of"
+        " samples: what can be compared is the direction.\n\n" + markdown(["claim", *MODEL_NAMES, "why"], lines)
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -140,82 +140,6 @@ def measure_personal(number: int) -> dict[str, dict]:
 # ---------------------------------------------------------------- the page
 
 
-class Comparison(NamedTuple):
-    """One line of the table of what differs. unet, transformer: (study, first variant, second): the figure is their
-    paired difference.
-    """
-
-    what: str
-    unet: tuple[str, str, str]
-    transformer: tuple[str, str, str]
-    figure: str
-    why: str
-
-
-LATENT = ("composite (ours)", "latent blending")
-COMPARISONS = (
-    Comparison(
-        "composite over latent blending, PSNR of the regions, a prompt each",
-        ("photomontage-own", *LATENT),
-        ("photomontage-transformer-own", *LATENT),
-        "psnr",
-        "a key says its place, so that a region is copied token by token; a token is 2x2 latent pixels wide",
-    ),
-    Comparison(
-        "objects in their layers, by the bias",
-        ("collage-places", collage.BIASED, collage.PLAIN),
-        ("transformer-collage", BIASED, IMG2IMG),
-        "placed",
-        "text and image share one softmax: what is added to a word's logit is taken from the image's tokens too",
-    ),
-    Comparison(
-        "right object in the edited area, over the prompt alone",
-        ("collaborate-swap", mca_ctrl.OURS, "neither: the prompt alone"),
-        ("transformer-swap", SWAP, ALONE),
-        "present",
-        "queries look at their own place in the subject's image (RoPE)",
-    ),
-    Comparison(
-        "the same without the shift",
-        ("collaborate-swap", mca_ctrl.OURS, "neither: the prompt alone"),
-        ("transformer-swap", UNSHIFTED, ALONE),
-        "present",
-        "a UNet's keys say no place: there is nothing to shift",
-    ),
-    Comparison(
-        "colour distance of the personal subject to its photo, whole method over its layout",
-        ("retouch", OURS, BLEND),
-        ("transformer-retouch", SHIFTED, BLEND),
-        "colour",
-        "the LoRA of each network already has the look; less is closer",
-    ),
-)
-
-
-def difference(folder: Any, model: str, study: str, first: str, second: str, figure: str) -> str:
-    """A paired difference of a study, as far as it has been measured."""
-    return str(measurements.Study(study, folder, model).difference(first, second, figure))
-
-
-def compared(options: argparse.Namespace) -> measurements.Section:
-    """What differs from the UNet, of all that has been measured with these weights."""
-    rows = [
-        [
-            one.what,
-            difference(options.folder, "unet", *one.unet, one.figure),
-            difference(options.folder, "dit", *one.transformer, one.figure),
-            one.why,
-        ]
-        for one in COMPARISONS
-    ]
-    text = (
-        "Paired differences of the sections above, 95 % (-: not measured with these weights). The two networks are of"
-        " other sizes and saw other numbers of samples: what can be compared is the direction."
-    )
-    table = measurements.markdown(["", "UNet", "transformer", "why"], rows)
-    return measurements.Section("What differs on the transformer", f"{text}\n\n{table}")
-
-
 def claims_of(study: measurements.Study, claims: Sequence[tuple]) -> str:
     """A table of claims: (what, first variant, second, figure, sign)."""
     rows = [
@@ -237,7 +161,6 @@ def sections(options: argparse.Namespace) -> Any:
     yield of_collages(options, size(COLLAGES))
     yield of_swaps(options, size(SWAPS))
     yield of_personal(options, size(PERSONAL))
-    yield compared(options)
 
 
 def of_collages(options: argparse.Namespace, samples: range) -> measurements.Section:
