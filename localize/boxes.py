@@ -34,7 +34,7 @@ def per_image(boxes: Any, images: int) -> list[list[dict]]:
         return [list(boxes[0]) for _ in range(images)]
     if len(boxes) != images:
         raise Problem(
-            f"there are boxes of {len(boxes)} images and {images} images; wire the same batch into both nodes."
+            f"there are boxes of {len(boxes)} images and {images} images; connect the same batch to both nodes."
         )
     return [list(found) for found in boxes]
 

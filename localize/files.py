@@ -30,6 +30,10 @@ PUBLISHED = {
         "sam_vit_h_4b8939.pth": "2.6 GB, github.com/facebookresearch/segment-anything#model-checkpoints",
     },
 }
+_VOCABULARY = (
+    "Grounding DINO needs BERT's vocabulary; put vocab.txt (232 KB, huggingface.co/google-bert/bert-base-uncased) into"
+    " {folder}"
+)
 # Peak memory beyond the weights in fp32. Measured: the detector at 800x1333 1.5 GB, and it grows with the pixels, of
 # which there are 1333x1333 at most; the segmenter 3.5 GB, for its attention over 64x64 places.
 DETECTOR_MEMORY, SEGMENTER_MEMORY = int(2.5e9), int(3.6e9)
@@ -90,8 +94,7 @@ def read_weights(key: str, name: str) -> dict[str, torch.Tensor]:
     """The tensors of a model file, and nothing but tensors: no pickled code runs."""
     path = folder_paths.get_full_path(key, name)
     if path is None:
-        source = f" ({PUBLISHED[key][name]})" if name in PUBLISHED[key] else ""
-        raise Problem(f"there is no {name}; put it{source} into {folder_paths.get_folder_paths(key)[0]}.")
+        raise Problem(f"there is no {name}; {_where(key, name)}.")
     try:
         weights = cast("dict[str, Any]", comfy.utils.load_torch_file(path, safe_load=True))
         weights = weights.get("model", weights)
@@ -100,6 +103,26 @@ def read_weights(key: str, name: str) -> dict[str, torch.Tensor]:
         raise Problem(
             f"{name} in models/{key} cannot be read as plain weights ({_first_line(error)}); download it again."
         ) from error
+
+
+def check_present(detector: str, segmenter: str) -> None:
+    """Names every file that is not there at once, so that nobody downloads one after the other. Raises Problem.
+
+    detector, segmenter: file names, or NONE; a detector needs BERT's vocabulary too.
+    """
+    chosen = [(key, name) for key, name in ((DETECTORS, detector), (SEGMENTERS, segmenter)) if name != NONE]
+    absent = [(key, name) for key, name in chosen if folder_paths.get_full_path(key, name) is None]
+    puts = [f"there is no {name}; {_where(key, name)}" for key, name in absent]
+    if puts and detector != NONE and not _vocabulary_files():
+        puts.append(_VOCABULARY.format(folder=folder_paths.get_folder_paths(BERT)[0]))
+    if puts:
+        raise Problem(f"{'. Also, '.join(puts)}.")
+
+
+def _where(key: str, name: str) -> str:
+    """What to do about a file that is not there."""
+    source = f" ({PUBLISHED[key][name]})" if name in PUBLISHED[key] else ""
+    return f"put it{source} into {folder_paths.get_folder_paths(key)[0]}"
 
 
 def find_vocabulary(rows: int) -> dict[str, int]:
@@ -114,10 +137,7 @@ def find_vocabulary(rows: int) -> dict[str, int]:
         if fault is None:
             return vocabulary
         faults.append(f" {path} is not it: {fault}.")
-    raise Problem(
-        "Grounding DINO needs BERT's vocabulary; put vocab.txt (232 KB, huggingface.co/google-bert/bert-base-uncased) "
-        f"into {folder_paths.get_folder_paths(BERT)[0]}.{''.join(faults)}"
-    )
+    raise Problem(f"{_VOCABULARY.format(folder=folder_paths.get_folder_paths(BERT)[0])}.{''.join(faults)}")
 
 
 def _vocabulary_files() -> Any:

@@ -52,8 +52,8 @@ class FromLayout(Recipe):
             begun = [position(sigma, run.sigmas) for sigma in context.sigmas[:-1]]
             if any(self.end <= step < first for step in begun):
                 raise ValueError(
-                    f"{self.node}: another model made the layout up to {first:g} of its schedule, and what is to be"
-                    f" followed begins there. Set layout_end to {first:g} or more."
+                    f"{self.node}: another model made the layout up to {first:g} of its schedule, so that it can be"
+                    f" changed only after that. Set layout_end to {first:g} or more."
                 )
 
     def start(self, context: RunContext, start: Start) -> Start:

@@ -53,7 +53,7 @@ def shift_of(node: str, model: ModelPatcher, text: str, size: tuple[int, int]) -
     if not family.has_positions:
         if numbers or not family.is_unet:
             logging.info(
-                "%s: shift does nothing on this %s, whose attention does not go by places (no RoPE).",
+                "%s: shift does nothing on this %s, whose attention keys carry no positions (no RoPE).",
                 node,
                 type(model.model).__name__,
             )

@@ -485,6 +485,9 @@ class CollageCrossAttn(io.ComfyNode):
                 "regional prompting",
                 "layout control",
                 "attention couple",
+                "flux regional prompt",
+                "qwen-image regional prompt",
+                "z-image regional prompt",
                 "attention mask",
             ],
             inputs=[
@@ -596,8 +599,8 @@ class CollageCrossAttn(io.ComfyNode):
         found = [offset_of_words(own[0], entry, positions) for entry in given]
         if all(offset is None for offset in found):
             raise ValueError(
-                f"{cls.NAME}: the canvas's words are not in the conditioning as this CLIP encodes them, so that nothing"
-                " could be drawn to the layers. Encode the prompt that Collage Canvas gives in one piece (no BREAK),"
+                f"{cls.NAME}: the canvas's words are not in the conditioning as this CLIP encodes them, so that none"
+                " could be bound to its layer. Encode the prompt that Collage Canvas gives in one piece (no BREAK),"
                 " with the CLIP that is connected here."
             )
         return found

@@ -108,8 +108,8 @@ class MontageDemoCutout(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFF,
                     tooltip=(
-                        "Seed of what words do not describe: brightness, light, outline, direction and size of the "
-                        "texture."
+                        "Random seed of what the words do not describe: brightness, light, outline, direction and size "
+                        "of the texture."
                     ),
                 ),
             ],

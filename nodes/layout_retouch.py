@@ -326,8 +326,8 @@ class AdaptiveMaskBlend(io.ComfyNode):
             streams = streams_of(cls.NAME, [latent])
             if not all(run.maps for run, _ in streams):
                 raise ValueError(
-                    f"{cls.NAME}: the latent carries no map. Wire MODEL, LATENT and CONDITIONING of Token Attention Map"
-                    " into the sampler that makes it."
+                    f"{cls.NAME}: the latent carries no map. Connect MODEL, LATENT and CONDITIONING of Token Attention"
+                    " Map to the sampler that makes it."
                 )
             found = torch.stack([list(run.maps.values())[-1][row] for run, row in streams])
             height, width = streams[0].run.size

@@ -56,6 +56,7 @@ class SubjectLocalizeLoader(io.ComfyNode):
                     options=files.offered(files.DETECTORS),
                     tooltip=(
                         "Grounding DINO checkpoint in models/grounding-dino: swint is smaller, swinb finds more. "
+                        "Files that are not there yet are listed too: running the node then says where to get them. "
                         "none if you only segment boxes or points."
                     ),
                 ),
@@ -64,7 +65,7 @@ class SubjectLocalizeLoader(io.ComfyNode):
                     options=files.offered(files.SEGMENTERS),
                     tooltip=(
                         "Segment Anything checkpoint in models/sams: vit_b is the fastest, vit_h the most "
-                        "accurate. none if boxes are enough."
+                        "accurate. Files that are not there yet are listed too. none if boxes are enough."
                     ),
                 ),
                 io.Combo.Input(
@@ -88,6 +89,7 @@ class SubjectLocalizeLoader(io.ComfyNode):
     @classmethod
     def execute(cls, detector: str, segmenter: str, precision: str) -> io.NodeOutput:
         with said_by(cls.NAME):
+            files.check_present(detector, segmenter)
             return io.NodeOutput(
                 None if detector == files.NONE else files.load_detector(detector),
                 None if segmenter == files.NONE else files.load_segmenter(segmenter, precision),

@@ -83,6 +83,9 @@ class CollaborativeAttention(io.ComfyNode):
                 "masactrl",
                 "mutual self-attention",
                 "character swap",
+                "flux subject swap",
+                "qwen-image subject swap",
+                "z-image subject swap",
                 "face swap",
                 "object replacement",
                 "insert subject",
@@ -328,7 +331,7 @@ class CollaborativeAttention(io.ComfyNode):
         if max(sagi[0], salq[0]) < min(sagi[1], salq[1]) and set(sites[0]) & set(sites[1]):
             raise ValueError(
                 f"{cls.NAME}: SAGI ({sagi[0]:g} to {sagi[1]:g}) and SALQ ({salq[0]:g} to {salq[1]:g}) overlap in the"
-                " same blocks. Let one begin where the other ends: each makes the whole attention of a block."
+                " same blocks. Let one begin where the other ends: each replaces the whole attention of a block."
             )
         return Window(*sagi, sites[0]), Window(*salq, sites[1])
 

@@ -182,10 +182,11 @@ class LearnLayerToken(io.ComfyNode):
         connected(cls.NAME, "clip", clip)
         if not is_clip(clip):
             raise ValueError(
-                f"{cls.NAME}: it trains a word of CLIP, and the text encoder {type(clip.cond_stage_model).__name__} is"
-                " another. Connect the CLIP of the model's own checkpoint (Load Checkpoint)."
+                f"{cls.NAME}: it trains an embedding of CLIP, and the text encoder"
+                f" {type(clip.cond_stage_model).__name__} is another. Connect the CLIP of the model's own checkpoint"
+                " (Load Checkpoint)."
             )
-        require_unet(cls.NAME, model, "it trains a word of CLIP through the model's cross-attention")
+        require_unet(cls.NAME, model, "it trains an embedding of CLIP through the model's cross-attention")
         connected(cls.NAME, "vae", vae)
         path = cls.path(clip, name)
         learned = cls.with_token(clip, collage, layer, name)
@@ -255,8 +256,8 @@ class LearnLayerToken(io.ComfyNode):
         layer = collage.layers[number]
         if not layer.text:
             raise ValueError(
-                f"{cls.NAME}: layer {number} (node {layer.node}) has no text, and the token is learned together with"
-                " it. Write what the layer shows."
+                f"{cls.NAME}: layer {number} (node {layer.node}) has no text, and the embedding is trained together"
+                " with it. Write what the layer shows into its text."
             )
         if f"embedding:{name}" in layer.text.split():
             return collage

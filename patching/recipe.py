@@ -195,7 +195,7 @@ def begin_on(
     if not torch.equal(latent_image.cpu(), latent.expand_as(latent_image)):
         if noise.any() or shortened:
             raise ValueError(
-                f"{recipe.node}: the sampler was given another latent than its images began with. Connect the LATENT"
+                f"{recipe.node}: the sampler got another latent than the one its images start from. Connect the LATENT"
                 " that the node gives; for a detailer or a second pass over a picture, use the MODEL before this node."
             )
         return noise, latent_image

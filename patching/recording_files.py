@@ -68,8 +68,8 @@ def _check(node: str, run: Run) -> None:
     foreign = set(run.conds) - ROLES
     if foreign:
         raise ValueError(
-            f"{node}: the recording was sampled with a guider of more than positive and negative"
-            f" ({', '.join(foreign)}), which cannot be given again. Sample it with a KSampler or CFG Guider."
+            f"{node}: the recording was sampled with conditionings besides positive and negative"
+            f" ({', '.join(foreign)}), which Load Recording has no input for. Sample it with a KSampler or CFG Guider."
         )
     if set(run.options) - {0}:
         raise ValueError(

@@ -200,7 +200,7 @@ def _check_several_terms(session: Session) -> None:
                 if site in owner:
                     raise ValueError(
                         f"{recipe.node}: at sigma {sigma:.4g} {owner[site].node} already feeds the attention of"
-                        f" block {tuple(site)} from several images, and that can be done once. Give the two nodes"
+                        f" block {tuple(site)} from several images, and only one node can. Give the two nodes"
                         " windows or sites that do not overlap."
                     )
                 owner[site] = recipe
@@ -214,8 +214,8 @@ def _check_guidance(session: Session) -> None:
     for recipe in session.recipes:
         if cuts and (recipe.several_terms or recipe.longer_keys):
             raise ValueError(
-                f"{recipe.node}: {cuts} on this MODEL counts on an attention over the tokens of one image, and here it"
-                f" is over those of several. Disconnect HyperTile, ToMe and the like from this MODEL."
+                f"{recipe.node}: {cuts} on this MODEL expects attention over the tokens of one image, and here it spans"
+                " those of several images. Disconnect HyperTile, ToMe and the like from this MODEL."
             )
         if found and recipe.several_terms and any(site.block == "middle" for site in recipe.window.sites):
             raise ValueError(
@@ -346,7 +346,7 @@ class OfAttention(SiteHandler):
     def wrong_result(self, site: Site, got: tuple[int, ...], queries: tuple[int, ...]) -> ValueError:
         return ValueError(
             f"{self.names}: another node replaces the self-attention of block {tuple(site)} and gave {got} for queries"
-            f" of {queries}: it does not go with attention that is fed from several images. Disconnect it"
+            f" of {queries}: it cannot be combined with attention that is composed from several images. Disconnect it"
             " (Perturbed-Attention Guidance does this), or leave the block out."
         )
 

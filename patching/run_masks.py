@@ -154,8 +154,8 @@ def scaled(
     if residual.ndim != 3 or residual.shape[1] != grid[0] * grid[1]:
         raise ValueError(
             f"{node}: a ControlNet adds {'x'.join(map(str, residual.shape))} to this MODEL, which has"
-            f" {grid[0]}x{grid[1]} tokens, so that nobody knows where it acts. Disconnect the node, or use another"
-            " ControlNet."
+            f" {grid[0]}x{grid[1]} tokens, so it is unknown where in the picture it acts. Disconnect the node, or use"
+            " another ControlNet."
         )
     return residual * F.interpolate(strength[None, None].to(residual), size=grid, mode="area").flatten(2).mT
 

@@ -181,7 +181,7 @@ class BlendRun:
             self.arguments = sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
         elif not (torch.equal(sigmas, self.arguments[0]) and torch.equal(noise, self.arguments[3])):
             raise ValueError(
-                "Step Blend Sampler: a node on a later MODEL wants to begin the run in its own way (Composite Attention"
+                "Step Blend Sampler: a node on a later MODEL sets how the run starts (Composite Attention"
                 " Inject and Multi Source Swap do). Put it on the first MODEL, or sample in two runs."
             )
         if number + 1 < len(self.guiders):

@@ -272,8 +272,8 @@ def _stream_of(node: str, number: int, row: int, sample: Tensor, recording: Reco
         return found[1]
     if recording is None:
         raise ValueError(
-            f"{node}: latent {number} was not recorded. Wire MODEL and LATENT of a FeatureRecorder into the sampler"
-            " that makes it, and connect what that sampler returns; or invert an existing picture with InvertImage."
+            f"{node}: latent {number} was not recorded. Connect MODEL and LATENT of a Feature Recorder to the sampler"
+            " that makes it, and use the LATENT that it returns; or invert an existing picture with Invert Image."
         )
     raise ValueError(
         f"{node}: row {row} of latent {number} ({'x'.join(map(str, sample.shape))}) is not the result of a recorded"

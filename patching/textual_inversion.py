@@ -196,7 +196,7 @@ def learn(
                     token.optimizer.step()
                 elif not token.optimizer.state and len(token.losses) >= PATIENCE:
                     raise ValueError(
-                        "Learn Layer Token: every gradient holds values that are no numbers, so nothing can be learned."
+                        "Learn Layer Token: every gradient contains NaN or infinite values, so nothing can be trained."
                         " Start ComfyUI with --force-fp32, or use a checkpoint in another precision."
                     )
                 token.losses.append(round(sum(losses) / batch, 5))

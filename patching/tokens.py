@@ -199,7 +199,7 @@ def spelled_runs(clip: CLIP, encoding: Encoding, prompt: str, phrase: str) -> se
     if UNKNOWN in sought:
         raise ValueError(
             f'the text encoder {type(clip.cond_stage_model).__name__} has no letters for a part of "{phrase}" (an'
-            " embedding, or letters of another script). Name words around it."
+            " embedding, or letters of another script). Choose words next to it."
         )
     text = spelled(clip, encoding, prompt)
     joined = "".join(letter for letter, _ in text)

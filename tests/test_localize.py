@@ -57,7 +57,7 @@ def test_every_form_of_boxes_becomes_one_list_an_image(given_boxes, expected):
 
 
 def test_boxes_of_another_batch_are_refused():
-    with pytest.raises(Problem, match="boxes of 3 images and 2 images; wire the same batch"):
+    with pytest.raises(Problem, match="boxes of 3 images and 2 images; connect the same batch"):
         boxes.per_image([[], [], []], 2)
 
 
@@ -381,6 +381,7 @@ def test_the_published_files_are_offered_before_they_are_there(models):
 
 
 def test_a_missing_file_is_answered_with_its_folder(models):
+    (models / "bert-base-uncased" / "vocab.txt").touch()
     with pytest.raises(ValueError) as error:
         load(detector="groundingdino_swint_ogc.pth")
     assert (
@@ -389,6 +390,19 @@ def test_a_missing_file_is_answered_with_its_folder(models):
     )
     with pytest.raises(ValueError, match=r"there is no sam_vit_h_4b8939.pth; put it \(2.6 GB, .*\) into .*sams"):
         load(segmenter="sam_vit_h_4b8939.pth")
+
+
+def test_all_missing_files_are_named_at_once(models):
+    with pytest.raises(ValueError) as error:
+        load(detector="groundingdino_swint_ogc.pth", segmenter="sam_vit_b_01ec64.pth")
+    said = str(error.value)
+    for name, folder in (
+        ("groundingdino_swint_ogc.pth", "grounding-dino"),
+        ("sam_vit_b_01ec64.pth", "sams"),
+        ("vocab.txt", "bert-base-uncased"),
+    ):
+        assert name in said and str(models / folder) in said
+    assert said.count("Load Subject Localizer") == 1
 
 
 class Bomb:

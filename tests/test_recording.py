@@ -128,7 +128,7 @@ def test_a_changed_latent_is_refused(change):
 
 
 def test_an_unrecorded_latent_is_refused():
-    with pytest.raises(ValueError, match="Node: latent 1 was not recorded. Wire MODEL and LATENT of a FeatureRecorder"):
+    with pytest.raises(ValueError, match="Node: latent 1 was not recorded. Connect MODEL and LATENT of a Feature"):
         streams_of("Node", [record(), empty()])
 
 

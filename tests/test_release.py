@@ -171,7 +171,20 @@ def test_every_input_and_output_has_a_tooltip_and_every_node_a_help_page():
 
 @pytest.mark.parametrize(
     "typed",
-    ["inpaint", "mask from text", "style transfer", "sam", "seam", "regional prompt", "character swap", "face swap"],
+    [
+        "inpaint",
+        "mask from text",
+        "style transfer",
+        "sam",
+        "seam",
+        "regional prompt",
+        "character swap",
+        "face swap",
+        "dreambooth",
+        "flux",
+        "qwen",
+        "z-image",
+    ],
 )
 def test_node_search_finds_what_people_type(typed):
     found = [schema for schema in schemas() if any(typed in alias.lower() for alias in schema.search_aliases or ())]

@@ -392,6 +392,6 @@ def test_a_word_of_t5_is_not_learned():
     clip = text_encoder("sd15-small").clone()
     clip.tokenizer = comfy.text_encoders.pixart_t5.PixArtTokenizer()
     with pytest.raises(
-        ValueError, match="Learn Layer Token: it trains a word of CLIP, and the text encoder .* another"
+        ValueError, match="Learn Layer Token: it trains an embedding of CLIP, and the text encoder .* another"
     ):
         learn(clip)

@@ -338,7 +338,7 @@ def test_no_word_is_learned_of_t5_or_a_language_model(name):
     settings = dict.fromkeys(list(arguments)[1:], 1) | {"model": None, "clip": clip, "learning_rate": 0.1}
     kind = type(clip.cond_stage_model).__name__
     with pytest.raises(
-        ValueError, match=f"Learn Layer Token: it trains a word of CLIP, and the text encoder {kind} is"
+        ValueError, match=f"Learn Layer Token: it trains an embedding of CLIP, and the text encoder {kind} is"
     ):
         LearnLayerToken.execute(**settings)
 

@@ -303,7 +303,7 @@ class DiT(ModelFamily):
 
 @functools.cache
 def _say_that_masks_are_plain(who: str) -> None:
-    logging.info("Montage: %s knows no masks; where the bias needs one, PyTorch's attention is used.", who)
+    logging.info("Montage: %s supports no attention masks; PyTorch attention is used where one is needed.", who)
 
 
 _FLASH = getattr(attention.attention_flash, "__wrapped__", attention.attention_flash)
