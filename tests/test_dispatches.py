@@ -55,7 +55,6 @@ def test_what_is_put_away_or_sent_is_nobody_elses():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason='fails since the last merge; see the closing note')
 def test_the_benchmark_for_a_gpu_runs_anywhere(tmp_path):
     out = tmp_path / "figures.json"
     command = [sys.executable, ROOT / "tests" / "benchmarks" / "gpu.py", "--small", "--minutes", "5", "--out", out]

@@ -32,11 +32,8 @@ TARGETS = {
     "record and cache": 1.05,
     "compose 2, cache": 1.10,
     "compose 4, cache": 1.10,
-    "compose 2, replay": 3.05,
-    "compose 4, replay": 5.05,
-    "2 layers": 1.05,
-    "9 layers": 1.05,
-    "20 layers": 1.05,
+    **{f"compose {n}, {how}": n + 1.05 for n in (2, 4) for how in ("replay", "lockstep")},
+    **{f"{collage}{count} layers": 1.05 for collage in ("", "collage, ") for count in transformers.LAYERS},
 }
 CACHE_MB = 1 << 20
 
@@ -116,7 +113,7 @@ def bench_of(setting: Setting, steps: int, small: bool) -> tuple[bench.Bench, di
         return on, unet_cases(on)
     width, blocks = (256, (1, 1)) if small else (3072, (10, 20))  # the ratios do not depend on how many
     flux = transformers.FluxBench(setting.size, steps, width, blocks, setting.dtype)
-    return flux, transformers.cases(flux, [2] if small else [2, 4])
+    return flux, transformers.cases(flux, *(([2], [2]) if small else ([2, 4], transformers.LAYERS)))
 
 
 def identity(on: bench.Bench) -> float:

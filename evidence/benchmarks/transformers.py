@@ -26,7 +26,7 @@ from ...workshop.sampling import inject, masks_of, recorder, sample
 from . import bench
 from .collage import SIDE, places
 
-LAYERS = (2, 9, 20)  # of a collage
+LAYERS = [2, 9, 20]  # of a collage
 HEAD = 128  # channels of one head, as in Flux.1
 
 
