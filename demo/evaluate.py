@@ -368,7 +368,7 @@ def _score_table(scores: dict[str, dict]) -> str:
         for name, s in scores.items()
         if s["scenes"]
     ]
-    return _table(["", *fields, "objects nobody asked for, per scene"], rows)
+    return _table(["", *fields, "extra objects per scene"], rows)
 
 
 def _style_table(results: dict[str, dict]) -> str:
@@ -427,7 +427,7 @@ def tables(results: dict) -> dict[str, str]:
         )
     if "controlnet" in results:
         blocks["controlnet"] = _table(
-            ["objects that stand in their outline", ""], [[k, _percent(v)] for k, v in results["controlnet"].items()]
+            ["objects inside their outline", ""], [[k, _percent(v)] for k, v in results["controlnet"].items()]
         )
     for name in ("subject", "dit_subject"):
         if name in results:

@@ -49,9 +49,23 @@ def open_words(number: int) -> dict[str, dict]:
 
 
 OPEN_CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
-    ("the subject's colours are closer than with the prompt alone", mca_ctrl.OURS, ALONE, "colour", -1, "(a test)"),
-    ("and it looks more like it", mca_ctrl.OURS, ALONE, "subject", 1, "DINOsub .633 / .510 (DiffEdit)"),
-    ("its colours are closer than by mutual self-attention", mca_ctrl.OURS, mca_ctrl.MASA, "colour", -1, "(a test)"),
+    ("the subject's colours are closer than with the prompt alone", mca_ctrl.OURS, ALONE, "colour", -1, "(our test)"),
+    (
+        "it looks more like the subject than with the prompt alone",
+        mca_ctrl.OURS,
+        ALONE,
+        "subject",
+        1,
+        "DINOsub .633 / .510 (DiffEdit)",
+    ),
+    (
+        "the subject's colours are closer than with mutual self-attention",
+        mca_ctrl.OURS,
+        mca_ctrl.MASA,
+        "colour",
+        -1,
+        "(our test)",
+    ),
     (
         "without SALQ, the subject's colours are further off",
         "without SALQ",
@@ -60,9 +74,16 @@ OPEN_CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
         1,
         "DINOsub .424 / .633",
     ),
-    ("and it looks less like it", "without SALQ", mca_ctrl.OURS, "subject", -1, "DINOsub .424 / .633"),
     (
-        "without SALQ, the background looks more like the picture's",
+        "without SALQ, it looks less like the subject",
+        "without SALQ",
+        mca_ctrl.OURS,
+        "subject",
+        -1,
+        "DINOsub .424 / .633",
+    ),
+    (
+        "without SALQ, the background looks more like the original",
         "without SALQ",
         mca_ctrl.OURS,
         "around",
@@ -77,7 +98,14 @@ OPEN_CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
         1,
         "DINOsub .590 / .633",
     ),
-    ("without SAGI, it looks less like it", "without SAGI", mca_ctrl.OURS, "subject", -1, "DINOsub .590 / .633"),
+    (
+        "without SAGI, it looks less like the subject",
+        "without SAGI",
+        mca_ctrl.OURS,
+        "subject",
+        -1,
+        "DINOsub .590 / .633",
+    ),
 )
 
 
@@ -114,22 +142,23 @@ def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
         range(OPEN // tenth), open_words, options.address
     )
     yield measurements.Section(
-        "MCA-Ctrl: with words that leave the look open",
+        "MCA-Ctrl: prompts that leave the appearance open",
         "\n\n".join(
             [
                 (
-                    f"{len(found.samples)} of the pairs above, with a prompt that names the subject's shape and its"
-                    " place alone. The demo UNet is told colour and texture by words; where it is not, they can come"
-                    " from the subject's image only. *subject*, *around*: embedding cosines of the subject with its"
-                    " own image (cut out, on grey), and of what is outside the edit mask with the picture's."
+                    f"{len(found.samples)} of the pairs above, with a prompt that names only the subject's shape and"
+                    " the place. The demo UNet takes colour and texture from the words; where the prompt does not"
+                    " name them, they can only come from the subject's image. *subject*, *surroundings*: embedding"
+                    " cosines of the subject with its own image (both cut out, on grey), and of what is outside the"
+                    " edit mask with the original picture."
                 ),
                 found.table(
                     colour="colour distance",
-                    texture="texture likeness",
+                    texture="texture similarity",
                     style="style error",
                     subject="subject",
                     psnr="background",
-                    around="around",
+                    around="surroundings",
                 ),
                 _claims(found, OPEN_CLAIMS),
             ]
@@ -144,17 +173,16 @@ def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
         "\n\n".join(
             [
                 (
-                    f"{len(found.samples)} of the prompts above, with the subject's LoRA at half its strength and at"
-                    " none."
-                    " The paper's own gain shrinks as the personalisation gets better: I-DINO .527 to .600 with textual"
-                    " inversion, .658 to .659 with Custom Diffusion."
+                    f"{len(found.samples)} of the prompts above, with the subject's LoRA at half strength and without"
+                    " it. The paper's own gain shrinks as the personalisation improves: I-DINO .527 to .600 with"
+                    " textual inversion, .658 to .659 with Custom Diffusion."
                 ),
                 found.table(colour="colour distance to the photo", texture="texture similarity", prompt="prompt"),
                 _claims(
                     found,
                     [
                         (
-                            f"the reference swap alone gains likeness, LoRA: {name}",
+                            f"the reference swap alone gains likeness (LoRA: {name})",
                             f"reference swap, LoRA: {name}",
                             f"alone, LoRA: {name}",
                             "colour",

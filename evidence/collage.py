@@ -283,12 +283,12 @@ def sections(options):
 def placing(options, count):
     found = measurements.Study("collage-places", options.folder).run(range(count), places, options.address)
     claims = [
-        measurements.claim(what, found.difference(a, b, figure), 1, "(figures only)")
+        measurements.claim(what, found.difference(a, b, figure), 1, "(pictures only)")
         for what, a, b, figure in (
-            ("regional prompting (CA) puts more objects where their layers are than img2img", BIASED, PLAIN, "placed"),
-            ("and more of them in their shape", BIASED, PLAIN, "shaped"),
-            ("w_pos alone helps", DRAWN, PLAIN, "placed"),
-            ("w_neg alone helps", KEPT_AWAY, PLAIN, "placed"),
+            ("regional prompting (CA) puts more objects in place than img2img", BIASED, PLAIN, "placed"),
+            ("regional prompting (CA) puts more objects in place and shape than img2img", BIASED, PLAIN, "shaped"),
+            ("w_pos alone puts more objects in place than img2img", DRAWN, PLAIN, "placed"),
+            ("w_neg alone puts more objects in place than img2img", KEPT_AWAY, PLAIN, "placed"),
             (
                 (
                     "CA puts more objects where their layers are than ComfyUI's areas (at a cost that does not grow"
@@ -302,18 +302,18 @@ def placing(options, count):
     ]
     shown = [[picture for _, picture in placements(number).values()] for number in range(min(4, count))]
     return measurements.Section(
-        "Collage Diffusion: objects where their layers are",
+        "Collage Diffusion: objects in their places",
         "\n\n".join(
             [
                 (
-                    f"{count} collages of 4 to 9 layers on a grey canvas of {CROWD}x{CROWD} pixels (the demo model was"
-                    f" trained on scenes of one to three objects at {SIZE}x{SIZE}), a prompt with all their words,"
-                    f" denoise {FREE} everywhere, so that little of the input is left. The share of layers whose object"
-                    " the reader finds with its centre in the layer, of the right colour (*in its place*), and of the"
-                    " right shape too; *the layers themselves* is the share it finds in the input. The paper shows"
-                    " pictures and gives no numbers."
+                    f"{count} collages of 4 to 9 layers on a grey canvas of {CROWD}x{CROWD} pixels (the demo model"
+                    f" was trained on scenes of one to three objects at {SIZE}x{SIZE}), with a prompt of all their"
+                    f" words, and denoise {FREE} everywhere, so that little of the input remains. *in place*: the"
+                    " share of layers whose object the detector finds in the right colour, with its centre inside"
+                    " the layer; *in place and shape*: in the right shape too. *the layers themselves*: what it"
+                    " finds in the input. The paper shows pictures and gives no numbers."
                 ),
-                found.table(placed="in its place", shaped="and in its shape"),
+                found.table(placed="in place", shaped="in place and shape"),
                 measurements.markdown(measurements.CLAIMS, claims),
                 measurements.grid(
                     "collage-places", shown, ["layers", "GH", "GH+CA", "w_pos alone", "w_neg alone", "areas"]
@@ -331,7 +331,7 @@ def trading(options, count):
             f"a layer with {high} is further from its input than one with {low}",
             found.difference(high, low, "error"),
             1,
-            "(figures only)",
+            "(pictures only)",
         )
         for low, high in zip(names, names[1:])
     ]
@@ -341,11 +341,12 @@ def trading(options, count):
         "\n\n".join(
             [
                 (
-                    f"{count} collages of two layers: the first one's noise is raised while all else stays at {FREE}."
-                    " RMS error of its pixels against the input (at 0 the autoencoder's own), and the largest change"
-                    " of its latent where the noise map is 0, which must be none."
+                    f"{count} collages of two layers: the denoise of the first is raised while everything else stays"
+                    f" at {FREE}. *error*: RMS error of its pixels against the input (at 0, the autoencoder's own);"
+                    " *change where locked*: the largest change of the latent where the noise map is 0, which must"
+                    " be none."
                 ),
-                found.table(error="error", locked="change of what is locked"),
+                found.table(error="error", locked="change where locked"),
                 measurements.markdown(measurements.CLAIMS, claims),
                 measurements.grid("collage-noise", shown, ["layers", *names]),
             ]
@@ -356,18 +357,23 @@ def trading(options, count):
 def looking(options, count):
     found = measurements.Study("collage-looks", options.folder).run(range(count), looks, options.address)
     claims = [
-        measurements.claim(what, found.difference(TOKEN, other, figure), sign, "(figures only)")
+        measurements.claim(what, found.difference(TOKEN, other, figure), sign, "(pictures only)")
         for what, other, figure, sign in (
-            ("with the embedding a layer is closer to its input, in pixels", WORDS, "error", -1),
-            ("in colours", WORDS, "colour", -1),
-            ("in texture", WORDS, "texture", 1),
+            ("with the embedding, a layer is closer to its input (pixels)", WORDS, "error", -1),
+            ("with the embedding, a layer is closer to its input (colours)", WORDS, "colour", -1),
+            ("with the embedding, a layer is closer to its input (texture)", WORDS, "texture", 1),
             (
-                "the embedding holds the layer's look: closer than with the embedding of another picture, in pixels",
+                "with its own embedding, a layer is closer to its input than with another layer's (pixels)",
                 OTHERS,
                 "error",
                 -1,
             ),
-            ("in colours", OTHERS, "colour", -1),
+            (
+                "with its own embedding, a layer is closer to its input than with another layer's (colours)",
+                OTHERS,
+                "colour",
+                -1,
+            ),
         )
     ]
     shown = []
@@ -379,11 +385,12 @@ def looking(options, count):
         "\n\n".join(
             [
                 (
-                    f"{count} collages of two layers at denoise {FREE}; an embedding is trained on the first layer in"
-                    f" {LEARNING_STEPS} steps of {LEARNING_RATE}. RMS error of the layer's pixels; distance of its"
-                    " colours (earth mover's, CIE Lab; smaller is closer) and similarity of its texture (1 is equal)."
+                    f"{count} collages of two layers at denoise {FREE}; an embedding of the first layer is trained in"
+                    f" {LEARNING_STEPS} steps (learning rate {LEARNING_RATE}). *error*: RMS error of the layer's"
+                    " pixels; *colour distance*: earth mover's distance in CIE Lab (smaller is closer); *texture"
+                    " similarity*: 1 is identical."
                 ),
-                found.table(error="error", colour="colours", texture="texture"),
+                found.table(error="error", colour="colour distance", texture="texture similarity"),
                 measurements.markdown(measurements.CLAIMS, claims),
                 measurements.grid(
                     "collage-looks", shown, ["layers", "prompt only", "embedding", "another's embedding"]

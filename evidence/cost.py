@@ -190,11 +190,11 @@ def sections(options):
         "\n\n".join(
             [
                 (
-                    f"Time and peak memory as ratios to plain sampling of one image in the same run ({device}): the"
-                    " demo model, and SD1.5 and SDXL in full size with random weights"
-                    f" ({sizes})."
-                    " *UNet rows a step*: 2 for one image with CFG. On latents this small what a call costs apart"
-                    " from its arithmetic weighs most; the benchmarks take others (`--size 64`: 512 pixels)."
+                    f"Time and peak memory relative to plain sampling of one image in the same run ({device}): the"
+                    f" demo model, and SD1.5 and SDXL at full size with random weights ({sizes}). *UNet rows a step*:"
+                    " the rows of the batch that the UNet evaluates in a step, 2 for one image with CFG. With"
+                    " latents this small, the overhead of each call weighs most; `python dev.py benchmark` takes"
+                    " other sizes (`--size 64`: 512 pixels)."
                 ),
                 *(comparison(found, method) for method in BENCHMARKS),
             ]
@@ -210,8 +210,8 @@ def sections(options):
         "\n\n".join(
             [
                 (
-                    "Rows that the UNet evaluates for one finished image (a step with CFG: 2), counted; the released"
-                    " codes' from their sources."
+                    "Rows that the UNet evaluates for one finished image (2 a step with CFG), counted here, and for"
+                    " the released code taken from its source."
                 ),
                 measurements.markdown(
                     ["", "here", "released code"],

@@ -158,21 +158,21 @@ def spread(found, variant):
 
 def spread_claim(found, text, first, second):
     pairs = [(a, b) for a, b in zip(spread(found, first), spread(found, second)) if None not in (a, b)]
-    return measurements.claim(text, measurements.Interval.of(a - b for a, b in pairs), 1, "(figures only)")
+    return measurements.claim(text, measurements.Interval.of(a - b for a, b in pairs), 1, "(pictures only)")
 
 
 CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
-    ("step blending brings the layout closer to the base model's", BLEND, BASE, "layout", 1, "(figures only)"),
+    ("step blending brings the layout closer to the base model's", BLEND, BASE, "layout", 1, "(pictures only)"),
     (
-        "and the closer, the later the switch: 0.3 against 0.1",
+        "the later the switch (0.3, not 0.1), the closer the layout is to the base model's",
         "step blend at 0.3",
         BLEND,
         "layout",
         1,
-        "(figures only)",
+        "(pictures only)",
     ),
     (
-        "the later the switch, the less of the subject: 0.5 against 0.1",
+        "the later the switch (0.5, not 0.1), the less likeness there is",
         "step blend at 0.5",
         BLEND,
         "colour",
@@ -180,26 +180,61 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
         "identity down (curve)",
     ),
     (
-        "the later the switch, the better the prompt is followed: 0.5 against 0.1",
+        "the later the switch (0.5, not 0.1), the better the prompt is followed",
         "step blend at 0.5",
         BLEND,
         "prompt",
         1,
         "fidelity up (curve)",
     ),
-    ("step blending follows the prompt better", BLEND, BASE, "prompt", 1, "T-CLIP .319 / .313"),
-    ("and costs likeness", BLEND, BASE, "colour", 1, "I-DINO .620 / .637"),
+    (
+        "step blending follows the prompt better than the personalised model",
+        BLEND,
+        BASE,
+        "prompt",
+        1,
+        "T-CLIP .319 / .313",
+    ),
+    ("step blending costs likeness", BLEND, BASE, "colour", 1, "I-DINO .620 / .637"),
     ("the reference swap alone gains likeness", REFERENCE, BASE, "colour", -1, "I-DINO .707 / .637"),
-    ("and looks more like the photo", REFERENCE, BASE, "subject", 1, "I-DINO .707 / .637"),
-    ("and loses the prompt", REFERENCE, BASE, "prompt", -1, "T-CLIP .280 / .313"),
-    ("with the layout first, the prompt is kept", SOURCES, REFERENCE, "prompt", 1, "T-CLIP .320 / .280"),
-    ("and likeness is lost against the reference alone", SOURCES, REFERENCE, "colour", 1, "I-DINO .615 / .707"),
-    ("the mask gains likeness", OURS, SOURCES, "colour", -1, "I-DINO .655 / .615"),
-    ("the mask keeps what is around the subject", OURS, SOURCES, "around", 1, "(figures only)"),
-    ("the whole method has more likeness than its layout", OURS, BLEND, "colour", -1, "I-DINO .655 / .620"),
-    ("and than the personalised model", OURS, BASE, "colour", -1, "I-DINO .655 / .637"),
-    ("and it looks more like the photo than its", OURS, BASE, "subject", 1, "I-DINO .655 / .637"),
-    ("and follows the prompt better than it", OURS, BASE, "prompt", 1, "T-CLIP .317 / .313"),
+    ("the reference swap alone looks more like the photo", REFERENCE, BASE, "subject", 1, "I-DINO .707 / .637"),
+    ("the reference swap alone follows the prompt less", REFERENCE, BASE, "prompt", -1, "T-CLIP .280 / .313"),
+    (
+        "with the layout first, the prompt is followed better than by the reference swap alone",
+        SOURCES,
+        REFERENCE,
+        "prompt",
+        1,
+        "T-CLIP .320 / .280",
+    ),
+    (
+        "with the layout first, there is less likeness than with the reference swap alone",
+        SOURCES,
+        REFERENCE,
+        "colour",
+        1,
+        "I-DINO .615 / .707",
+    ),
+    ("the mask blend gains likeness", OURS, SOURCES, "colour", -1, "I-DINO .655 / .615"),
+    ("the mask blend preserves what is around the subject", OURS, SOURCES, "around", 1, "(pictures only)"),
+    ("the full method has more likeness than its layout", OURS, BLEND, "colour", -1, "I-DINO .655 / .620"),
+    ("the full method has more likeness than the personalised model", OURS, BASE, "colour", -1, "I-DINO .655 / .637"),
+    (
+        "the full method looks more like the photo than the personalised model",
+        OURS,
+        BASE,
+        "subject",
+        1,
+        "I-DINO .655 / .637",
+    ),
+    (
+        "the full method follows the prompt better than the personalised model",
+        OURS,
+        BASE,
+        "prompt",
+        1,
+        "T-CLIP .317 / .313",
+    ),
 )
 COLUMNS = {
     "layout": "layout like the base model's",
@@ -229,8 +264,8 @@ def sections(options):
         for what, a, b, figure, sign, paper in CLAIMS
     ]
     claims += [
-        spread_claim(found, "the base model places its object more freely than the personalised one", PLAIN, BASE),
-        spread_claim(found, "and so does the whole method", OURS, BASE),
+        spread_claim(found, "the base model varies the object's place more than the personalised model", PLAIN, BASE),
+        spread_claim(found, "the full method varies the object's place more than the personalised model", OURS, BASE),
     ]
     shown, titles = [], ["photo", PLAIN, *ROWS]
     for number in range(4):
@@ -240,18 +275,18 @@ def sections(options):
     text = "\n\n".join(
         [
             (
-                f"{count} prompts of the subject, another object and a place; {STEPS} steps, the paper's parts of the"
-                " schedule. Targets are sampled with the whole prompt: with the subject's alone, the paper's choice,"
-                " this small model leaves the scene. *Layout* is the correlation of the pixels with the base model's"
-                " picture of the same seed. *Colour distance* (CIE Lab, smaller is more alike) and *texture similarity*"
-                " compare a disc about the subject with its photo, and so does *embedding cosine*, where the paper has"
-                " I-DINO and I-CLIP. *Prompt* is the"
-                " share of place, colour, shape and texture of the other object, and subject that a reader finds; it"
-                " stands for T-CLIP. *PSNR around the subject* is against the picture of stage one, outside the mask,"
-                " which is of the words alone: there is no segmentation here. *Spread* is the mean distance of the"
-                " subject's place from its mean place. Human preference and ImageReward are not checkable here."
+                f"{count} prompts of the subject, another object and a place; {STEPS} steps, with the paper's"
+                " fractions of the schedule. Targets are sampled with the whole prompt: with the subject's prompt"
+                " alone, the paper's choice, this small model loses the scene. *layout* is the correlation of the"
+                " pixels with the base model's picture of the same seed. *colour distance* (CIE Lab, smaller is"
+                " closer) and *texture similarity* compare a disc around the subject with its photo, and so does"
+                " *embedding cosine*, where the paper has I-DINO and I-CLIP. *prompt* is the share that the detector"
+                " finds of place, colour, shape and texture of the other object, and subject, where the paper has"
+                " T-CLIP. *PSNR around the subject* is against the picture of stage one, outside the mask, which is"
+                " made from the words alone, without a segmentation. *spread of places* is the mean distance of the"
+                " subject from its mean position. Human preference and ImageReward were not measured."
             ),
-            "By lambda 1, the part of the schedule that is the base model's:",
+            "By lambda 1, the fraction of the schedule that the base model samples:",
             table(found, [named(switch) for switch in SWITCHES]),
             "The rows of the paper's ablation:",
             table(found, ROWS),

@@ -232,15 +232,29 @@ def measure_reconstruction(number):
 
 CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     ("without SALQ, the subject's colours are further off", "without SALQ", OURS, "colour", 1, "DINOsub .424 / .633"),
-    ("without SALQ, its undescribed style too", "without SALQ", OURS, "style", 1, "CLIP-Isub .742 / .779"),
+    ("without SALQ, the style error is larger", "without SALQ", OURS, "style", 1, "CLIP-Isub .742 / .779"),
     ("without SALQ, it looks less like the subject", "without SALQ", OURS, "subject", -1, "DINOsub .424 / .633"),
-    ("without SALQ, the background is kept better", "without SALQ", OURS, "psnr", 1, "DINOback .749 / .668"),
-    ("without SALQ, the background looks more alike", "without SALQ", OURS, "around", 1, "DINOback .749 / .668"),
+    ("without SALQ, the background is preserved better", "without SALQ", OURS, "psnr", 1, "DINOback .749 / .668"),
+    (
+        "without SALQ, the background looks more like the original",
+        "without SALQ",
+        OURS,
+        "around",
+        1,
+        "DINOback .749 / .668",
+    ),
     ("without SAGI, the subject's colours are further off", "without SAGI", OURS, "colour", 1, "DINOsub .590 / .633"),
-    ("without SAGI, its undescribed style too", "without SAGI", OURS, "style", 1, "CLIP-Isub .775 / .779"),
+    ("without SAGI, the style error is larger", "without SAGI", OURS, "style", 1, "CLIP-Isub .775 / .779"),
     ("without SAGI, it looks less like the subject", "without SAGI", OURS, "subject", -1, "DINOsub .590 / .633"),
-    ("without SAGI, the background is kept better", "without SAGI", OURS, "psnr", 1, "DINOback .685 / .668"),
-    ("without SAGI, the background looks more alike", "without SAGI", OURS, "around", 1, "DINOback .685 / .668"),
+    ("without SAGI, the background is preserved better", "without SAGI", OURS, "psnr", 1, "DINOback .685 / .668"),
+    (
+        "without SAGI, the background looks more like the original",
+        "without SAGI",
+        OURS,
+        "around",
+        1,
+        "DINOback .685 / .668",
+    ),
     (
         "without dilation, the subject's colours are further off",
         "without dilation",
@@ -249,30 +263,44 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
         1,
         "DINOsub .561 / .633",
     ),
-    ("without dilation, the background is kept better", "without dilation", OURS, "psnr", 1, "DINOback .732 / .668"),
-    ("SALQ first, the subject's colours are further off", "SALQ first", OURS, "colour", 1, "DINOsub .459 / .633"),
-    ("SALQ first, its undescribed style too", "SALQ first", OURS, "style", 1, "CLIP-Isub .723 / .779"),
-    ("SALQ first, the background is kept worse", "SALQ first", OURS, "psnr", -1, "DINOback .555 / .668"),
     (
-        "the subject's undescribed style is closer than by mutual self-attention",
+        "without dilation, the background is preserved better",
+        "without dilation",
+        OURS,
+        "psnr",
+        1,
+        "DINOback .732 / .668",
+    ),
+    ("with SALQ first, the subject's colours are further off", "SALQ first", OURS, "colour", 1, "DINOsub .459 / .633"),
+    ("with SALQ first, the style error is larger", "SALQ first", OURS, "style", 1, "CLIP-Isub .723 / .779"),
+    ("with SALQ first, the background is preserved worse", "SALQ first", OURS, "psnr", -1, "DINOback .555 / .668"),
+    (
+        "the style error is smaller than with mutual self-attention",
         OURS,
         MASA,
         "style",
         -1,
-        "(figures only)",
+        "(pictures only)",
     ),
-    ("and the background is kept better", OURS, MASA, "psnr", 1, "(figures only)"),
+    ("the background is preserved better than with mutual self-attention", OURS, MASA, "psnr", 1, "(pictures only)"),
     (
-        "the subject's undescribed style is closer than with the prompt alone",
+        "the style error is smaller than with the prompt alone",
         OURS,
         "neither: the prompt alone",
         "style",
         -1,
         "(DiffEdit DINOsub .510 / .633)",
     ),
-    ("and its colours", OURS, "neither: the prompt alone", "colour", -1, "(DiffEdit CLIP-Isub .755 / .779)"),
     (
-        "the right object is there more often than with the prompt alone",
+        "the subject's colours are closer than with the prompt alone",
+        OURS,
+        "neither: the prompt alone",
+        "colour",
+        -1,
+        "(DiffEdit CLIP-Isub .755 / .779)",
+    ),
+    (
+        "the right object is present more often than with the prompt alone",
         OURS,
         "neither: the prompt alone",
         "present",
@@ -283,7 +311,7 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
 FIGURES = {
     "present": "right object",
     "colour": "colour distance",
-    "texture": "texture likeness",
+    "texture": "texture similarity",
     "style": "style error",
     "subject": "embedding cosine",
 }
@@ -304,16 +332,17 @@ def sections(options):
         "\n\n".join(
             [
                 (
-                    f"{len(found.samples)} pairs of rendered scenes of one object each, of one shape and two colours,"
-                    f" both inverted over {STEPS} steps; the subject of the one replaces the object of the other, by"
-                    " the paper's uniform settings (SAGI to 0.4 of the steps, SALQ to 0.96) with true masks; one row"
-                    " by the released notebook's (SAGI to 0.1). *right object*: share in which an object of the"
-                    " subject's colour and shape stands inside the edit mask. *colour distance* (CIE Lab, less is"
-                    " closer) and *texture likeness* compare the edited area with the subject, *style error* what"
-                    " prompts do not describe (shade, light, outline, the texture's direction and size; 0 equal, 1/3"
-                    " unrelated). *background* is the PSNR (dB) outside the dilated edit mask against the picture"
-                    " itself, without the background lock, as printed in the paper. *embedding cosine*: of the edited"
-                    " area with the subject, both cut out, and of the backgrounds, where the paper has DINO and CLIP-I;"
+                    f"{len(found.samples)} pairs of rendered scenes with one object each, of the same shape and of"
+                    f" two colours, both inverted over {STEPS} steps; the subject of the one replaces the object of"
+                    " the other, with the paper's uniform settings (SAGI up to 0.4 of the steps, SALQ up to 0.96)"
+                    " and exact masks; one row has those of the released notebook (SAGI up to 0.1). *right object*:"
+                    " the share of pictures in which an object of the subject's colour and shape lies inside the"
+                    " edit mask. *colour distance* (CIE Lab, smaller is closer) and *texture similarity* compare the"
+                    " edited area with the subject, *style error* what prompts do not describe (shade, light,"
+                    " outline, the texture's direction and size; 0 is equal, 1/3 unrelated). *background* is the"
+                    " PSNR (dB) against the original picture, outside the dilated edit mask and without the"
+                    " background lock, as printed in the paper. *embedding cosine*: of the edited area with the"
+                    " subject, both cut out, and of the backgrounds, where the paper has DINO and CLIP-I;"
                     " ImageReward is left out."
                 ),
                 found.table(**FIGURES, psnr="background", around="its embedding cosine"),
@@ -325,9 +354,11 @@ def sections(options):
                     ],
                 ),
                 (
-                    "Where the paper's order of the backgrounds is not found: it measures their likeness by DINO, and"
-                    " an edit that does less keeps more of it; PSNR here counts the drift of every pixel, which SALQ"
-                    " holds back, since it feeds the background from the condition in the later steps."
+                    "The paper's order of the backgrounds is not found. It measures their likeness with DINO, where"
+                    " an edit that changes less preserves more; PSNR counts the drift of every pixel, which SALQ"
+                    " suppresses by feeding the background from the condition in the later steps. That alone does"
+                    " not explain it: below, with prompts that leave the appearance open, an embedding does not show"
+                    " the paper's order either."
                 ),
                 measurements.grid(
                     "collaborate-swap",
@@ -342,13 +373,13 @@ def sections(options):
         size(LOCKS), measure_reconstruction, options.address
     )
     yield measurements.Section(
-        "MCA-Ctrl: what stays",
+        "MCA-Ctrl: what is preserved",
         "\n\n".join(
             [
                 (
-                    f"PSNR (dB) outside the dilated edit mask, {len(found.samples)} pairs: against the picture itself,"
-                    " and against the autoencoder's round trip of it (-: all are equal to it there). *equal*: share"
-                    " of pictures that are the round trip bit for bit, everywhere."
+                    f"PSNR (dB) outside the dilated edit mask, {len(found.samples)} pairs: against the picture"
+                    " itself, and against its round trip through the autoencoder (-: all are identical to it there)."
+                    " *equal*: the share of pictures that equal the round trip everywhere, bit for bit."
                 ),
                 found.table(psnr="the picture", near="its round trip", equal="equal"),
             ]
@@ -363,20 +394,20 @@ def sections(options):
         "\n\n".join(
             [
                 (
-                    f"{len(found.samples)} subjects inserted into an empty place of the other picture, the place that"
-                    " they have in their own. Inverted noise of an empty place leads back to the empty place; *fresh"
-                    " noise*, which the paper does not have, starts the edited area from the sampler's own. Figures as"
-                    " above."
+                    f"{len(found.samples)} subjects inserted into an empty place of the other picture, at the"
+                    " position that they have in their own. The inverted noise of an empty place leads back to the"
+                    " empty place; *fresh noise*, which the paper does not have, starts the edited area from the"
+                    " sampler's own noise. Columns as above."
                 ),
                 found.table(**FIGURES),
                 measurements.markdown(
                     measurements.CLAIMS,
                     [
                         measurements.claim(
-                            "with fresh noise the right object is there more often",
+                            "with fresh noise, the right object is present more often",
                             found.difference("fresh noise", "the picture's noise (paper)", "present"),
                             1,
-                            "(ours)",
+                            "(our claim)",
                         )
                     ],
                 ),
@@ -393,12 +424,12 @@ def sections(options):
             [
                 (
                     f"{len(found.samples)} new pictures of the subject on another background, from its words; the"
-                    " edited area comes from the running cross-attention map of those words (the strongest 30 %;"
-                    " *soft*: elsewhere as much as the map says). *right object* and *style error* as above, wherever"
-                    " it stands. *its place given*: the subject's own mask instead of the map. What falls short is"
-                    " the outline: a subject fills its area, and the strongest 30 % of a map are larger and rounder"
-                    " than most objects here (third row below). Its own place is often not where the words act:"
-                    " there the method changes less."
+                    " edited area is taken during sampling from the cross-attention map of those words (the"
+                    " strongest 30 %; *soft*: weighted by the map elsewhere). *right object* and *style error* as"
+                    " above, wherever the object is. *its place given*: the subject's own mask instead of the map."
+                    " What falls short is the outline: a subject fills its area, and the strongest 30 % of a map are"
+                    " larger and rounder than most objects here (third row of the pictures). Its own place is often"
+                    " not where the words act: there, the method changes less."
                 ),
                 found.table(**{name: FIGURES[name] for name in ("present", "style", "subject")}),
                 measurements.markdown(
@@ -410,13 +441,13 @@ def sections(options):
                         for form in ("soft", "hard")
                         for what, figure, sign, paper in (
                             (
-                                f"{form} map: the subject's undescribed style is closer than with the prompt alone",
+                                f"{form} map: the style error is smaller than with the prompt alone",
                                 "style",
                                 -1,
                                 "DINO .661 (IP-Adapter .650)",
                             ),
                             (
-                                f"{form} map: the right object is still there",
+                                f"{form} map: the right object is still present",
                                 "present",
                                 1,
                                 "CLIP-T .302 (IP-Adapter .265)",
@@ -425,10 +456,10 @@ def sections(options):
                     ]
                     + [
                         measurements.claim(
-                            "the right object is there more often where its place is given than by the soft map",
+                            "the right object is present more often with its place given than with the soft map",
                             found.difference(GIVEN, "subject, soft map", "present"),
                             1,
-                            "(ours)",
+                            "(our claim)",
                         )
                     ],
                 ),

@@ -195,13 +195,13 @@ def grid(
         pen.text((column * side + 3, 1), title, fill="black")
     for number, row in enumerate(rows):
         _paste_row(canvas, row, bar + number * side, side)
-    note = f"The first {len(rows)} samples, unpicked"
+    note = f"The first {len(rows)} samples, unselected"
     if chosen is not None:
         row, why = chosen
         below = bar + len(rows) * side
         pen.text((3, below + 1), f"chosen: {why}", fill="black")
         _paste_row(canvas, row, below + bar, side)
-        note += f"; below them one that was chosen: {why}"
+        note += f"; the row below was chosen: {why}"
     PICTURES.mkdir(parents=True, exist_ok=True)
     canvas.save(PICTURES / f"{name}.jpg", quality=85)
     return f"![{name}](evidence/{name}.jpg)\n\n*{note}.*"

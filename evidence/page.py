@@ -10,23 +10,23 @@ from typing import NamedTuple
 from .causes import CAUSES, DIFFERENCES, SMALL, UNKNOWN, Cause
 from .measurements import CLAIMS, Section, markdown
 
-HEAD = """# The evidence
+HEAD = """# Evidence
 
-Each paper's claims, measured on the two demo models, a UNet and a diffusion transformer (DiT), which draw toy scenes
-([demo/README.md](../demo/README.md)). *Reproduced*: the 95 % interval of the paired difference lies on the paper's side
-of zero; *not reproduced*: on the other side; *not decided*: it holds zero.
+The claims of each paper, measured on the two demo models, a UNet and a diffusion transformer (DiT), which draw toy
+scenes ([demo/README.md](../demo/README.md)). *Reproduced*: the 95 % confidence interval of the paired difference lies
+on the paper's side of zero; *not reproduced*: on the other side; *not decided*: it contains zero.
 """
 METHOD = """## How it was measured
 
-`python dev.py evidence` makes all of this page with fixed seeds and ComfyUI's own samplers; below each section's title
-stands when and from which commit it was measured. Tables hold means with their 95 % intervals. No GPU was available.
+`python dev.py evidence` makes all of this page with fixed seeds and ComfyUI's own samplers; each section says when and
+from which commit it was measured. Tables show means with their 95 % confidence intervals. No GPU was available.
 
-Where the papers have LPIPS, DINO or CLIP-I, a network takes their place that has seen photographs, EfficientNet-Lite0
-with its ImageNet weights: *feature distance* is LPIPS's formula over its features with equal weights, *embedding
-cosine* the likeness of what it sees. They are neither LPIPS nor DINO, and their numbers compare with each other alone;
-tests/test_perceptual.py holds them to pictures whose likeness is known. Sections without these columns are older. What
-the papers measure by ImageReward or with people is not measured here. The formulas themselves are tested against the
-papers'."""
+Where the papers have LPIPS, DINO or CLIP-I, this page has EfficientNet-Lite0 with its ImageNet weights, a network
+trained on photographs: *feature distance* is LPIPS's formula over its features with equal weights, *embedding cosine*
+the cosine similarity of its embeddings. They are neither LPIPS nor DINO, and their numbers can be compared only with
+each other; tests/test_perceptual.py checks them on pictures whose likeness is known. Sections without these columns
+are older. What the papers measure with ImageReward or with people is not measured here. That the methods' formulas are
+the papers' is tested in tests/."""
 ON_DIT = re.compile(r",? on the transformer")
 MODEL_NAMES = ("UNet", "DiT")
 TITLE = "All claims"
@@ -138,7 +138,7 @@ def first_table(of: Iterable[Section]) -> str:
             f"## {TITLE}",
             (
                 f"{sum(verdicts.values())} verdicts on {len(claims)} claims: {counted}. Differences are paired, with"
-                " their 95 % interval and the number of pairs; an empty place was not measured."
+                " their 95 % confidence interval and the number of pairs; an empty cell was not measured."
             ),
             markdown(["claim", "paper", "here, UNet", "here, DiT", "verdict"], table),
             causes_table(claims),
@@ -162,8 +162,9 @@ def causes_table(claims: dict[tuple[str, str], dict[str, Row]]) -> str:
         for cause, named in by_cause.items()
     ]
     return (
-        "**What was not found, and why.** In brackets: on which model, and of how many samples a difference of the size"
-        " found here would be decided.\n\n" + markdown(["claim", "cause", "how it was tested"], lines)
+        "**What was not reproduced or not decided, and why.** In brackets: the model and, where undecided, the number"
+        " of samples that would decide a difference of the size found here.\n\n"
+        + markdown(["claim", "cause", "how it was tested"], lines)
     )
 
 
@@ -176,8 +177,8 @@ def differences_table(claims: dict[tuple[str, str], dict[str, Row]]) -> str:
                 here = [by_model[model].found if model in by_model else "" for model in MODEL_NAMES]
                 lines.append([f"{setting}: {text}", *here, why])
     return (
-        "**What differs on the transformer, and why.** The two models are of other sizes and saw other numbers of"
-        " samples: what can be compared is the direction.\n\n" + markdown(["claim", *MODEL_NAMES, "why"], lines)
+        "**Where the two models differ, and why.** They differ in size and in the number of training samples: only the"
+        " directions can be compared.\n\n" + markdown(["claim", *MODEL_NAMES, "why"], lines)
     )
 
 

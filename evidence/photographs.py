@@ -20,7 +20,7 @@ from .collage import Example
 
 SIZE = 128
 SETTINGS = {"unet": ("ddim", "normal", 12), "dit": ("euler", "simple", 16)}  # sampler, scheduler, steps
-TITLES = {"unet": "Real photographs: plumbing", "dit": "Real photographs, on the transformer: plumbing"}
+TITLES = {"unet": "Real photographs: smoke test", "dit": "Real photographs, on the transformer: smoke test"}
 
 
 class Photographs:
@@ -107,18 +107,19 @@ def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
             range(len(NAMES)), measure(model), options.address
         )
         text = (
-            f"Four photographs of scikit-image ({', '.join(NAMES)}; public domain or CC0), {SIZE}x{SIZE} pixels,"
-            " without a prompt. PSNR (dB) of the autoencoder's *round trip*; of the photograph *inverted* and sampled"
-            " back, as a composite of itself alone; of two photographs *composed* half and half: both against their"
-            " round trips. *finite*: the share of latents without NaN."
+            f"Four photographs from scikit-image ({', '.join(NAMES)}; public domain or CC0), {SIZE}x{SIZE} pixels,"
+            " without a prompt. PSNR (dB): of the autoencoder's *round trip*; of the photograph *inverted* and"
+            " sampled back, as a composite of itself alone; of two photographs *composed* half and half, both"
+            " against their round trips. *finite*: the share of latents without NaN."
         )
         if model == "unet":
             text += (
-                " *locked*: the largest change of the latent under an oval cut out of it, with denoise 0 in a collage."
+                " *locked*: the largest change of the latent under an oval cut-out of the photograph with denoise 0"
+                " in a collage."
             )
         text += (
-            " The demo's autoencoder and denoisers have seen drawn scenes alone: this shows that photographs pass"
-            " through inversion, masks, cut-outs and composite, and is no judge of how they would look."
+            " The demo's autoencoder and denoisers were trained on drawn scenes only: this shows that photographs"
+            " pass through inversion, masks, cut-outs and composite, and says nothing about how they would look."
         )
         figures = ["round trip", "inverted", "composed", "finite", *(["locked"] if model == "unet" else [])]
         columns = {name: name for name in figures}

@@ -233,51 +233,135 @@ def measure(stack, prompts):
 
 CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     (
-        "keeps regions better than K, V of all images together",
+        "preserves regions better than K, V of all images together (PSNR)",
         OURS,
         "K, V of all images together",
         "psnr",
         1,
         "PSNR 22.46 / 18.37",
     ),
-    ("and by a network's features", OURS, "K, V of all images together", "distance", -1, "LPIPS .123 / .243"),
     (
-        "keeps regions better than K, V of the running model",
+        "preserves regions better than K, V of all images together (feature distance)",
+        OURS,
+        "K, V of all images together",
+        "distance",
+        -1,
+        "LPIPS .123 / .243",
+    ),
+    (
+        "preserves regions better than K, V of the running model (PSNR)",
         OURS,
         "K, V of the running model",
         "psnr",
         1,
         "PSNR 22.46 / 18.85",
     ),
-    ("by a network's features too", OURS, "K, V of the running model", "distance", -1, "LPIPS .123 / .268"),
-    ("keeps regions better than blended latent diffusion", OURS, "latent blending", "psnr", 1, "PSNR 22.46 / 20.27"),
-    ("the same in SSIM", OURS, "latent blending", "ssim", 1, "SSIM .815 / .772"),
-    ("the same by a network's features", OURS, "latent blending", "distance", -1, "LPIPS .123 / .222"),
-    ("its seams are weaker than blended latent diffusion's", OURS, "latent blending", "seam", -1, "SG .339 / .393"),
     (
-        "in the base's region alone, which no method copies, it keeps more than blended latent diffusion",
+        "preserves regions better than K, V of the running model (feature distance)",
+        OURS,
+        "K, V of the running model",
+        "distance",
+        -1,
+        "LPIPS .123 / .268",
+    ),
+    (
+        "preserves regions better than blended latent diffusion (PSNR)",
+        OURS,
+        "latent blending",
+        "psnr",
+        1,
+        "PSNR 22.46 / 20.27",
+    ),
+    (
+        "preserves regions better than blended latent diffusion (SSIM)",
+        OURS,
+        "latent blending",
+        "ssim",
+        1,
+        "SSIM .815 / .772",
+    ),
+    (
+        "preserves regions better than blended latent diffusion (feature distance)",
+        OURS,
+        "latent blending",
+        "distance",
+        -1,
+        "LPIPS .123 / .222",
+    ),
+    ("has weaker seams than blended latent diffusion", OURS, "latent blending", "seam", -1, "SG .339 / .393"),
+    (
+        "preserves the base's region, which neither method copies, better than blended latent diffusion",
         OURS,
         "latent blending",
         "base",
         1,
-        "(a test of the cause)",
+        "(our test)",
     ),
-    ("keeps regions better than gradient-domain blending", OURS, "Poisson blending", "psnr", 1, "PSNR 22.46 / 20.13"),
-    ("gradient-domain blending keeps more structure", "Poisson blending", OURS, "ssim", 1, "SSIM .888 / .815"),
-    ("and looks closer by a network's features", "Poisson blending", OURS, "distance", -1, "LPIPS .104 / .123"),
-    ("keeps regions better than attention shared as in StyleAligned", OURS, SHARED, "psnr", 1, "(a peer of ours)"),
-    ("as by a network's features", OURS, SHARED, "distance", -1, "(a peer of ours)"),
-    ("seams weaker than pasted ones", OURS, "pixel paste", "seam", -1, "(figures only)"),
-    ("seams more often in the sources' range than pasted ones", OURS, "pixel paste", "in range", 1, "(figures only)"),
     (
-        "a cut in feature space leaves weaker seams in the paste than one in pixels",
+        "preserves regions better than gradient-domain blending (PSNR)",
+        OURS,
+        "Poisson blending",
+        "psnr",
+        1,
+        "PSNR 22.46 / 20.13",
+    ),
+    (
+        "gradient-domain blending preserves regions better (SSIM)",
+        "Poisson blending",
+        OURS,
+        "ssim",
+        1,
+        "SSIM .888 / .815",
+    ),
+    (
+        "gradient-domain blending preserves regions better (feature distance)",
+        "Poisson blending",
+        OURS,
+        "distance",
+        -1,
+        "LPIPS .104 / .123",
+    ),
+    (
+        "preserves regions better than attention shared as in StyleAligned (PSNR)",
+        OURS,
+        SHARED,
+        "psnr",
+        1,
+        "(our comparison)",
+    ),
+    (
+        "preserves regions better than attention shared as in StyleAligned (feature distance)",
+        OURS,
+        SHARED,
+        "distance",
+        -1,
+        "(our comparison)",
+    ),
+    ("has weaker seams than a pixel paste", OURS, "pixel paste", "seam", -1, "(pictures only)"),
+    (
+        "has seams within the sources' range more often than a pixel paste",
+        OURS,
+        "pixel paste",
+        "in range",
+        1,
+        "(pictures only)",
+    ),
+    (
+        "a cut in feature space leaves weaker seams than one in pixels (paste)",
         "pixel paste",
         "cut in pixels, paste",
         "seam",
         -1,
-        "(figures only)",
+        "(pictures only)",
     ),
-    ("and in the composite", OURS, "cut in pixels, composite", "seam", -1, "(figures only)"),
+    (
+        "a cut in feature space leaves weaker seams than one in pixels (composite)",
+        OURS,
+        "cut in pixels, composite",
+        "seam",
+        -1,
+        "(pictures only)",
+    ),
 )
 
 
@@ -301,10 +385,10 @@ SETTINGS = {
             "own",
             40,
             OWN,
-            "three images each from one ControlNet outline, with a prompt of its own each, an empty one for the base",
+            "three images each, from one ControlNet outline and different prompts (an empty one for the base)",
         ),
         Setting(
-            "photomontage-one", Stack, "one", 24, ONE, "three images each from one ControlNet outline and one prompt"
+            "photomontage-one", Stack, "one", 24, ONE, "three images each, from one ControlNet outline and one prompt"
         ),
     ),
     "dit": (
@@ -314,7 +398,7 @@ SETTINGS = {
             "own",
             40,
             f"on the transformer, {OWN}",
-            "three images each from a prompt of its own each, without a ControlNet",
+            "three images each, from different prompts, without a ControlNet",
         ),
         Setting(
             "photomontage-transformer-one",
@@ -322,7 +406,7 @@ SETTINGS = {
             "one",
             40,
             f"on the transformer, {ONE}",
-            "three images each from one prompt, without a ControlNet",
+            "three images each, from one prompt, without a ControlNet",
         ),
     ),
 }
@@ -357,31 +441,31 @@ def study(options: argparse.Namespace, setting: Setting) -> measurements.Section
     text = "\n\n".join(
         [
             (
-                f"{count} scenes of two objects, {setting.made}; strokes keep one object from each of two images and"
-                " the background from the base. PSNR (dB), SSIM and *feature distance* are against the image that the"
-                f" pixel comes from, {MARGIN} pixels and more from its region's edge; *of the others*, *of the base*:"
-                " PSNR in the regions of the images that are not the base, and in the base's. Feature distance is"
-                " LPIPS's formula over another network (0 is the same, above 1 unrelated), where the paper has LPIPS."
-                " *seam* is the mean Sobel magnitude on the seams, *in range* the share of samples in which it lies"
-                " between the sources' own, *same as the cut in features* that of the pixels which both cuts give to"
-                " one image. The user study of the paper cannot be repeated without people."
+                f"{count} scenes of two objects, {setting.made}; strokes keep one object from each of two images, and"
+                " the background from the base. PSNR (dB), SSIM and *feature distance* compare with the image that"
+                f" each pixel comes from, at least {MARGIN} pixels away from its region's edge; *other regions*,"
+                " *base region*: PSNR in the regions of the other images, and in the base's. Feature distance"
+                " (LPIPS's formula over another network; 0 is identical, above 1 unrelated) takes the place of the"
+                " paper's LPIPS. *seam* is the mean Sobel magnitude along the seams, *in range* the share of samples"
+                " in which it lies between those of the sources, *agreement* the share of pixels that both cuts"
+                " assign to the same image. The paper's user study cannot be repeated without people."
             ),
             found.table(
                 psnr="PSNR",
-                taken="of the others",
-                base="of the base",
+                taken="other regions",
+                base="base region",
                 ssim="SSIM",
                 distance="feature distance",
                 seam="seam",
                 **{"in range": "in range"},
-                agree="same as the cut in features",
+                agree="agreement",
             ),
             measurements.markdown(measurements.CLAIMS, claims),
             measurements.grid(
                 setting.name,
                 [shown(setting, number) for number in range(measurements.FIRST)],
                 ["base", "image 1", "image 2", *SHOWN.values()],
-                chosen=(shown(setting, best), f"of {count} samples that with our least feature distance"),
+                chosen=(shown(setting, best), f"of {count} samples, the one with our smallest feature distance"),
             ),
         ]
     )

@@ -64,10 +64,10 @@ def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
     count = SAMPLES // (10 if options.quick else 1)
     found = measurements.Study("collage-couple", options.folder).run(range(count), measure, options.address)
     claims = [
-        measurements.claim(what, found.difference(BIASED, COUPLE, figure), 1, "(a peer of ours)")
+        measurements.claim(what, found.difference(BIASED, COUPLE, figure), 1, "(our comparison)")
         for what, figure in (
-            ("CA puts more objects where their layers are than attention couple", "placed"),
-            ("and more of them in their shape", "shaped"),
+            ("CA puts more objects in place than attention couple", "placed"),
+            ("CA puts more objects in place and shape than attention couple", "shaped"),
         )
     ]
     best = found.best(BIASED, "shaped")
@@ -76,18 +76,18 @@ def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
         "\n\n".join(
             [
                 (
-                    f"{count} of the collages above. *attention couple*, written here for this comparison: each layer's"
-                    " place attends to that layer's words alone, what no layer covers to the whole prompt; its noise"
-                    " map and start are the collage's own. It needs no word to be found in a prompt, and gives every"
-                    " layer a text encoding and a cross-attention of its own."
+                    f"{count} of the collages above. *attention couple*, written here for this comparison: each"
+                    " layer's area attends to that layer's words alone, and areas without a layer to the whole"
+                    " prompt; the noise map and the starting latent are those of the collage. It does not have to"
+                    " locate words in a prompt, but needs a text encoding and a cross-attention for every layer."
                 ),
-                found.table(placed="in its place", shaped="and in its shape"),
+                found.table(placed="in place", shaped="in place and shape"),
                 measurements.markdown(measurements.CLAIMS, claims),
                 measurements.grid(
                     "collage-couple",
                     [shown(number) for number in range(min(measurements.FIRST, count))],
                     ["layers", "GH+CA", "attention couple", "areas"],
-                    chosen=(shown(best), f"of {count} the first with most of our objects in shape"),
+                    chosen=(shown(best), f"of {count} samples, the first with the most objects in shape by our method"),
                 ),
             ]
         ),

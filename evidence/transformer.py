@@ -143,7 +143,7 @@ def measure_personal(number: int) -> dict[str, dict]:
 def claims_of(study: measurements.Study, claims: Sequence[tuple]) -> str:
     """A table of claims: (what, first variant, second, figure, sign)."""
     rows = [
-        measurements.claim(what, study.difference(first, second, figure), sign, "(ours)")
+        measurements.claim(what, study.difference(first, second, figure), sign, "(our claim)")
         for what, first, second, figure, sign in claims
     ]
     return measurements.markdown(measurements.CLAIMS, rows)
@@ -168,18 +168,18 @@ def of_collages(options: argparse.Namespace, samples: range) -> measurements.Sec
         samples, measure_collage, options.address
     )
     claims = (
-        ("regional prompting (CA) puts more objects where their layers are than img2img", BIASED, IMG2IMG, "placed", 1),
-        ("and more of them in their shape", BIASED, IMG2IMG, "shaped", 1),
+        ("regional prompting (CA) puts more objects in place than img2img", BIASED, IMG2IMG, "placed", 1),
+        ("regional prompting (CA) puts more objects in place and shape than img2img", BIASED, IMG2IMG, "shaped", 1),
     )
     shown = [[picture for _, picture in collages(number).values()] for number in samples[:4]]
     text = (
         f"{len(samples)} collages of the two or three objects of a scene on a grey canvas of 128x128 pixels, denoise"
-        f" {collage.FREE} everywhere; the bias is a mask on the image's rows and the text's columns of the joint"
-        " attention. Figures as on the UNet."
+        f" {collage.FREE} everywhere; the bias is a mask on the rows of the image tokens and the columns of the text"
+        " tokens in the joint attention. Columns as for the UNet."
     )
     parts = [
         text,
-        found.table(placed="in its place", shaped="and in its shape"),
+        found.table(placed="in place", shaped="in place and shape"),
         claims_of(found, claims),
         measurements.grid("transformer-collage", shown, ["layers", "GH", "GH+CA"]),
     ]
@@ -189,20 +189,33 @@ def of_collages(options: argparse.Namespace, samples: range) -> measurements.Sec
 def of_swaps(options: argparse.Namespace, samples: range) -> measurements.Section:
     found = measurements.Study("transformer-swap", options.folder, "dit").run(samples, measure_swap, options.address)
     claims = (
-        ("the right object is there more often than with the prompt alone", SWAP, ALONE, "present", 1),
-        ("and its colours are closer", SWAP, ALONE, "colour", -1),
-        ("with the shift the right object is there more often than without", SWAP, UNSHIFTED, "present", 1),
-        ("and its colours are closer", SWAP, UNSHIFTED, "colour", -1),
-        ("SALQ in the last half: the right object", LATE, LATE_UNSHIFTED, "present", 1),
-        ("and its colours", LATE, LATE_UNSHIFTED, "colour", -1),
-        ("in the first third the right object is there more often than in the last half", SWAP, LATE, "present", 1),
+        ("the right object is present more often than with the prompt alone", SWAP, ALONE, "present", 1),
+        ("the subject's colours are closer than with the prompt alone", SWAP, ALONE, "colour", -1),
+        ("with the shift, the right object is present more often", SWAP, UNSHIFTED, "present", 1),
+        ("with the shift, the subject's colours are closer", SWAP, UNSHIFTED, "colour", -1),
+        (
+            "SALQ in the last half: with the shift, the right object is present more often",
+            LATE,
+            LATE_UNSHIFTED,
+            "present",
+            1,
+        ),
+        ("SALQ in the last half: with the shift, the subject's colours are closer", LATE, LATE_UNSHIFTED, "colour", -1),
+        (
+            "with SALQ in the first third, the right object is present more often than in the last half",
+            SWAP,
+            LATE,
+            "present",
+            1,
+        ),
     )
     pairs = [Pair(number) for number in samples[:4]]
     pictures = [swaps(pair) for pair in pairs]
     text = (
-        f"{len(samples)} pairs of scenes as on the UNet, inverted over {SETTINGS[2]} steps with {ITERATIONS} iterations"
-        " each, the paper's uniform windows, SALQ in the first third of the blocks. *Shift*: the subject's keys are"
-        " turned as if it stood on the edited area, from the centre of one mask to that of the other."
+        f"{len(samples)} pairs of scenes as for the UNet, inverted over {SETTINGS[2]} steps with {ITERATIONS}"
+        " iterations each, with the paper's uniform windows and SALQ in the first third of the blocks. *Shift*: the"
+        " positions (RoPE) of the subject's keys are moved from the centre of the one mask to that of the other, as"
+        " if the subject stood on the edited area. Columns as for the UNet."
     )
     parts = [
         text,
@@ -224,10 +237,10 @@ def of_personal(options: argparse.Namespace, samples: range) -> measurements.Sec
     names = [PLAIN, BASE, BLEND, SOURCES, OURS, SHIFTED]
     claims = (
         ("step blending brings the layout closer to the base model's", BLEND, BASE, "layout", 1),
-        ("the mask keeps what is around the subject", OURS, SOURCES, "around", 1),
-        ("the whole method has more likeness than its layout", SHIFTED, BLEND, "colour", -1),
-        ("with the reference's keys shifted there is more likeness than without", SHIFTED, OURS, "colour", -1),
-        ("and the prompt is followed as well", SHIFTED, OURS, "prompt", 1),
+        ("the mask blend preserves what is around the subject", OURS, SOURCES, "around", 1),
+        ("the full method has more likeness than its layout", SHIFTED, BLEND, "colour", -1),
+        ("with the reference's keys shifted, there is more likeness", SHIFTED, OURS, "colour", -1),
+        ("with the reference's keys shifted, the prompt is followed better", SHIFTED, OURS, "prompt", 1),
     )
     shown = []
     for number in samples[:4]:
@@ -236,8 +249,8 @@ def of_personal(options: argparse.Namespace, samples: range) -> measurements.Sec
         shown.append([example.photo[0], *(pictures[name] for name in names)])
     text = (
         f"{len(samples)} prompts of the subject, another object and a place, with the transformer's own LoRA;"
-        f" {SETTINGS[2]} steps, the paper's parts of the schedule, the reference in the last half of the blocks."
-        " Figures as on the UNet."
+        f" {SETTINGS[2]} steps, with the paper's fractions of the schedule, and the reference in the last half of the"
+        " blocks. Columns as for the UNet."
     )
     parts = [
         text,

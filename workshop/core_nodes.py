@@ -46,7 +46,7 @@ SMALL = {
     "batch_size": 1,
     "steps": STEPS,
 }  # instead of a video of full size
-SAME, RUNS, ALONE = "same", "runs", "does not run by itself here"
+SAME, RUNS, ALONE = "same", "runs", "fails without ours too"
 SEPARATE = {"TorchCompileModel": "tested in tests/test_neighbours.py", "TrainLoraNode": "trains, and does not sample"}
 
 
@@ -504,27 +504,27 @@ def in_words(core: CoreNode, wiring: Callable[[CoreNode, bool], dict[str, str]],
     try:
         found = wiring(core, after)
     except NeedsMore as error:
-        return f"not wired: needs {error}"
+        return f"not connected: needs {error}"
     except Exception:  # the node without ours: it is made for another model, or wants other settings
         return ALONE
     by_outcome: dict[str, list[str]] = {}
     for title, what in found.items():
         by_outcome.setdefault(what, []).append(title)
     parts = [f"{what}: {', '.join(titles)}" if len(by_outcome) > 1 else what for what, titles in by_outcome.items()]
-    return "; ".join(parts) or "nothing to wire"
+    return "; ".join(parts) or "nothing to connect"
 
 
 HEADS = {False: "## Before our nodes", True: "## After our nodes"}
-INTRODUCTION = """# Core nodes beside Montage's
+INTRODUCTION = """# ComfyUI's own nodes with Montage's
 
-Every node of ComfyUI that gives one of these types, wired once before and once after the nodes of this pack, on the
-demo model. `python workshop/bootstrap.py montage.workshop.core_nodes` makes this table, and the tests hold it to what
-happens.
+Every core node that has one of these types as input or output, connected once before and once after the nodes of this
+pack, on the demo model. `python workshop/bootstrap.py montage.workshop.core_nodes` makes these tables, and tests check
+that they are still true.
 
-- same: a node of ours with nothing to do changes nothing (to 1e-3). runs: nothing could be compared.
-- refused: a node of ours says in a sentence what to change.
-- does not run by itself here: the core node fails on this model without ours too, being made for another.
-- not wired: it needs something that only another model or a file gives.
+- same: a Montage node at zero strength changes nothing (to 1e-3). runs: there was nothing to compare.
+- refused: the Montage node raises an error that says what to change.
+- fails without ours too: the core node does not work on this model, being made for another.
+- not connected: it needs something that only another model or a file provides.
 """
 
 
