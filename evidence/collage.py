@@ -300,7 +300,11 @@ def placing(options, count):
             ),
         )
     ]
-    shown = [[picture for _, picture in placements(number).values()] for number in range(min(4, count))]
+
+    def shown(number: int) -> list:
+        return [picture for _, picture in placements(number).values()]
+
+    best = found.best(BIASED, "shaped", over=PLAIN)
     return measurements.Section(
         "Collage Diffusion: objects in their places",
         "\n\n".join(
@@ -316,7 +320,10 @@ def placing(options, count):
                 found.table(placed="in place", shaped="in place and shape"),
                 measurements.markdown(measurements.CLAIMS, claims),
                 measurements.grid(
-                    "collage-places", shown, ["layers", "GH", "GH+CA", "w_pos alone", "w_neg alone", "areas"]
+                    "collage-places",
+                    [shown(number) for number in range(min(measurements.FIRST, count))],
+                    ["layers", "GH", "GH+CA", "w_pos alone", "w_neg alone", "areas"],
+                    chosen=(shown(best), f"of {count} samples, the first where GH+CA gains most over GH"),
                 ),
             ]
         ),

@@ -15,6 +15,7 @@ from . import measurements, perceptual
 SIZE, STEPS, CFG, FIRST = 128, 12, 3.0, 920_000
 SWAPS, LOCKS, ADDITIONS, GENERATIONS = 100, 10, 40, 40  # samples
 DILATION = 5  # pixels
+PROMPT = "neither: the prompt alone"
 OURS, NOTEBOOK, MASA = "MCA-Ctrl", "with the notebook's windows", "mutual self-attention (as MasaCtrl)"
 GIVEN = "subject, its place given"
 NEVER = (1.0, 1.0)
@@ -150,7 +151,7 @@ def swaps(pair):
         "SALQ first": pair.edited(**windows, order="SALQ first"),
         NOTEBOOK: pair.edited(),
         MASA: pair.mutual(),
-        "neither: the prompt alone": pair.decode(pair.sampled(pair.model, {"samples": pair.noise["samples"][1:]})),
+        PROMPT: pair.decode(pair.sampled(pair.model, {"samples": pair.noise["samples"][1:]})),
     }
 
 
@@ -286,7 +287,7 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     (
         "the style error is smaller than with the prompt alone",
         OURS,
-        "neither: the prompt alone",
+        PROMPT,
         "style",
         -1,
         "(DiffEdit DINOsub .510 / .633)",
@@ -294,7 +295,7 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     (
         "the subject's colours are closer than with the prompt alone",
         OURS,
-        "neither: the prompt alone",
+        PROMPT,
         "colour",
         -1,
         "(DiffEdit CLIP-Isub .755 / .779)",
@@ -302,7 +303,7 @@ CLAIMS = (  # what, first, second, figure, sign, the paper's numbers
     (
         "the right object is present more often than with the prompt alone",
         OURS,
-        "neither: the prompt alone",
+        PROMPT,
         "present",
         1,
         "",
@@ -325,8 +326,13 @@ def sections(options):
         return range(count // 10 if options.quick else count)
 
     found = measurements.Study("collaborate-swap", options.folder).run(size(SWAPS), measure_swap, options.address)
-    pairs = [Pair(number) for number in range(4)]
-    pictures = [swaps(pair) for pair in pairs]
+
+    def shown(number: int) -> list:
+        pair = Pair(number)
+        return [*pair.pictures, *swaps(pair).values()]
+
+    best = found.best(OURS, "subject", over=PROMPT)
+    pairs = [Pair(number) for number in range(measurements.FIRST)]
     yield measurements.Section(
         "MCA-Ctrl: swapping a subject",
         "\n\n".join(
@@ -362,8 +368,9 @@ def sections(options):
                 ),
                 measurements.grid(
                     "collaborate-swap",
-                    [[*pair.pictures, *row.values()] for pair, row in zip(pairs, pictures)],
-                    ["subject", "picture", *pictures[0]],
+                    [shown(number) for number in range(measurements.FIRST)],
+                    ["subject", "picture", *found.variants],
+                    chosen=(shown(best), f"of {len(found.samples)} pairs, the one where ours gains most likeness"),
                 ),
             ]
         ),

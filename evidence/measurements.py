@@ -97,19 +97,23 @@ class Study:
     def mean(self, variant, figure):
         return Interval.of(self.of(variant, figure))
 
-    def best(self, variant: str, figure: str, sign: int = 1) -> Any:
-        """The sample in which a figure is largest (sign 1) or smallest (-1), of those that are not shown anyway: the
-        first few.
+    def best(self, variant: str, figure: str, sign: int = 1, over: str = "") -> Any:
+        """The sample in which a figure, or what it gains over another variant, is largest (sign 1) or smallest (-1),
+        of those that are not shown anyway: the first few.
         """
-        known = {n: value for n, value in zip(self.samples, self.of(variant, figure)) if value is not None}
+        values = self.gains(variant, over, figure) if over else self.of(variant, figure)
+        known = {n: value for n, value in zip(self.samples, values) if value is not None}
         others = [sample for sample in list(self.samples)[FIRST:] if sample in known]
         return max(others or known, key=lambda sample: sign * known[sample])
 
-    def difference(self, variant, other, figure):
+    def gains(self, variant: str, other: str, figure: str) -> list[float | None]:
+        """Every sample's variant - other, None where one of them is missing."""
+        pairs = zip(self.of(variant, figure), self.of(other, figure))
+        return [None if a is None or b is None else a - b for a, b in pairs]
+
+    def difference(self, variant: str, other: str, figure: str) -> "Interval":
         """Interval of the paired difference variant - other, over the samples that have both."""
-        return Interval.of(
-            a - b for a, b in zip(self.of(variant, figure), self.of(other, figure)) if None not in (a, b)
-        )
+        return Interval.of(gain for gain in self.gains(variant, other, figure) if gain is not None)
 
     def table(self, **figures):
         """Markdown: a row for each variant, a column for each figure. figures: key=title."""

@@ -58,6 +58,11 @@ def test_the_sample_that_is_chosen(tmp_path):
     assert found.best("a", "x") == 6 and found.best("a", "x", -1) == 7
     few = measurements.Study("few", tmp_path).run(range(3), lambda sample: {"a": {"x": [3, None, 7][sample]}})
     assert few.best("a", "x") == 2
+    both = {"a": [0, 0, 0, 0, 3, 9, 4], "b": [0, 0, 0, 0, 3, 8, None]}
+    pairs = measurements.Study("pairs", tmp_path).run(
+        range(7), lambda sample: {name: {"x": values[sample]} for name, values in both.items()}
+    )
+    assert pairs.best("a", "x", over="b") == 5 and pairs.best("a", "x", -1, over="b") == 4
 
 
 def test_samples_outlive_the_other_models_weights(tmp_path, monkeypatch):
