@@ -82,12 +82,6 @@ def refuse_nan(node: str, **values: float) -> None:
             raise ValueError(f"{node}: {name} is NaN. Enter a number.")
 
 
-def picture_size(model: ModelPatcher, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels of the picture of a latent of `size`."""
-    scale = model.model.latent_format.spacial_downscale_ratio
-    return scale * size[0], scale * size[1]
-
-
 def connected(node: str, name: str, value: Any) -> Any:
     """A CLIP or VAE. Raises ValueError for the nothing that a loader gives where its file holds none."""
     if value is None:

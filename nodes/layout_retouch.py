@@ -25,7 +25,7 @@ from ..patching.step_blend import Stage, StepBlend
 from ..patching.streams import LATENT_KEY, Recording, Stream, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
 from ..patching.weights import Weights
-from .inputs import connected, encoded, fraction, latent_of, mask_for, mask_of, picture_size, refuse_nan
+from .inputs import connected, encoded, fraction, latent_of, mask_for, mask_of, refuse_nan
 
 CATEGORY = "montage/retouch"
 RUNNING = io.Custom("MONTAGE_RUNNING_MASK")
@@ -330,8 +330,7 @@ class AdaptiveMaskBlend(io.ComfyNode):
                     " Map to the sampler that makes it."
                 )
             found = torch.stack([list(run.maps.values())[-1][row] for run, row in streams])
-            height, width = streams[0].run.size
-            size = 8 * height, 8 * width
+            size = streams[0].run.picture_size
             segment = None if segment is None else mask_for(cls.NAME, "sam_mask", segment, size)
         if segment is not None:
             size = tuple(segment.shape[1:])
@@ -516,7 +515,7 @@ class MultiSourceSwap(io.ComfyNode):
             streams_of(f"{cls.NAME}: {name}", [latent])
             for name, latent in (("layout", layout), ("reference", reference))
         )
-        size = picture_size(model, layouts[0].run.size)
+        size = layouts[0].run.picture_size
         mask = None if mask is None else mask_for(cls.NAME, "mask", mask, size).clamp(0, 1)
         cls.check(model, layouts, references, mask, running_mask)
         known = mask if running_mask is None else running_mask

@@ -27,7 +27,7 @@ from ..patching.models import parse_sites
 from ..patching.recipe import Recipe
 from ..patching.schedule import Window
 from ..patching.streams import Stream, check_together, streams_of, with_prompt
-from .inputs import fraction, mask_for, picture_size, refuse_nan
+from .inputs import fraction, mask_for, refuse_nan
 
 # ---------------------------------------------------------------- the node
 
@@ -253,7 +253,7 @@ class CollaborativeAttention(io.ComfyNode):
             model,
             names=["the subject", "the condition"],
         )
-        size = picture_size(model, source.run.size)
+        size = source.run.picture_size
         subject_mask = cls.mask("subject_mask", subject_mask, size)
         if not subject_mask.any():
             raise ValueError(

@@ -18,7 +18,7 @@ from ..patching.models import parse_sites
 from ..patching.schedule import Window
 from ..patching.streams import Stream, check_together, streams_of
 from . import previews
-from .inputs import fraction, image_of, mask_for, mask_of, picture_size, refuse_nan
+from .inputs import fraction, image_of, mask_for, mask_of, refuse_nan
 
 Tensor = torch.Tensor
 
@@ -475,7 +475,7 @@ class CompositeAttentionInject(io.ComfyNode):
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack, model)
         check_base(cls.NAME, base, len(stack))
-        masks = mask_for(cls.NAME, "masks", masks, picture_size(model, stack[0].run.size))
+        masks = mask_for(cls.NAME, "masks", masks, stack[0].run.picture_size)
         if len(masks) != len(stack):
             raise ValueError(
                 f"{cls.NAME}: {len(masks)} masks for {len(stack)} images. Give one mask for each image, in their order."

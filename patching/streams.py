@@ -88,6 +88,12 @@ class Run:
         return height, width
 
     @property
+    def picture_size(self) -> tuple[int, int]:
+        """(height, width) of the pictures, in pixels."""
+        height, width = self.size
+        return self.weights.scale * height, self.weights.scale * width
+
+    @property
     def images(self) -> int:
         return self.noise.shape[0]
 

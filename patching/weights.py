@@ -24,6 +24,7 @@ class Weights:
         self.source, self.file = loader or (None, "")
         self.loras = internals.patches_id(model) if not model.patches else digest(model.patches)
         self.injected = digest(internals.injected_adapters(model))
+        self.scale: int = model.model.latent_format.spacial_downscale_ratio  # pixels to a side of the latent's
         self.family = type(model.model.model_config).__name__
         self.patched = len(model.patches)
         self.sampling = _sampling(model)

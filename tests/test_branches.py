@@ -155,7 +155,7 @@ def test_what_cuts_the_tokens_or_gives_another_shape_is_named():
 
     tiled = HyperTile.execute(random_model("sd15-small"), 128, 2, 0, False)
     model, latent = getattr(tiled, "args", tiled)[0], empty(size=(32, 32))
-    with pytest.raises(ValueError, match="Halved: HyperTile on this MODEL counts on .*Disconnect HyperTile"):
+    with pytest.raises(ValueError, match="Halved: HyperTile on this MODEL expects .*Disconnect HyperTile"):
         sample(split_model(model=model), latent)
     values = random_model("sd15-small").clone()
     values.set_model_attn1_replace(lambda q, k, v, extra: v, "middle", 0)

@@ -17,7 +17,7 @@ from montage.methods.collage import CollageBias
 from montage.methods.mca_ctrl import LATE, PRESETS
 from montage.methods.photomontage import CompositeAttention
 from montage.nodes.collage import CollageControl, CollageCrossAttn, CollageNoise
-from montage.nodes.layout_retouch import MultiSourceSwap, StepBlendSampler, TokenAttentionMap
+from montage.nodes.layout_retouch import AdaptiveMaskBlend, MultiSourceSwap, StepBlendSampler, TokenAttentionMap
 from montage.nodes.mca_ctrl import CollaborativeAttention
 from montage.nodes.photomontage import CompositeAttentionInject
 from montage.nodes.record import InvertImage
@@ -460,7 +460,7 @@ def test_nodes_for_unets_refuse_transformers_by_name():
     model = random_transformer("Flux.1")
     arguments = inspect.signature(LearnLayerToken.execute.__func__).parameters
     settings = dict.fromkeys(list(arguments)[1:], 1) | {"model": model, "clip": text_encoder(), "learning_rate": 0.1}
-    with pytest.raises(ValueError, match="it works on SD1.x, SD2.x and SDXL only: it trains a word"):
+    with pytest.raises(ValueError, match="it works on SD1.x, SD2.x and SDXL only: it trains an embedding"):
         LearnLayerToken.execute(**settings)
 
 
@@ -572,8 +572,12 @@ def test_a_token_map_measures_and_changes_nothing(name):
     recording = Recording()
     measuring = install(model, recording=recording, token_map=token_map)
     positive = marked(prompt(name, 1), PROMPT_TEXT)
-    made = draw(name, measuring, empty_latent(name, 2), positive=positive)["samples"]
+    mapped = draw(name, measuring, empty_latent(name, 2), positive=positive)
+    made = mapped["samples"]
     assert same(made, draw(name, model, empty_latent(name, 2))["samples"])
+    scale = model.model.latent_format.spacial_downscale_ratio  # 16 in Flux.2, 32 in Hunyuan-Image
+    mask = AdaptiveMaskBlend.execute(0.3, 0.01, "or", mapped).args[0]
+    assert mask.shape == (2, *(scale * side for side in made.shape[-2:]))
     found = recording.runs[0].maps["cat"]
     assert found.shape == (2, *family_of(model).grid(made.shape[-2:])) and found.min() == 0 and found.max() == 1
     assert not same(found[0], found[1])

@@ -602,7 +602,7 @@ def test_other_families_and_shapes(name, size):
 @pytest.mark.parametrize(
     "case, part",
     [
-        (lambda a, b: collaborate(empty(), b), "subject: latent 0 was not recorded.*InvertImage"),
+        (lambda a, b: collaborate(empty(), b), "subject: latent 0 was not recorded.*Invert Image"),
         (lambda a, b: collaborate(a, empty()), "condition: latent 0 was not recorded"),
         (lambda a, b: collaborate(record(latent=empty(2)), b), "subject is a batch of 2, and one image was expected"),
         (lambda a, b: collaborate(a, b, subject_mask=torch.zeros(2, 64, 64)), "subject_mask is a batch of 2"),
