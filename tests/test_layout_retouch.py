@@ -720,7 +720,7 @@ def test_a_running_mask(monkeypatch):
         (
             {"subject": {"steps": 3}},
             (
-                "the layout was recorded over 4 steps .* and the reference over 3 steps .* Make all of them with one"
+                "the layout was recorded over 4 steps .* and the reference over 3 steps .* Sample all of them with the same"
                 " scheduler"
             ),
         ),
