@@ -137,9 +137,7 @@ export class LayoutEditor extends NodeEditor {
   bring(layer, place) {
     if (place < 0 || place >= this.layers.length || place === this.layers.indexOf(layer)) return;
     const depths = restack(this.collage.layers, layer, place, ({ fed }) => fed.includes("depth"), layer.depths);
-    this.notice = depths
-      ? ""
-      : t("This order would need other depths, and those are set by other nodes.");
+    this.notice = depths ? "" : t("This order would need other depths, and those are set by other nodes.");
     for (const [one, depth] of depths ?? []) this.node.write(one.id, { depth });
     if (depths) this.node.commit();
     this.render();

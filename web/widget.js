@@ -25,7 +25,9 @@ export class NodeEditor {
       large: button(t("Large"), t("Use the whole window, with zoom by the wheel (F; Escape closes it)"), () =>
         this.toggleLarge(),
       ),
-      fit: button(t("Fit"), t("Reset the zoom: show the whole picture"), () => this.zoomTo({ scale: 1, left: 0, top: 0 })),
+      fit: button(t("Fit"), t("Reset the zoom: show the whole picture"), () =>
+        this.zoomTo({ scale: 1, left: 0, top: 0 }),
+      ),
     };
     this.viewTools.large.hidden = !HTMLElement.prototype.showPopover;
     // ComfyUI leaves keys alone while an input has the focus, so that Delete does not delete the node, nor Ctrl+Z undo the graph.
