@@ -33,7 +33,7 @@ def parse_document(text: str, count: int) -> tuple[int | None, list[dict[str, An
     except ValueError as error:
         raise ValueError(f"the stroke document is not JSON ({error})") from None
     if not isinstance(document, dict) or document.get("v") != 1 or not isinstance(document.get("strokes"), list):
-        raise ValueError('the stroke document is not of version 1: {"v": 1, "base": 0, "strokes": [...]} was expected')
+        raise ValueError('the stroke document is not of version 1: expected {"v": 1, "base": 0, "strokes": [...]}')
     base = document.get("base")
     if base is not None and not _is_image(base, count):
         raise ValueError(
@@ -63,7 +63,7 @@ def _check_stroke(stroke: Any, number: int, count: int) -> None:
         )
     points = stroke["p"]
     if not _is_number(stroke["r"], 0, UNIT):
-        raise ValueError(f"stroke {number} has radius {stroke['r']!r}: 0 to {UNIT} was expected")
+        raise ValueError(f"stroke {number} has radius {stroke['r']!r}: expected 0 to {UNIT}")
     if (
         not isinstance(points, list)
         or len(points) < 2
@@ -71,7 +71,7 @@ def _check_stroke(stroke: Any, number: int, count: int) -> None:
         or not all(_is_number(c, -10 * UNIT, 10 * UNIT) for c in points)
     ):
         raise ValueError(
-            f"stroke {number} has points {str(points)[:60]}: [x, y, x, y, ...] in 0 to {UNIT} was expected"
+            f"stroke {number} has points {str(points)[:60]}: expected [x, y, x, y, ...], each from 0 to {UNIT}"
         )
 
 

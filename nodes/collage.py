@@ -46,7 +46,7 @@ class CollageLayer(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="The picture of the layer. An alpha channel cuts it out (Join Image with Alpha).",
+                    tooltip="The picture of the layer. Its alpha channel cuts it out, if there is one.",
                 ),
                 io.String.Input(
                     "text",

@@ -152,8 +152,8 @@ class MontageDemoSubject(io.ComfyNode):
             category="montage",
             description=(
                 "Applies a LoRA of a personal subject (a ball with a swirl) to the demo model, and outputs a photo "
-                "of it, so that the example workflows of personal subjects run without a download. The word for it "
-                'is "sks": a sks ball on grass.'
+                "of it, so that the example workflows of personal subjects run without a download. Its trigger "
+                'word is "sks": a sks ball on grass.'
             ),
             search_aliases=["test lora", "personal subject"],
             inputs=[

@@ -65,8 +65,8 @@ class StepBlendSampler(io.ComfyNode):
                 io.Guider.Input(
                     "then",
                     tooltip=(
-                        "The guider that takes over: the personalised model with the subject's word in its prompt "
-                        "(CFG Guider)."
+                        "The guider that takes over: the personalised model with the subject's trigger word in its "
+                        "prompt (CFG Guider)."
                     ),
                 ),
                 fraction(
@@ -451,7 +451,7 @@ class MultiSourceSwap(io.ComfyNode):
                     "reference_prompt",
                     optional=True,
                     tooltip=(
-                        "Prompt for reading the reference's attention (paper: a photo of the subject's word). "
+                        "Prompt for reading the reference's attention (paper: a photo of the trigger word). "
                         "Without it, that of Invert Image, which costs half."
                     ),
                 ),

@@ -438,7 +438,7 @@ class CompositeAttentionInject(io.ComfyNode):
                     force_input=True,
                     tooltip=(
                         "The base output of Graph Cut Montage: the composite then follows the base chosen there, and"
-                        " the number above does not count."
+                        " the number above is ignored."
                     ),
                 ),
             ],

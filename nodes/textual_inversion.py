@@ -41,7 +41,7 @@ class LearnLayerToken(io.ComfyNode):
             display_name=cls.NAME,
             category=CATEGORY,
             description=(
-                "Trains a textual-inversion embedding of one layer of a collage, so that it keeps its look at a "
+                "Trains a textual-inversion embedding of one layer of a collage, so that it keeps its appearance at a "
                 "high denoise (Collage Diffusion). Saved as an ordinary embedding; cancelled runs resume."
             ),
             is_output_node=True,  # its own run button: learn without sampling
@@ -75,8 +75,8 @@ class LearnLayerToken(io.ComfyNode):
                     min=1,
                     max=100000,
                     tooltip=(
-                        "Training steps in total, including those of earlier runs (paper: 250). 1 uses what is "
-                        "there already."
+                        "Training steps in total, including those of earlier runs (paper: 250). 1 uses the "
+                        "embedding as it is."
                     ),
                 ),
                 io.Float.Input(

@@ -98,7 +98,7 @@ class Engine:
         if compiled and not self.without_compile:
             self.without_compile = True
             logging.warning(
-                "%s: torch.compile is left out of this run: compiled graphs ignore attention patches.",
+                "%s: torch.compile is skipped in this run: compiled graphs ignore attention patches.",
                 self.session.names,
             )
         result = execute(model, conds, x, timestep, self.family.hooked(options, handler))

@@ -145,8 +145,8 @@ def check_run(session: Session, recipe: Recipe, run: Run) -> None:
     if not set(context.sigmas[:-1]) <= set(run.sigmas):
         raise ValueError(
             f"{recipe.node}: its images were recorded over {in_words(run.sigmas)} and this run takes"
-            f" {in_words(context.sigmas)}. Set the sampler's steps, scheduler and denoise to those of the recording; a"
-            " detailer or second pass wants the MODEL before this node."
+            f" {in_words(context.sigmas)}. Set the sampler's steps, scheduler and denoise to those of the recording;"
+            " for a detailer or a second pass over a picture, use the MODEL before this node."
         )
     if any("hooks" in cond for group in run.conds.values() for cond in group):
         raise ValueError(
@@ -186,8 +186,8 @@ def check_size(recipe: Recipe, run: Run, size: tuple[int, int]) -> None:
     if run.size != size:
         raise ValueError(
             f"{recipe.node}: its images were recorded at {run.size[0]}x{run.size[1]} latent pixels and this run "
-            f"has {size[0]}x{size[1]}. Sample the LATENT that the node gives, or one of its size; a detailer wants the"
-            " MODEL before this node."
+            f"has {size[0]}x{size[1]}. Sample the LATENT that the node gives, or one of its size; for a detailer, use"
+            " the MODEL before this node."
         )
 
 

@@ -301,12 +301,12 @@ def check_together(
         if run.size != first.size:
             raise ValueError(
                 f"{node}: {names[0]} was recorded at {first.size[0]}x{first.size[1]} latent pixels and {name} at "
-                f"{run.size[0]}x{run.size[1]}. Make all of them at one size."
+                f"{run.size[0]}x{run.size[1]}. Sample all of them at one size."
             )
         if run.sigmas != first.sigmas:
             raise ValueError(
                 f"{node}: {names[0]} was recorded over {in_words(first.sigmas)} and {name} over {in_words(run.sigmas)}."
-                " Make all of them with one scheduler, step count and denoise."
+                " Sample all of them with the same scheduler, steps and denoise."
             )
         if weights and not run.weights.same_as(weights):
             recorded, here = run.weights.told_apart(weights)

@@ -60,7 +60,7 @@ class Token:
         rows = {}
         for name, tokens in content(clip, words).items():
             if not tokens:
-                raise ValueError("init is empty: write a word that the token begins with, a for instance.")
+                raise ValueError("init is empty: write a word to initialise the embedding from, such as a.")
             table = getattr(clip.cond_stage_model, f"clip_{name}").transformer.get_input_embeddings().weight
             values: list[Any] = [table[token.value] if is_id(token.value) else token.value for token in tokens]
             rows[name] = torch.stack([values[number % len(values)].float().cpu() for number in range(vectors)])

@@ -720,8 +720,8 @@ def test_a_running_mask(monkeypatch):
         (
             {"subject": {"steps": 3}},
             (
-                "the layout was recorded over 4 steps .* and the reference over 3 steps .* Make all of them with one"
-                " scheduler"
+                "the layout was recorded over 4 steps .* and the reference over 3 steps .* Sample all of them with"
+                " the same scheduler"
             ),
         ),
         ({"subject": {"batch": 2}}, "2 references for 1 layouts"),

@@ -44,6 +44,18 @@ def test_the_nodes_are_listed_with_a_tooltip_everywhere(server):
         assert all(node["output_tooltips"]) and len(node["output_tooltips"]) == len(node["output"]), name
 
 
+def test_node_search_is_told_what_people_type(server):
+    """The page searches the aliases that the server lists (tests/test_release.py has more words)."""
+    listed = [
+        alias.lower()
+        for node in server.call("/object_info").values()
+        if node["python_module"] == "custom_nodes.montage"
+        for alias in node["search_aliases"] or ()
+    ]
+    typed = ("inpaint", "mask from text", "style transfer", "sam", "seam", "regional prompt", "character swap")
+    assert [words for words in typed if not any(words in alias for alias in listed)] == []
+
+
 def test_the_log_has_no_complaint_about_the_pack(server):
     complaints = [
         line

@@ -26,7 +26,7 @@ export class StrokeEditor extends NodeEditor {
    *   warning(): what is wrong in the graph around the node, or "".
    */
   constructor({ colours, address, node }) {
-    super(node, t("Strokes: 0 to 9 and arrows choose an image, E erases, [ and ] size the brush"));
+    super(node, t("Strokes: 0 to 9 and arrows select an image, E erases, [ and ] change the brush size"));
     Object.assign(this, { colours, address });
     this.painting = new Painting();
     this.pictures = NO_PICTURES;
@@ -53,8 +53,8 @@ export class StrokeEditor extends NodeEditor {
   build() {
     this.images = make("div", { className: "montage-images" });
     const pen = {
-      paint: button(t("Paint"), t("Paint what to keep from the chosen image"), () => this.look({ erasing: false })),
-      erase: button(t("Erase"), t("Erase strokes of the chosen image (E)"), () => this.look({ erasing: true })),
+      paint: button(t("Paint"), t("Paint what to keep from the selected image"), () => this.look({ erasing: false })),
+      erase: button(t("Erase"), t("Erase strokes of the selected image (E)"), () => this.look({ erasing: true })),
       radius: make("input", {
         type: "range",
         title: t("Brush size ([ and ], or Alt and the wheel)"),
@@ -62,16 +62,16 @@ export class StrokeEditor extends NodeEditor {
         max: Math.log(RADIUS.most),
         step: 0.01,
       }),
-      undo: button(t("Undo"), t("Take back the last change (Ctrl+Z)"), () => this.travel("undo")),
-      redo: button(t("Redo"), t("Bring it back (Ctrl+Y)"), () => this.travel("redo")),
+      undo: button(t("Undo"), t("Undo (Ctrl+Z)"), () => this.travel("undo")),
+      redo: button(t("Redo"), t("Redo (Ctrl+Y)"), () => this.travel("redo")),
     };
     const actions = {
       base: button(t("Base"), "", () => this.edit({ base: this.view.image })),
-      clear: button(t("Clear"), t("Remove the strokes of the chosen image"), () => this.clear(this.view.image)),
+      clear: button(t("Clear"), t("Remove the strokes of the selected image"), () => this.clear(this.view.image)),
       clearAll: button(t("Clear all"), t("Remove the strokes of all images"), () => this.clearAll()),
     };
     const views = {
-      image: button(t("Image"), t("Show the chosen image"), () => this.look({ shown: "image" })),
+      image: button(t("Image"), t("Show the selected image"), () => this.look({ shown: "image" })),
       regions: button(t("Regions"), t("Show which image each region comes from"), () =>
         this.look({ shown: "regions" }),
       ),
@@ -355,7 +355,7 @@ export class StrokeEditor extends NodeEditor {
       fed || painting.error !== null || view.image >= this.pictures.names.length || view.image === painting.base;
     tools.base.title = fed
       ? t("The base comes from another node")
-      : t("Make the chosen image the base: its prompt, noise and composition carry the result");
+      : t("Make the selected image the base: the result takes its prompt, noise and composition");
     tools.regions.disabled = !this.pictures.regions && !this.pictures.cut;
     tools.result.disabled = !this.pictures.cut && !this.result;
     for (const shown of ["image", "regions", "result"]) tools[shown].ariaPressed = view.shown === shown;
@@ -392,13 +392,13 @@ export class StrokeEditor extends NodeEditor {
           })
         : overlaps
           ? t(
-              "Images {pairs} are both painted where it is hatched. Erase one of them there: a pixel is kept from one image only.",
+              "Images {pairs} are both painted in the hatched area. Erase one of them there: a pixel can be kept from one image only.",
               { pairs: overlaps },
             )
           : painted && painting.paintedOn.names.length && pictures.names.length && others
             ? t("The images have changed since these strokes were painted.")
             : painting.text().length > LONG_TEXT
-              ? t("The strokes take {size} KB of the workflow. Fewer strokes keep it quick.", {
+              ? t("The strokes take {size} KB of the workflow. Fewer strokes keep it fast.", {
                   size: Math.round(painting.text().length / 1000),
                 })
               : this.warnOfTheUnpainted() || this.node.warning();

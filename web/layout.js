@@ -42,7 +42,7 @@ export class LayoutEditor extends NodeEditor {
    *   addPictures(files, [x, y]): as layers, the first with its centre there, in fractions of the canvas.
    */
   constructor({ address, node }) {
-    super(node, t("Layout: Tab chooses a layer, arrows move it, [ and ] send it back and bring it forward"));
+    super(node, t("Layout: Tab selects a layer, arrows move it, [ and ] send it back and bring it forward"));
     this.address = address;
     this.margin = MARGIN_OF_CANVAS;
     this.view = { layer: null };
@@ -60,17 +60,17 @@ export class LayoutEditor extends NodeEditor {
   build() {
     this.list = make("div", { className: "montage-layers", role: "listbox", ariaLabel: t("Layers, front to back") });
     this.tools = {
-      forward: button(t("Forward"), t("Bring the chosen layer one step to the front (])"), () => this.step(1)),
-      back: button(t("Back"), t("Send the chosen layer one step to the back ([)"), () => this.step(-1)),
-      reset: button(t("Reset"), t("Put the chosen layer back to where a new one lies, upright (double-click)"), () =>
+      forward: button(t("Forward"), t("Bring the selected layer one step forward (])"), () => this.step(1)),
+      back: button(t("Back"), t("Send the selected layer one step back ([)"), () => this.step(-1)),
+      reset: button(t("Reset"), t("Reset the selected layer to the place of a new one, upright (double-click)"), () =>
         this.reset(),
       ),
       add: button(t("Add"), t("Add a picture as a layer; or drop pictures onto the canvas"), () => this.files.click()),
-      duplicate: button(t("Duplicate"), t("Add a copy of the chosen layer (D)"), () => this.duplicate()),
-      flip: button(t("Flip"), t("Mirror the chosen layer, left to right (M)"), () => this.flip()),
-      remove: button(t("Delete"), t("Remove the chosen layer and its node (Delete)"), () => this.remove()),
-      undo: button(t("Undo"), t("Take back the last change of the graph (Ctrl+Z)"), () => this.travel("undo")),
-      redo: button(t("Redo"), t("Bring it back (Ctrl+Y)"), () => this.travel("redo")),
+      duplicate: button(t("Duplicate"), t("Add a copy of the selected layer (D)"), () => this.duplicate()),
+      flip: button(t("Flip"), t("Mirror the selected layer, left to right (M)"), () => this.flip()),
+      remove: button(t("Delete"), t("Delete the selected layer and its node (Delete)"), () => this.remove()),
+      undo: button(t("Undo"), t("Undo the last change of the graph (Ctrl+Z)"), () => this.travel("undo")),
+      redo: button(t("Redo"), t("Redo (Ctrl+Y)"), () => this.travel("redo")),
       ...this.viewTools,
     };
     this.files = make("input", { type: "file", accept: "image/*", multiple: true, hidden: true });
@@ -137,9 +137,7 @@ export class LayoutEditor extends NodeEditor {
   bring(layer, place) {
     if (place < 0 || place >= this.layers.length || place === this.layers.indexOf(layer)) return;
     const depths = restack(this.collage.layers, layer, place, ({ fed }) => fed.includes("depth"), layer.depths);
-    this.notice = depths
-      ? ""
-      : t("This order would need depths that come from other nodes, and they stay as they are.");
+    this.notice = depths ? "" : t("This order would need other depths, and those are set by other nodes.");
     for (const [one, depth] of depths ?? []) this.node.write(one.id, { depth });
     if (depths) this.node.commit();
     this.render();
@@ -493,13 +491,13 @@ export class LayoutEditor extends NodeEditor {
     this.status.classList.toggle("warning", warning !== "");
     this.status.textContent =
       warning ||
-      (chosen ? described(chosen) : this.layers.length ? t("Choose a layer to move, scale or turn it.") : "");
+      (chosen ? described(chosen) : this.layers.length ? t("Select a layer to move, scale or rotate it.") : "");
   }
 
   warnOfLayers() {
     const nameOf = ({ id, text }) => t("“{text}” (node {id})", { text, id });
     const off = this.layers.filter((layer) => isOffCanvas(layer, this.collage));
-    if (off.length) return t("Off the canvas, and not seen: {layers}.", { layers: off.map(nameOf).join(", ") });
+    if (off.length) return t("Outside the canvas, so not visible: {layers}.", { layers: off.map(nameOf).join(", ") });
     const bare = this.layers.filter((layer) => layer.isUncut);
     return bare.length
       ? t("The picture of {layers} has transparent parts: connect Load Image's MASK to cut it out.", {
@@ -541,7 +539,7 @@ export class LayoutEditor extends NodeEditor {
 function described({ values: { x, y, scale, rotation, depth }, fed }) {
   const numbers = t("x {x}, y {y}, scale {scale}, {rotation}°, depth {depth}.", { x, y, scale, rotation, depth });
   return fed.length
-    ? `${numbers} ${t("From other nodes, and moved there only: {names}.", { names: fed.join(", ") })}`
+    ? `${numbers} ${t("Set by other nodes, so it can only be changed there: {names}.", { names: fed.join(", ") })}`
     : numbers;
 }
 

@@ -22,10 +22,12 @@ export class NodeEditor {
     this.margin = 0; // CSS pixels around the picture on its stage
     this.spaceHeld = false;
     this.viewTools = {
-      large: button(t("Large"), t("Use the whole window, with zoom by the wheel (F; Escape ends it)"), () =>
+      large: button(t("Large"), t("Use the whole window, with zoom by the wheel (F; Escape closes it)"), () =>
         this.toggleLarge(),
       ),
-      fit: button(t("Fit"), t("Show all of the picture again"), () => this.zoomTo({ scale: 1, left: 0, top: 0 })),
+      fit: button(t("Fit"), t("Reset the zoom: show the whole picture"), () =>
+        this.zoomTo({ scale: 1, left: 0, top: 0 }),
+      ),
     };
     this.viewTools.large.hidden = !HTMLElement.prototype.showPopover;
     // ComfyUI leaves keys alone while an input has the focus, so that Delete does not delete the node, nor Ctrl+Z undo the graph.
