@@ -28,7 +28,7 @@ from montage.patching.engine import Engine
 from montage.patching.install import install
 from montage.patching.internals import KEY
 from montage.patching.models import Site, family_of, parse_sites, sites_of
-from montage.patching.models.dit import _say_that_masks_are_plain
+from montage.patching.models.masks import say_left_out
 from montage.patching.run_masks import part_of_schedule, scaled
 from montage.patching.schedule import Window
 from montage.patching.streams import LATENT_KEY, Recording
@@ -530,7 +530,7 @@ def test_the_bias_is_a_mask_on_image_rows_and_text_columns(name):
 @pytest.mark.parametrize("name", ["Flux.1", "Cosmos-Predict2"])
 def test_who_knows_no_masks_is_left_out_where_one_is_needed(name, caplog):
     """As SageAttention's kernels, which leave a mask out without a word: the bias acts all the same. Said once."""
-    _say_that_masks_are_plain.cache_clear()
+    say_left_out.cache_clear()
     masked = []
 
     def heedless(func, q, k, v, heads, mask=None, *args, **kwargs):
@@ -549,14 +549,14 @@ def test_who_knows_no_masks_is_left_out_where_one_is_needed(name, caplog):
 
 
 def test_flash_attention_is_left_out_where_a_mask_is_needed(caplog, monkeypatch):
-    _say_that_masks_are_plain.cache_clear()
+    say_left_out.cache_clear()
     called = []
 
     def flash(q, k, v, heads, mask=None, *args, **kwargs):
         called.append(mask)
         return attention_pytorch(q, k, v, heads, mask, *args, **kwargs)
 
-    monkeypatch.setattr("montage.patching.models.dit._FLASH", flash)
+    monkeypatch.setattr("montage.patching.models.masks._FLASH", flash)
     monkeypatch.setattr("comfy.ldm.flux.math.optimized_attention", wrap_attn(flash))
     model, carrying = biased("Flux.1", random_transformer("Flux.1"), prompt("Flux.1", 1))
     with caplog.at_level(logging.INFO):
