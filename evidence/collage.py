@@ -183,16 +183,17 @@ def judge():
     return detector.load()
 
 
-def noise_levels(number):
+def noise_levels(number: int, kind: type[Example] = Example) -> dict[str, dict]:
     """One layer's noise from 0 up, while the other's stays: how far it is from its input."""
     return {
-        f"denoise {level}": distance(Example(number, 2), *variant) for level, variant in zip(LEVELS, levels(number))
+        f"denoise {level}": distance(kind(number, 2), *variant) for level, variant in zip(LEVELS, levels(number, kind))
     }
 
 
 @functools.cache
-def levels(number):
-    example, variants = Example(number, 2), []
+def levels(number: int, kind: type[Example] = Example) -> list[tuple]:
+    """(Collage, composite, latent, picture) at each of LEVELS."""
+    example, variants = kind(number, 2), []
     for level in LEVELS:
         collage, image = example.collage((level, FREE))
         variants.append((collage, image, *example.sampled(collage, image)))
@@ -332,6 +333,11 @@ def placing(options, count):
 
 def trading(options, count):
     found = measurements.Study("collage-noise", options.folder).run(range(count), noise_levels, options.address)
+    return measurements.Section("Collage Diffusion: denoise per layer", traded(found, "collage-noise", Example))
+
+
+def traded(found: measurements.Study, name: str, kind: type[Example]) -> str:
+    """What noise_levels() found, with a grid of pictures of that name."""
     names = [f"denoise {level}" for level in LEVELS]
     claims = [
         measurements.claim(
@@ -342,22 +348,19 @@ def trading(options, count):
         )
         for low, high in zip(names, names[1:])
     ]
-    shown = [[levels(number)[0][1][0], *(picture for *_, picture in levels(number))] for number in range(min(3, count))]
-    return measurements.Section(
-        "Collage Diffusion: denoise per layer",
-        "\n\n".join(
-            [
-                (
-                    f"{count} collages of two layers: the denoise of the first is raised while everything else stays"
-                    f" at {FREE}. *error*: RMS error of its pixels against the input (at 0, the autoencoder's own);"
-                    " *change where locked*: the largest change of the latent where the noise map is 0, which must"
-                    " be none."
-                ),
-                found.table(error="error", locked="change where locked"),
-                measurements.markdown(measurements.CLAIMS, claims),
-                measurements.grid("collage-noise", shown, ["layers", *names]),
-            ]
-        ),
+    variants = [levels(number, kind) for number in list(found.samples)[:3]]
+    shown = [[variant[0][1][0], *(picture for *_, picture in variant)] for variant in variants]
+    return "\n\n".join(
+        [
+            (
+                f"{len(found.samples)} collages of two layers: the denoise of the first is raised while everything else"
+                f" stays at {FREE}. *error*: RMS error of its pixels against the input (at 0, the autoencoder's own);"
+                " *change where locked*: the largest change of the latent where the noise map is 0, which must be none."
+            ),
+            found.table(error="error", locked="change where locked"),
+            measurements.markdown(measurements.CLAIMS, claims),
+            measurements.grid(name, shown, ["layers", *names]),
+        ]
     )
 
 

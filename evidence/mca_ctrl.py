@@ -18,6 +18,7 @@ DILATION = 5  # pixels
 PROMPT = "neither: the prompt alone"
 OURS, NOTEBOOK, MASA = "MCA-Ctrl", "with the notebook's windows", "mutual self-attention (as MasaCtrl)"
 GIVEN = "subject, its place given"
+INVERTED, FRESH = "the picture's noise (paper)", "fresh noise"
 NEVER = (1.0, 1.0)
 UNIFORM = PRESETS["paper swap"]  # "Uniform", of which the paper's ablation is
 
@@ -192,18 +193,18 @@ def measure_swap(number):
     return found
 
 
-def measure_addition(number):
+def measure_addition(number: int, kind: type[Apart] = Apart) -> dict[str, dict]:
     """The subject in an empty place, which is its own in its picture."""
-    pair, reading = Apart(number), detector.load()
+    pair, reading = kind(number), detector.load()
     found = {}
-    for name, fresh in (("the picture's noise (paper)", False), ("fresh noise", True)):
+    for name, fresh in ((INVERTED, False), (FRESH, True)):
         picture = pair.edited(mask=pair.subject_mask, lock=True, fresh=fresh)
         found[name] = likeness(pair, picture, metrics.look(reading, picture)[2], pair.subject_mask)
     return found
 
 
-def measure_generation(number):
-    pair, reading = Pair(number), detector.load()
+def measure_generation(number: int, kind: type[Pair] = Pair) -> dict[str, dict]:
+    pair, reading = kind(number), detector.load()
     return {
         name: likeness(pair, picture, metrics.look(reading, picture)[2], torch.ones(SIZE, SIZE))
         for name, picture in generations(pair).items()
@@ -332,7 +333,6 @@ def sections(options):
         return [*pair.pictures, *swaps(pair).values()]
 
     best = found.best(OURS, "subject", over=PROMPT)
-    pairs = [Pair(number) for number in range(measurements.FIRST)]
     yield measurements.Section(
         "MCA-Ctrl: swapping a subject",
         "\n\n".join(
@@ -406,18 +406,7 @@ def sections(options):
                     " empty place; *fresh noise*, which the paper does not have, starts the edited area from the"
                     " sampler's own noise. Columns as above."
                 ),
-                found.table(**FIGURES),
-                measurements.markdown(
-                    measurements.CLAIMS,
-                    [
-                        measurements.claim(
-                            "with fresh noise, the right object is present more often",
-                            found.difference("fresh noise", "the picture's noise (paper)", "present"),
-                            1,
-                            "(our claim)",
-                        )
-                    ],
-                ),
+                added(found),
             ]
         ),
     )
@@ -438,43 +427,57 @@ def sections(options):
                     " larger and rounder than most objects here (third row of the pictures). Its own place is often"
                     " not where the words act: there, the method changes less."
                 ),
-                found.table(**{name: FIGURES[name] for name in ("present", "style", "subject")}),
-                measurements.markdown(
-                    measurements.CLAIMS,
-                    [
-                        measurements.claim(
-                            what, found.difference(f"subject, {form} map", "the prompt alone", figure), sign, paper
-                        )
-                        for form in ("soft", "hard")
-                        for what, figure, sign, paper in (
-                            (
-                                f"{form} map: the style error is smaller than with the prompt alone",
-                                "style",
-                                -1,
-                                "DINO .661 (IP-Adapter .650)",
-                            ),
-                            (
-                                f"{form} map: the right object is still present",
-                                "present",
-                                1,
-                                "CLIP-T .302 (IP-Adapter .265)",
-                            ),
-                        )
-                    ]
-                    + [
-                        measurements.claim(
-                            "the right object is present more often with its place given than with the soft map",
-                            found.difference(GIVEN, "subject, soft map", "present"),
-                            1,
-                            "(our claim)",
-                        )
-                    ],
-                ),
-                measurements.grid(
-                    "collaborate-generation",
-                    [[pair.pictures[0], *generations(pair).values()] for pair in pairs],
-                    ["subject", "the prompt alone", "soft", "hard", "place given"],
-                ),
+                generated(found, "collaborate-generation", Pair),
             ]
         ),
+    )
+
+
+def added(found: measurements.Study) -> str:
+    """What measure_addition() found."""
+    claim = measurements.claim(
+        "with fresh noise, the right object is present more often",
+        found.difference(FRESH, INVERTED, "present"),
+        1,
+        "(our claim)",
+    )
+    return "\n\n".join([found.table(**FIGURES), measurements.markdown(measurements.CLAIMS, [claim])])
+
+
+def generated(found: measurements.Study, name: str, kind: type[Pair]) -> str:
+    """What measure_generation() found, with a grid of pictures of that name."""
+    claims = [
+        measurements.claim(
+            f"{form} map: {what}", found.difference(f"subject, {form} map", "the prompt alone", figure), sign, paper
+        )
+        for form in ("soft", "hard")
+        for what, figure, sign, paper in (
+            (
+                "the style error is smaller than with the prompt alone",
+                "style",
+                -1,
+                "DINO .661 (IP-Adapter .650)",
+            ),
+            ("the right object is still present", "present", 1, "CLIP-T .302 (IP-Adapter .265)"),
+        )
+    ]
+    claims.append(
+        measurements.claim(
+            "the right object is present more often with its place given than with the soft map",
+            found.difference(GIVEN, "subject, soft map", "present"),
+            1,
+            "(our claim)",
+        )
+    )
+    pairs = [kind(number) for number in list(found.samples)[:4]]
+    return "\n\n".join(
+        [
+            found.table(**{figure: FIGURES[figure] for figure in ("present", "style", "subject")}),
+            measurements.markdown(measurements.CLAIMS, claims),
+            measurements.grid(
+                name,
+                [[pair.pictures[0], *generations(pair).values()] for pair in pairs],
+                ["subject", "the prompt alone", "soft", "hard", "place given"],
+            ),
+        ]
     )

@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrappersMP
 from montage.kernels import token_bias as kernel
 from montage.nodes.collage import CollageCrossAttn, owned_tokens
 from montage.patching.models import TextAttention, sites_of
+from montage.patching.models.masks import say_left_out
 from montage.workshop.collages import BLUE, RED, THINGS, canvas, layer, plain
 from montage.workshop.random_models import demo_model, random_model, text_encoder
 from montage.workshop.sampling import (
@@ -334,6 +335,54 @@ def test_every_attention_of_comfyui(clip, backend, monkeypatch, caplog):
     monkeypatch.setattr(attention, "optimized_attention_masked", getattr(attention, backend))
     close(run(clip), expected)
     assert not [r for r in caplog.records if "Flash" in r.message]
+
+
+def overridden(model, override):
+    """As SageAttention nodes patch a MODEL."""
+    model = model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    return model
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_who_knows_no_masks_is_left_out_where_one_is_needed(clip, adapter, caplog):
+    """As on transformers: the bias acts all the same, said once; every other attention is still the override's. With
+    an adapter in the attn2 slots too.
+    """
+    say_left_out.cache_clear()
+    masked = []
+
+    def heedless(func, q, k, v, heads, mask=None, **kwargs):
+        masked.append(mask is not None)
+        return func(q, k, v, heads, None, **kwargs)
+
+    def adapted(q, k, v, extra):
+        return attention.optimized_attention(q, k, v, extra["n_heads"], transformer_options=extra) + 0.1 * q
+
+    model = random_model("sd15-small").clone()
+    if adapter:
+        for site in sites_of(model):
+            model.set_model_attn2_replace(adapted, site.block, site.number, site.index)
+    wanted = run(clip, model=model)
+    with caplog.at_level(logging.INFO):
+        made = run(clip, model=overridden(model, heedless))
+    close(made, wanted)
+    assert (made - unbiased(clip, model=model)).abs().max() > 0.01
+    said = [r.message for r in caplog.records if "supports no attention masks" in r.message]
+    assert len(said) == 1 and said[0].startswith("Montage: another node's attention")
+    assert masked.count(True) == 1 and masked.count(False) > len(sites_of(model))
+
+
+def test_an_override_that_heeds_masks_computes_every_attention(clip):
+    masks = []
+
+    def heeding(func, q, k, v, heads, mask=None, **kwargs):
+        masks.append(mask)
+        return func(q, k, v, heads, mask, **kwargs)
+
+    model = random_model("sd15-small")
+    close(run(clip, model=overridden(model, heeding)), run(clip))
+    assert sum(mask is not None for mask in masks) >= len(sites_of(model))
 
 
 def test_another_conditioning_is_not_touched(clip):

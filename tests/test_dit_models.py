@@ -28,7 +28,7 @@ from montage.patching.engine import Engine
 from montage.patching.install import install
 from montage.patching.internals import KEY
 from montage.patching.models import Site, family_of, parse_sites, sites_of
-from montage.patching.models.dit import _say_that_masks_are_plain
+from montage.patching.models.masks import say_left_out
 from montage.patching.run_masks import part_of_schedule, scaled
 from montage.patching.schedule import Window
 from montage.patching.streams import LATENT_KEY, Recording
@@ -530,7 +530,7 @@ def test_the_bias_is_a_mask_on_image_rows_and_text_columns(name):
 @pytest.mark.parametrize("name", ["Flux.1", "Cosmos-Predict2"])
 def test_who_knows_no_masks_is_left_out_where_one_is_needed(name, caplog):
     """As SageAttention's kernels, which leave a mask out without a word: the bias acts all the same. Said once."""
-    _say_that_masks_are_plain.cache_clear()
+    say_left_out.cache_clear()
     masked = []
 
     def heedless(func, q, k, v, heads, mask=None, *args, **kwargs):
@@ -549,14 +549,14 @@ def test_who_knows_no_masks_is_left_out_where_one_is_needed(name, caplog):
 
 
 def test_flash_attention_is_left_out_where_a_mask_is_needed(caplog, monkeypatch):
-    _say_that_masks_are_plain.cache_clear()
+    say_left_out.cache_clear()
     called = []
 
     def flash(q, k, v, heads, mask=None, *args, **kwargs):
         called.append(mask)
         return attention_pytorch(q, k, v, heads, mask, *args, **kwargs)
 
-    monkeypatch.setattr("montage.patching.models.dit._FLASH", flash)
+    monkeypatch.setattr("montage.patching.models.masks._FLASH", flash)
     monkeypatch.setattr("comfy.ldm.flux.math.optimized_attention", wrap_attn(flash))
     model, carrying = biased("Flux.1", random_transformer("Flux.1"), prompt("Flux.1", 1))
     with caplog.at_level(logging.INFO):
@@ -884,3 +884,76 @@ def test_words_say_where_the_subject_goes():
     assert made.isfinite().all()
     plain_run = draw("Flux.1", random_transformer("Flux.1"), latent, 4, positive, steps=4)["samples"]
     assert (made - plain_run).abs().max() > 1e-2
+
+
+# ---------------------------------------------------------------- reference images in the conditioning
+
+
+def edited_by_reference(name):
+    """A positive prompt with a reference image, as Kontext's and Qwen-Image Edit's nodes make it."""
+    reference = torch.randn(1, *TRANSFORMERS[name].latent, generator=torch.Generator().manual_seed(5))
+    return prompt(name, 1, reference_latents=[reference])
+
+
+def seen_first(name, seen):
+    """A MODEL whose attentions of the first block and step are written into a list: (queries, mask, K, V). Their rows:
+    20 of the text, 24 of the picture, 24 of the reference image.
+    """
+
+    def occupant(func, q, k, v, heads, mask=None, *args, **kwargs):
+        options = kwargs["transformer_options"]
+        is_first = options["block_index"] == 0 and options.get("block_type", "double") == "double"
+        if is_first and options["sigmas"][0] == options["sample_sigmas"][0]:
+            seen.append((q.shape[-2], mask, k, v))
+        return func(q, k, v, heads, mask, *args, **kwargs)
+
+    model = random_transformer(name).clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = occupant
+    return model
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize("name", ["Flux.1", "Qwen-Image"])
+@pytest.mark.parametrize("method", ["photomontage", "subject swap", "personal subject"])
+def test_every_method_leaves_a_reference_images_rows_alone(name, method, is_exact, monkeypatch):
+    """What is composed attends to the reference image's own rows, of a target and its streams with one prompt."""
+    monkeypatch.setattr(Engine, "exact", is_exact)
+    positive, plain, of_a, of_b, seen = edited_by_reference(name), [], [], [], []
+    without = draw(name, seen_first(name, plain), empty_latent(name), 3, positive, cfg=1.0)["samples"]
+    a = recorded(name, 1, seen_first(name, of_a), positive=positive, cfg=1.0)
+    b = recorded(name, 2, seen_first(name, of_b), positive=positive, cfg=1.0)
+    fed = of_b[0][2][..., 20:44, :]  # K of the picture, where all of it is b's
+    model, left = seen_first(name, seen), torch.zeros(1, 64)
+    left[:, :32] = 1
+    if method == "photomontage":
+        model, latent = inject([a, b], masks_of(labels(name), 2), 0, model)
+        fed = torch.where(labels(name, (6, 4)).bool().flatten()[:, None], fed, of_a[0][2][..., 20:44, :])
+    elif method == "subject swap":
+        model, latent = collaborate(name, a, b, left, model)
+    else:
+        model, latent = swapped(
+            name, a, b, model, layout_end=0.0, mask_start=0.0, sites="all", mask=left.expand(1, 96, 64)
+        )
+    made = draw(name, model, latent, 3, positive, cfg=1.0)["samples"]
+    assert made.isfinite().all() and (made - without).abs().max() > 1e-2
+    assert len(seen) >= (1 if method == "photomontage" else 3)  # of the two terms and the other rows
+    for own, reference in ((own, plain[0][number]) for call in seen for number, own in enumerate(call) if number > 1):
+        for image in own:
+            close(image[None, ..., -24:, :], reference[..., -24:, :], 1e-5)
+    if is_exact and method != "subject swap":  # else others' calls are among them, or a part of the rows is fed
+        whole = [k[..., 20:44, :] for _, _, k, _ in seen if k.shape[-2] == 68]
+        assert any(torch.allclose(k, fed, atol=1e-5) for k in whole)
+
+
+@pytest.mark.parametrize("name", ["Flux.1", "Qwen-Image"])
+def test_nothing_is_added_to_what_a_reference_image_looks_for(name):
+    """The collage's bias is on the picture's rows, not on those of a reference image."""
+    seen = []
+    model, positive = biased(name, seen_first(name, seen), edited_by_reference(name))
+    made = draw(name, model, empty_latent(name), positive=positive, cfg=1.0)["samples"]
+    without = draw(name, random_transformer(name), empty_latent(name), positive=positive, cfg=1.0)["samples"]
+    assert (made - without).abs().max() > 1e-3
+    rows, mask, *_ = seen[0]
+    assert rows == 20 + 24 + 24
+    assert mask[0, 0].abs().sum(1).nonzero()[:, 0].tolist() == list(range(20, 20 + 24))
+    assert mask[0, 0].abs().sum(0).nonzero()[:, 0].tolist() == list(TOKENS)

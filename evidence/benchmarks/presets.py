@@ -1,10 +1,12 @@
 """Which blocks and steps of the demo transformer the subject is best read in: the choice of the nodes' presets.
 
-python dev.py benchmark presets [--samples 12] [--method swap]
+python dev.py benchmark presets --method swap retouch                            chooses, on the first scenes
+python dev.py benchmark presets --method swap --first 100 --sites "last half"    confirms, on others
 
-For each setting of Collaborative Attention the share of swaps in which the right object stands in the edited area, its
-colour distance, and the background's PSNR; for each of Multi Source Swap the subject's colour distance to its photo,
-and how well the prompt is followed.
+For each part of the blocks that reads the subject: by Collaborative Attention (swap) the share of swaps in which the
+right object stands in the edited area, its colour distance, and the background's PSNR; by Multi Source Swap (retouch)
+the subject's colour distance to its photo, how well the prompt is followed, and what stays around the subject. windows:
+the first in other parts of the schedule. Below each table: paired differences with what the node does by default.
 """
 
 import argparse
@@ -12,61 +14,54 @@ import itertools
 
 from torch import inference_mode
 
-from ...demo import detector
-from ...nodes.layout_retouch import AdaptiveMaskBlend
-from .. import layout_retouch, measurements
-from ..transformer import Pair, Personal, likeness
+from ...patching.models.dit import PRESETS
+from .. import mca_ctrl, measurements
+from ..transformer import BLOCKS, Pair, likeness
 
-SITES = ("all", "first third", "first half", "last half", "middle half", "single")
 SAGI = (0.0, 0.1, 0.2, 0.4)  # where SAGI ends and SALQ begins, of the schedule
 SALQ = (0.96, 0.6)  # where SALQ ends
-BEST = "first third"  # in which the windows are tried
-MEASURED = {"present": "right object", "colour": "colour distance", "psnr": "background"}
 
 
-def swaps(number: int) -> dict[str, dict]:
-    """{setting: figures} of one pair: SALQ in each part of the blocks, and in one part in each window."""
+def window(sagi: float, salq: float) -> str:
+    return f"SAGI to {sagi:g}, SALQ to {salq:g}"
+
+
+def windows(number: int) -> dict[str, dict]:
+    """{window: figures} of one pair: SALQ in the node's own part of the blocks."""
     pair, found = Pair(number), {}
-    settings = [(sites, 0.1, 0.96) for sites in SITES]
-    settings += [(BEST, sagi, salq) for sagi, salq in itertools.product(SAGI, SALQ)]
-    for sites, sagi, salq in dict.fromkeys(settings):
-        picture = pair.edited(sagi=(0.0, sagi), salq=(sagi, salq), sites=sites)
-        found[f"SALQ in {sites}, SAGI to {sagi:g}, SALQ to {salq:g}"] = likeness(pair, picture)
+    for sagi, salq in itertools.product(SAGI, SALQ):
+        found[window(sagi, salq)] = likeness(pair, pair.edited(sagi=(0.0, sagi), salq=(sagi, salq)))
     return found
 
 
-def retouches(number: int) -> dict[str, dict]:
-    """{setting: figures} of one prompt: the blocks that read the reference, after 0.1 and 0.2 of the schedule."""
-    example, judge, found = Personal(number), detector.load(), {}
-    plain, layout, reference = example.blended(1.0), example.blended(0.1), example.reference()
-    mask = AdaptiveMaskBlend.execute(layout_retouch.LEAST, 0.01, "cross", layout).args[0]
-    given = {"mask": mask, "reference_mask": example.inside[None].float()}
-    shown = {"its layout": layout}
-    for sites, end in itertools.product(SITES, (0.1, 0.2)):
-        shown[f"reference in {sites}, layout to {end:g}"] = example.retouched(
-            layout, reference, layout_end=end, sites=sites, **given
-        )
-    for name, latent in shown.items():
-        found[name] = layout_retouch.figures(
-            example, judge, example.decode(latent), example.decode(plain), example.decode(layout), mask[0]
-        )
-    return found
+def report(study: measurements.Study, default: str, figures: dict[str, str]) -> str:
+    """The table of all variants, and one of what each has more than the default, by sample, with 95 % intervals."""
+    rows = [
+        [name, *(str(study.difference(name, default, figure)) for figure in figures)]
+        for name in study.variants
+        if name != default
+    ]
+    differences = measurements.markdown([f"minus {default}", *figures.values()], rows)
+    return f"{study.table(**figures)}\n\n{differences}\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=12)
-    parser.add_argument("--method", choices=["swap", "retouch"], nargs="+", default=["swap", "retouch"])
+    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--first", type=int, default=0, help="number of the first scene")
+    parser.add_argument("--method", choices=[*BLOCKS, "windows"], nargs="+", default=list(BLOCKS))
+    parser.add_argument("--sites", nargs="+", default=PRESETS, help="parts of the blocks to compare with the default")
     parser.add_argument("--folder", default=measurements.ROOT / "output" / "evidence")
     options = parser.parse_args()
-    if "swap" in options.method:
-        study = measurements.Study("transformer-presets-swap", options.folder, "dit").run(range(options.samples), swaps)
-        print(study.table(**MEASURED))
-    if "retouch" in options.method:
-        study = measurements.Study("transformer-presets-retouch", options.folder, "dit").run(
-            range(options.samples), retouches
-        )
-        print(study.table(colour="colour distance", prompt="prompt", around="PSNR around the subject"))
+    samples = range(options.first, options.first + options.samples)
+    for method in options.method:
+        if method == "windows":
+            study = measurements.Study("transformer-presets-windows", options.folder, "dit").run(samples, windows)
+            default, figures = window(mca_ctrl.UNIFORM.sagi[1], mca_ctrl.UNIFORM.salq[1]), BLOCKS["swap"].figures
+        else:
+            study = BLOCKS[method].study(options.sites, samples, options.folder)
+            default, figures = BLOCKS[method].default, BLOCKS[method].figures
+        print(f"{method}, scenes {samples[0]} to {samples[-1]}\n\n{report(study, default, figures)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..terms import PackedAttention, TargetRows
+from .masks import MaskCheck
 
 
 class Site(NamedTuple):
@@ -139,6 +140,7 @@ class ModelFamily(ABC):
 
     def __init__(self, model: ModelPatcher, network: torch.nn.Module) -> None:
         self.model, self.network = model, network
+        self.masks = MaskCheck()
 
     @classmethod
     @abstractmethod

@@ -10,20 +10,19 @@ The override is a single slot, and another pack (SageAttention nodes) may hold i
 """
 
 import functools
-import logging
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import comfy.ldm.modules.attention as attention
 import comfy.model_base
 import torch
 
 from .. import internals
 from ..terms import EVERY, TargetRows
 from .base import ModelFamily, SelfAttention, SelfAttentionRows, Site, SiteHandler, TextAttention, TextBias
+from .masks import knows_masks, with_pytorch
 from .positions import Positions, of_axes, of_halves
 
 Tensor = torch.Tensor
@@ -121,7 +120,6 @@ class DiT(ModelFamily):
     """
 
     lockstep = True
-    is_heedless: bool | None = None  # whether who holds the slot leaves masks out; None: not known yet
 
     @classmethod
     def owns(cls, network: torch.nn.Module) -> bool:
@@ -233,25 +231,6 @@ class DiT(ModelFamily):
         height, width = latent_size
         return math.ceil(height / patch), math.ceil(width / patch)
 
-    def masked(
-        self, attend: Callable, wanted: Tensor | None, own: Tensor | None, *args: Any, **kwargs: Any
-    ) -> Tensor | None:
-        """What who holds the slot makes of a mask; None where the mask is not the model's own and it leaves masks out,
-        as SageAttention's kernels do without a word: found out once a run, by the first mask that says something.
-        attend: it, on the tensors at hand.
-        """
-        if wanted is None or wanted is own:
-            return attend(wanted, *args, **kwargs)
-        if self.is_heedless:
-            return None
-        found = attend(wanted, *args, **kwargs)
-        if self.is_heedless is None and wanted.abs().max() > 0.1:
-            self.is_heedless = torch.equal(found, attend(None, *args, **kwargs))
-            if self.is_heedless:
-                _say_that_masks_are_plain("another node's attention (SageAttention and its kin)")
-                return None
-        return found
-
     def hooked(self, options: dict, handler: SiteHandler) -> dict:
         calls: list[_NetworkCall] = []  # the one that is running
 
@@ -281,15 +260,13 @@ class DiT(ModelFamily):
         ) -> Tensor:
             def attend(q: Tensor, k: Tensor, v: Tensor, wanted: Tensor | None) -> Tensor:
                 if occupant is not None:
-                    by_occupant = functools.partial(occupant, func, q, k, v, heads)
-                    found = self.masked(by_occupant, wanted, mask, *args, **kwargs)
+                    held = functools.partial(occupant, func, q, k, v, heads)
+                    if wanted is None or wanted is mask:  # the model's own mask is between the two of them
+                        return held(wanted, *args, **kwargs)
+                    found = self.masks.attend(lambda wanted: held(wanted, *args, **kwargs), wanted)
                     if found is not None:
                         return found
-                # flash attention knows no mask, and would say so at every call
-                plain = func
-                if wanted is not None and func is _FLASH:
-                    _say_that_masks_are_plain("flash attention")
-                    plain = attention.attention_pytorch
+                plain = func if wanted is None or knows_masks(func) else with_pytorch()
                 return plain(q, k, v, heads, wanted, *args, **kwargs)
 
             if not calls:  # a ControlNet runs blocks of its own before the network is called
@@ -299,14 +276,6 @@ class DiT(ModelFamily):
         occupant = internals.replace_attention(options, override)
         internals.wrap_network(options, apply_model)
         return options
-
-
-@functools.cache
-def _say_that_masks_are_plain(who: str) -> None:
-    logging.info("Montage: %s supports no attention masks; PyTorch attention is used where one is needed.", who)
-
-
-_FLASH = getattr(attention.attention_flash, "__wrapped__", attention.attention_flash)
 
 
 class _NetworkCall:

@@ -16,6 +16,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from .. import internals, slots
 from ..terms import PackedAttention
 from .base import ModelFamily, SelfAttention, Site, SiteHandler, TextAttention
+from .masks import MaskCheck, knows_masks, with_pytorch
 
 Tensor = torch.Tensor
 
@@ -110,7 +111,7 @@ class UNet(ModelFamily):
             attentions = {site: module for site, module in found if module is not None}
             internals.add_first(options, "attn2_patch", _measuring_patch(handler, attentions))
         for site in handler.biased_sites:
-            slots.occupy(transformer, "attn2", site, lambda s, o: _biased_attention(handler, s, o))
+            slots.occupy(transformer, "attn2", site, lambda s, o: _biased_attention(handler, self.masks, s, o))
         return options
 
 
@@ -174,7 +175,7 @@ def _measuring_patch(handler: SiteHandler, attentions: dict[Site, CrossAttention
     return patch
 
 
-def _biased_attention(handler: SiteHandler, site: Site, occupant: Callable | None) -> Callable:
+def _biased_attention(handler: SiteHandler, masks: MaskCheck, site: Site, occupant: Callable | None) -> Callable:
     """What stands in the attn2 slot of a site. Where another pack (IPAdapter) holds the slot already, the result is its
     output plus (biased - plain attention), for the conditionings that are biased.
     """
@@ -186,24 +187,32 @@ def _biased_attention(handler: SiteHandler, site: Site, occupant: Callable | Non
         if occupant is None:
             if bias is None:
                 return attention.optimized_attention(q, k, v, heads, **settings)
-            return _masked(q, k, v, heads, mask=bias.whole, **settings)
+            return _masked(masks, bias.whole, q, k, v, heads, **settings)
         whole = occupant(q, k, v, extra)
         if bias is None:
             return whole
         out, parts = list(whole.chunk(count)), zip(q.chunk(count), k.chunk(count), v.chunk(count))
         for number, (mask, part) in enumerate(zip(bias.parts(), parts)):
             if mask is not None:
+                biased = _masked(masks, mask, *part, heads, **settings)
                 plain = attention.optimized_attention(*part, heads, **settings)
-                out[number] = out[number] + (_masked(*part, heads, mask=mask, **settings) - plain)
+                out[number] = out[number] + (biased - plain)
         return torch.cat(out)
 
     return replace
 
 
-def _masked(*args: Any, **kwargs: Any) -> Tensor:
-    """ComfyUI's attention with a mask. Flash attention knows none, and would say so at every call."""
-    attend = attention.optimized_attention_masked
-    return (attention.attention_pytorch if attend is attention.attention_flash else attend)(*args, **kwargs)
+def _masked(masks: MaskCheck, mask: Tensor, *args: Any, **settings: Any) -> Tensor:
+    """ComfyUI's attention with a mask, or another node's that is in its place and heeds masks."""
+    attend, options = attention.optimized_attention_masked, settings["transformer_options"]
+    if not knows_masks(attend):
+        attend = with_pytorch()
+    if internals.ATTENTION in options:
+        found = masks.attend(lambda mask: attend(*args, mask=mask, **settings), mask)
+        if found is not None:
+            return found
+        settings["transformer_options"] = {key: value for key, value in options.items() if key != internals.ATTENTION}
+    return attend(*args, mask=mask, **settings)
 
 
 def _text_attention(site: Site, q: Tensor, k: Tensor, heads: int, extra: dict) -> TextAttention:
