@@ -337,7 +337,7 @@ class CollageCanvas(io.ComfyNode):
                     display_name="background denoise",
                     default=0.8,
                     tooltip=(
-                        "Denoise of the background. Paper: that of the layer with the highest. 0 keeps it, for a "
+                        "Denoise of the background. Paper: the highest denoise of the layers. 0 keeps it, for a "
                         "finished background_image."
                     ),
                 ),

@@ -103,8 +103,8 @@ class StepBlendSampler(io.ComfyNode):
         refuse_nan(cls.NAME, switch=switch, ramp=ramp)
         if isinstance(then, StepBlend):
             raise ValueError(
-                f"{cls.NAME}: then is itself a Step Blend Sampler. Connect that one to first, and to then the guider"
-                " that follows."
+                f"{cls.NAME}: the input then is itself a Step Blend Sampler. Connect that one to the input"
+                " first, and the guider that follows it to then."
             )
         stages = first.stages if isinstance(first, StepBlend) else (Stage(first, 0.0, 0.0),)
         models = [guider.model_patcher for guider in (stages[0].guider, then)]

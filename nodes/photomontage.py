@@ -495,7 +495,7 @@ class CompositeAttentionInject(io.ComfyNode):
             return base
         if base not in (0, cut_base):
             raise ValueError(
-                f"{cls.NAME}: its own base is image {base}, but Graph Cut Montage was cut for base {cut_base}. Set base"
+                f"{cls.NAME}: its own base is image {base}, but Graph Cut Montage has base {cut_base}. Set base"
                 f" of {cls.NAME} to 0 (cut_base decides), or disconnect cut_base."
             )
         return cut_base

@@ -44,7 +44,7 @@ def test_the_cut_hands_on_its_base_and_the_composite_follows_it():
 
 
 def test_two_bases_that_differ_are_an_error():
-    with pytest.raises(ValueError, match="own base is image 1, but Graph Cut Montage was cut for base 0. Set base of"):
+    with pytest.raises(ValueError, match="own base is image 1, but Graph Cut Montage has base 0. Set base of"):
         inject(1, cut_base=0)
     with pytest.raises(ValueError, match="Composite Attention Inject: base is image 2, and there are 2 images"):
         inject(0, cut_base=2)
