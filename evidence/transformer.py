@@ -322,8 +322,9 @@ def of_additions(options: argparse.Namespace, samples: range) -> measurements.Se
         samples, partial(mca_ctrl.measure_addition, kind=Apart), options.address
     )
     text = (
-        f"{len(samples)} subjects inserted into an empty place of the other picture, the place that they have in their"
-        " own, with the notebook's windows, SALQ in the first third of the blocks. Rows and columns as for the UNet."
+        f"{len(samples)} subjects inserted into an empty place of the other picture, at the position that they have in"
+        " their own, with the notebook's windows and SALQ in the first third of the blocks. Rows and columns as for"
+        " the UNet."
     )
     return measurements.Section(
         "MCA-Ctrl, on the transformer: inserting a subject", "\n\n".join([text, mca_ctrl.added(found)])
@@ -336,9 +337,9 @@ def of_generations(options: argparse.Namespace, samples: range) -> measurements.
         samples, partial(mca_ctrl.measure_generation, kind=Pair), options.address
     )
     text = (
-        f"{len(samples)} new pictures of the subject on another background, from its words; the edited area comes from"
-        " the running map of those words in the middle half of the blocks, and the subject's keys are shifted onto it."
-        " SALQ in all blocks, and in the first third where the place is given. Rows and columns as for the UNet."
+        f"{len(samples)} new pictures of the subject on another background, from its words; the edited area is taken"
+        " during sampling from the map of those words in the middle half of the blocks, and the subject's keys are"
+        " shifted onto it. SALQ in all blocks, and in the first third where the place is given. Rows and columns as for the UNet."
     )
     return measurements.Section(
         "MCA-Ctrl, on the transformer: generating with a subject",
@@ -369,8 +370,8 @@ def of_subject_blocks(options: argparse.Namespace, samples: range) -> measuremen
         )
     )
     text = (
-        f"The part of the blocks in which SALQ reads the subject by default, the first third, was chosen on 12 pairs of"
-        f" scenes. Here are {len(samples)} others, swapped as above."
+        "By default, SALQ reads the subject in the first third of the blocks, which was chosen on 12 pairs of scenes."
+        f" These are {len(samples)} other pairs, swapped as above."
     )
     return measurements.Section(
         "MCA-Ctrl, on the transformer: the blocks that read the subject",
@@ -402,8 +403,8 @@ def of_reference_blocks(options: argparse.Namespace, samples: range) -> measurem
         )
     )
     text = (
-        "The part of the blocks in which the reference is read by default, the last half, was compared with the others"
-        f" on 40 scenes. Here are {len(samples)} others, with the mask and the shift, as above."
+        "By default, the reference is read in the last half of the blocks, which was compared with the others on 40"
+        f" scenes. These are {len(samples)} other scenes, with the mask and the shift, as above."
     )
     return measurements.Section(
         "Layout-and-Retouch, on the transformer: the blocks that read the reference",
