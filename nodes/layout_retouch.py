@@ -423,8 +423,9 @@ class MultiSourceSwap(io.ComfyNode):
                     tooltip=(
                         "Self-attention blocks that read the reference: u@1-2 is the up path at the latent's "
                         "resolution and at half of it (layers 10 to 15 of SD1.5). On a transformer, which has no such "
-                        "levels, this default means the last half of its blocks; write all, first half, last half, "
-                        "middle half, or a list such as double0-18,single0-37."
+                        "levels, this default means the last half of its blocks (our choice, measured on the demo "
+                        "transformer); write all, first half, last half, middle half, or a list such as "
+                        "double0-18,single0-37."
                     ),
                 ),
                 io.Mask.Input(
