@@ -53,8 +53,8 @@ def window_inputs(name: str, start: float, end: float) -> list:
             tooltip=(
                 f"Self-attention blocks of {name}: all, encoder, middle, decoder, or a list such as d0-3,m0,u2-. "
                 f"The paper: all for SAGI, {LATE} for SALQ when editing and all when generating. On a transformer "
-                f"{LATE} means the first third of its blocks (our choice, measured on the demo transformer); write all, "
-                "first third, first half, last half, middle half, or a list such as double0-18,single0-37."
+                f"{LATE} means the first third of its blocks (our choice, measured on the demo transformer); write all,"
+                " first third, first half, last half, middle half, or a list such as double0-18,single0-37."
             ),
         ),
     ]
