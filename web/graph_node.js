@@ -63,7 +63,7 @@ export function addEditor(node, name, type, editor, options) {
 /** Has `show(output)` called with what the node's last run sent, whenever that may have changed. */
 export function onOutput(node, editor, show) {
   mounted.set(node, { editor, show });
-  after(node, "onExecuted", show);
+  after(node, "onExecuted", (output) => show(plain(output)));
   for (const method of ["onAdded", "onConfigure"]) {
     after(node, method, () => {
       restoreView(node);
@@ -86,7 +86,8 @@ export function keepMeaning(node, name, before) {
 /** The same for a prompt of the API that is opened as a workflow. */
 function keepMeaningOfPrompt(prompt) {
   for (const [id, { inputs }] of Object.entries(prompt)) {
-    const node = app.graph.getNodeById(Number(id)) ?? app.graph.getNodeById(id);
+    const names = [Number(id), id, id.replaceAll(":", "_")]; // the last: of nodes in a subgraph, in newer pages
+    const node = names.map((name) => app.graph.getNodeById(name)).find(Boolean);
     for (const [name, value] of Object.entries(earlier.get(node?.comfyClass) ?? {}))
       if (!(name in inputs)) node.widgets.find((widget) => widget.name === name).value = value;
   }
@@ -124,10 +125,14 @@ export function elementAt(place) {
   return savedViews.get(place)?.element.deref();
 }
 
-/** What the node's last run sent to the page. */
+/** What the node's last run sent to the page, as a plain copy: newer pages watch theirs, and such cannot go to a thread. */
 export function lastOutput(node) {
   const inside = node.graph && node.graph !== node.graph.rootGraph;
-  return app.nodeOutputs?.[inside ? `${node.graph.id}:${node.id}` : String(node.id)];
+  return plain(app.nodeOutputs?.[inside ? `${node.graph.id}:${node.id}` : String(node.id)]);
+}
+
+function plain(output) {
+  return output && JSON.parse(JSON.stringify(output));
 }
 
 /**
@@ -161,7 +166,11 @@ app.registerExtension({
   name: "montage.editors",
   setup() {
     app.canvas.canvas.addEventListener("litegraph:set-graph", showEditorsOfGraph);
-    after(app, "loadApiJson", keepMeaningOfPrompt);
+    const load = app.loadApiJson;
+    app.loadApiJson = async function (prompt, ...others) {
+      await load.call(this, prompt, ...others); // newer pages return before the nodes are there
+      keepMeaningOfPrompt(prompt);
+    };
   },
   afterConfigureGraph: showEditorsOfGraph,
   onNodeOutputsUpdated() {

@@ -72,7 +72,8 @@ export class LiveCut {
 }
 
 function isSame(a, b) {
-  return a === b || Boolean(a && b && Object.keys(a).every((key) => a[key] === b[key]));
+  if (!a || !b) return a === b;
+  return a.strokes === b.strokes && Object.keys(a).every((key) => String(a[key]) === String(b[key]));
 }
 
 // ---- in the thread

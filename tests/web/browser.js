@@ -89,6 +89,12 @@ export async function ready(page) {
   );
 }
 
+/** The text of the page's message that holds `wanted`, once it is there. Frontend 1.58 has messages of another make. */
+export async function message(page, wanted) {
+  const found = page.locator('.p-toast-message, [data-testid="toast"]').filter({ hasText: wanted });
+  return found.first().innerText();
+}
+
 /** Builds the montage workflow in the page: `images` of the demo model, cut, composed, shown. Returns {role: node id}. */
 export function buildMontage(page, { images = 3, side = 128, steps = 4 } = {}) {
   return page.evaluate(
