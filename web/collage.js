@@ -266,6 +266,15 @@ function remember(place, shown) {
 
 // ---- nodes
 
+/** In Nodes 2.0, which shares the height of a taller node among all boxes, has this last one take it. */
+function growAlone(element) {
+  const grid = element.closest(".lg-node-widgets");
+  const rows = grid?.style.gridTemplateRows ?? "";
+  const own = rows.lastIndexOf("auto");
+  const mended = rows.slice(0, own).replaceAll("auto", "min-content") + rows.slice(own);
+  if (own > 0 && mended !== rows) grid.style.gridTemplateRows = mended;
+}
+
 function addLayout(node) {
   let shown = null;
   const editor = new LayoutEditor({
@@ -274,6 +283,7 @@ function addLayout(node) {
   });
   const widget = addEditor(node, "layout", "MONTAGE_LAYOUT", editor, { serialize: false, getMinHeight: () => 420 });
   widgetOf(node, "prompt").options.getMaxHeight = () => 110; // a taller node is for the picture
+  new ResizeObserver(() => growAlone(editor.element)).observe(editor.element);
   widget.serialize = false;
   node.setSize([Math.max(400, node.size[0]), Math.max(860, node.size[1])]);
   onOutput(node, editor, (output) => {

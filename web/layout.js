@@ -454,7 +454,7 @@ export class LayoutEditor extends NodeEditor {
         make("span", { className: "montage-grip", textContent: "⠿", title: t("Drag to reorder") }),
         make("img", { draggable: false, alt: "" }),
         make("span", { className: "montage-text" }),
-        make("span", { title: t("Depth") }),
+        make("span"),
       ),
     );
     frontFirst.forEach((layer, i) => {
@@ -463,7 +463,7 @@ export class LayoutEditor extends NodeEditor {
       const chosen = String(layer === this.chosen);
       setAddress(image, !this.pictures.get(layer.picture).missing && this.address(layer.picture, "layer"));
       text.textContent = layer.text || t("(no text)");
-      depth.textContent = layer.values.depth;
+      depth.textContent = t("depth {depth}", { depth: layer.values.depth });
       if (chosen === "true" && row.ariaSelected !== chosen) this.reveal(row);
       row.ariaSelected = chosen;
     });

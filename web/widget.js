@@ -45,6 +45,8 @@ export class NodeEditor {
     this.element.addEventListener("keydown", (event) => this.key(event));
     this.element.addEventListener("keyup", (event) => event.key === " " && (this.spaceHeld = false));
     this.element.addEventListener("mouseenter", () => this.endTooltip());
+    scroller.addEventListener("scroll", () => this.hintAtMore());
+    new ResizeObserver(() => this.hintAtMore()).observe(scroller);
     this.element.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
     for (const type of ["pointerdown", "pointermove", "pointerup"])
       this.element.addEventListener(type, (event) => this.moveGraph(event));
@@ -67,6 +69,13 @@ export class NodeEditor {
   /** Nodes 2.0 would show the input's tooltip over the editor while one works in it. */
   endTooltip() {
     this.element.closest('[data-pd-tooltip="true"]')?.dispatchEvent(new MouseEvent("mouseleave"));
+    this.element.closest("[data-grace-area-trigger]")?.dispatchEvent(new PointerEvent("pointerleave")); // since 1.58
+  }
+
+  /** Fades the scroller's end where more is below: many systems show a scrollbar only while one scrolls. */
+  hintAtMore() {
+    const { scrollTop, scrollHeight, clientHeight } = this.scroller;
+    this.scroller.classList.toggle("more", scrollTop + clientHeight < scrollHeight - 1);
   }
 
   // ---- the large view: above everything on the page, where the element is
@@ -129,6 +138,7 @@ export class NodeEditor {
   renderView() {
     this.viewTools.large.ariaPressed = this.isLarge();
     this.viewTools.fit.hidden = this.zoom.scale === 1;
+    this.hintAtMore();
   }
 
   // ---- keys, wheel, and what is the graph's
