@@ -340,37 +340,16 @@ def full_size(tmp_path_factory):
     """A server whose models are a full-size SD1.5 checkpoint and ControlNet with random weights."""
     import comfy.utils
     import torch
-    from comfy.ldm.models.autoencoder import AutoencoderKL
-    from comfy.sd1_clip import SD1ClipModel
 
-    from montage.workshop.random_models import build, control_net, fill
+    from montage.workshop.random_models import control_net, half_weights, save_checkpoint
 
     base = tmp_path_factory.mktemp("full-size")
-    for folder in ("models/checkpoints", "models/controlnet", "models/loras", "input"):
+    for folder in ("models/controlnet", "models/loras", "input"):
         (base / folder).mkdir(parents=True)
-
-    def half(module, prefix):
-        return {prefix + name: value.half() for name, value in module.state_dict().items()}
-
+    save_checkpoint(base / "models/checkpoints/v1-5-pruned-emaonly-fp16.safetensors")
     with torch.no_grad():
-        weights = half(build("sd15").model.diffusion_model, "model.diffusion_model.")
-        weights |= half(fill(SD1ClipModel(device="cpu").clip_l, 1), "cond_stage_model.")
-        latent = {
-            "double_z": True,
-            "z_channels": 4,
-            "resolution": 256,
-            "in_channels": 3,
-            "out_ch": 3,
-            "ch": 128,
-            "ch_mult": [1, 2, 4, 4],
-            "num_res_blocks": 2,
-            "attn_resolutions": [],
-            "dropout": 0.0,
-        }
-        weights |= half(fill(AutoencoderKL(ddconfig=latent, embed_dim=4), 2), "first_stage_model.")
-        control = half(control_net("sd15").control_model, "control_model.")
-        comfy.utils.save_torch_file(weights, str(base / "models/checkpoints/v1-5-pruned-emaonly-fp16.safetensors"))
-        comfy.utils.save_torch_file(control, str(base / "models/controlnet/control_v11p_sd15_canny_fp16.safetensors"))
+        control = half_weights(control_net("sd15").control_model, "control_model.")
+    comfy.utils.save_torch_file(control, str(base / "models/controlnet/control_v11p_sd15_canny_fp16.safetensors"))
     lora = {
         f"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.lora_{part}.weight": torch.full(shape, 0.01)
         for part, shape in (("up", (1280, 1)), ("down", (1, 1280)))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from pathlib import Path
 
 import comfy.cldm.cldm
 import comfy.controlnet
@@ -9,7 +10,10 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.sd
 import comfy.supported_models
+import comfy.utils
 import torch
+from comfy.ldm.models.autoencoder import AutoencoderKL
+from comfy.sd1_clip import SD1ClipModel
 from comfy.supported_models_base import ClipTarget
 
 COMMON = {
@@ -47,6 +51,11 @@ STRUCTURES = {  # name: (ComfyUI's family, UNet configuration)
     "sd15": (
         comfy.supported_models.SD15,
         dict(SD15, model_channels=320, context_dim=768, use_linear_in_transformer=False),
+    ),
+    # an eighth of the weights, and a checkpoint that ComfyUI takes for SD1.5
+    "sd15-narrow": (
+        comfy.supported_models.SD15,
+        dict(SD15, channel_mult=[1] * 4, model_channels=320, context_dim=768, use_linear_in_transformer=False),
     ),
     "sd15-small": (
         comfy.supported_models.SD15,
@@ -163,6 +172,35 @@ def control_net(name="sd15-small", seed=7):
         fill(comfy.cldm.cldm.ControlNet(hint_channels=3, **settings), seed, scale=0.3),
         load_device=comfy.model_management.get_torch_device(),
     )
+
+
+SD_VAE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+
+
+def half_weights(module: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """Its weights in fp16, each name after `prefix`."""
+    return {prefix + name: value.half() for name, value in module.state_dict().items()}
+
+
+def save_checkpoint(path: Path, name: str = "sd15") -> None:
+    """Writes a checkpoint of random weights in fp16: a UNet of the structure `name`, and SD1.5's own CLIP and VAE."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        weights = half_weights(build(name).model.diffusion_model, "model.diffusion_model.")
+        weights |= half_weights(fill(SD1ClipModel(device="cpu").clip_l, 1), "cond_stage_model.")
+        weights |= half_weights(fill(AutoencoderKL(ddconfig=SD_VAE, embed_dim=4), 2), "first_stage_model.")
+    comfy.utils.save_torch_file(weights, str(path))
 
 
 SMALL_CLIP = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}

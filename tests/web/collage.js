@@ -210,6 +210,21 @@ export function testLayout(comfy) {
       assert.ok((await difference(outputs)) < 2);
     });
 
+    test("a taller node is for the picture, and not for the prompt's box", async () => {
+      const heights = async () => {
+        const { height } = await (await (await editor()).$(".montage-stage")).boundingBox();
+        const box = modern ? `[data-node-id="${ids.canvas}"] textarea` : "textarea";
+        return [height, ...(await comfy.page().locator(box).evaluateAll((all) => all.map((one) => one.offsetHeight)))];
+      };
+      const before = await heights();
+      await onNode(ids.canvas, "node.setSize([node.size[0], node.size[1] + 200])");
+      await still();
+      const after = await heights();
+      await onNode(ids.canvas, "node.setSize([node.size[0], node.size[1] - 200])");
+      assert.ok(after[0] > before[0] + 100, `${before}, then ${after}`);
+      assert.deepEqual(after.slice(1), before.slice(1));
+    });
+
     test("a number that is typed shows at once", async () => {
       const [, , blue] = ids.layers;
       await (await row("blue")).click();

@@ -136,6 +136,14 @@ describe(`ComfyUI, ${modern ? "Nodes 2.0" : "classic"}`, () => {
     assert.equal(await value(), "");
   });
 
+  test("no tooltip covers the editor", async () => {
+    const { x, y } = await (await (await editor()).$(".montage-stage")).boundingBox();
+    await page.mouse.move(x - 200, y + 40);
+    await page.mouse.move(x + 40, y + 40, { steps: 5 });
+    await page.waitForTimeout(1500);
+    assert.equal(await page.locator('[role="tooltip"]:visible').filter({ hasText: "painted in the node" }).count(), 0);
+  });
+
   test("what the mouse paints reaches the prompt, and changes the labels and the composite", async () => {
     const plain = await succeed();
     await paint(ACROSS_TOP);

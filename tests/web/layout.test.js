@@ -440,6 +440,20 @@ describe("the list", () => {
     assert.equal(await row("green").getAttribute("aria-selected"), "true");
   });
 
+  test("names its numbers, and fades at its end while more is below", async () => {
+    assert.match(await row("green").innerText(), /depth 0$/);
+    const fades = () => page.locator(".montage-layers").evaluate((list) => list.classList.contains("more"));
+    assert.equal(await fades(), false);
+    await page.evaluate(() => {
+      const [one] = window.collage.layers;
+      window.collage.layers = Array.from({ length: 12 }, (_, i) => ({ ...structuredClone(one), id: `layer${i}` }));
+      window.editor.render();
+    });
+    assert.equal(await fades(), true);
+    await page.locator(".montage-layers").evaluate((list) => list.scrollTo(0, list.scrollHeight));
+    await page.waitForFunction(() => !document.querySelector(".montage-layers").classList.contains("more"));
+  });
+
   test("reorders by drag, by button and by key", async () => {
     const rowDrag = async (from, to, part) => {
       const [a, b] = [await row(from).boundingBox(), await row(to).boundingBox()];
