@@ -214,7 +214,13 @@ export function testLayout(comfy) {
       const heights = async () => {
         const { height } = await (await (await editor()).$(".montage-stage")).boundingBox();
         const box = modern ? `[data-node-id="${ids.canvas}"] textarea` : "textarea";
-        return [height, ...(await comfy.page().locator(box).evaluateAll((all) => all.map((one) => one.offsetHeight)))];
+        return [
+          height,
+          ...(await comfy
+            .page()
+            .locator(box)
+            .evaluateAll((all) => all.map((one) => one.offsetHeight))),
+        ];
       };
       const before = await heights();
       await onNode(ids.canvas, "node.setSize([node.size[0], node.size[1] + 200])");
