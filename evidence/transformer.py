@@ -339,7 +339,8 @@ def of_generations(options: argparse.Namespace, samples: range) -> measurements.
     text = (
         f"{len(samples)} new pictures of the subject on another background, from its words; the edited area is taken"
         " during sampling from the map of those words in the middle half of the blocks, and the subject's keys are"
-        " shifted onto it. SALQ in all blocks, and in the first third where the place is given. Rows and columns as for the UNet."
+        " shifted onto it. SALQ in all blocks, and in the first third where the place is given. Rows and columns as for"
+        " the UNet."
     )
     return measurements.Section(
         "MCA-Ctrl, on the transformer: generating with a subject",
@@ -381,7 +382,7 @@ def of_subject_blocks(options: argparse.Namespace, samples: range) -> measuremen
 
 def of_reference_blocks(options: argparse.Namespace, samples: range) -> measurements.Section:
     blocks = BLOCKS["retouch"]
-    others = ("first third", "middle half", "all")
+    others = ("first third", "all")
     found = blocks.study(others, samples, options.folder, options.address)
     claims = [
         (
@@ -391,7 +392,7 @@ def of_reference_blocks(options: argparse.Namespace, samples: range) -> measurem
             "colour",
             -1,
         )
-        for part, other in zip(others, ("the first third", "the middle half", "all blocks"))
+        for part, other in zip(others, ("the first third", "all blocks"))
     ]
     claims.append(
         (
