@@ -382,7 +382,7 @@ def of_subject_blocks(options: argparse.Namespace, samples: range) -> measuremen
 
 def of_reference_blocks(options: argparse.Namespace, samples: range) -> measurements.Section:
     blocks = BLOCKS["retouch"]
-    others = ("first third", "middle half", "all")
+    others = ("first third", "all")
     found = blocks.study(others, samples, options.folder, options.address)
     claims = [
         (
@@ -392,7 +392,7 @@ def of_reference_blocks(options: argparse.Namespace, samples: range) -> measurem
             "colour",
             -1,
         )
-        for part, other in zip(others, ("the first third", "the middle half", "all blocks"))
+        for part, other in zip(others, ("the first third", "all blocks"))
     ]
     claims.append(
         (
