@@ -175,8 +175,10 @@ class FromReference(Recipe):
     node = "Multi Source Swap"
     same_weights = False  # the layout and the photo may be of the plain model
 
-    def __init__(self, window: Window, references: Sequence[Stream], place: Place | None = None) -> None:
-        super().__init__(window)
+    def __init__(
+        self, window: Window, references: Sequence[Stream], place: Place | None = None, exact: bool = False
+    ) -> None:
+        super().__init__(window, exact)
         self.streams, self.place = references, place
 
     def check(self, context: RunContext) -> None:
@@ -208,8 +210,9 @@ class FromBoth(Recipe):
         layouts: Sequence[Stream],
         inside: ObjectMask,
         place: Place | None = None,
+        exact: bool = False,
     ) -> None:
-        super().__init__(window)
+        super().__init__(window, exact)
         self.streams, self.count = (*references, *layouts), len(references)
         self.inside, self.place = inside, place
 

@@ -132,12 +132,13 @@ class MaskedAttention(Recipe):
         area: MaskArea | WordsArea,
         fresh: Tensor | None = None,
         shift: Shift | None = None,
+        exact: bool = False,
     ) -> None:
         """subject, condition: Streams, the condition None where the target is its own. subject_mask: M_S, [H, W] bool.
         area: MaskArea or WordsArea. fresh: where the target begins with noise of its own, [H, W] bool (None: nowhere).
         shift: of the subject onto the area (None: it stays where it is).
         """
-        super().__init__(window)
+        super().__init__(window, exact)
         self.condition, self.subject_mask, self.area, self.fresh = condition, subject_mask, area, fresh
         self.streams = (subject, condition) if condition else (subject,)
         self.shift = shift

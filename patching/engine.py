@@ -59,13 +59,16 @@ class ReplayComplete(Exception):
 class Engine:
     """Computes the model calls of one sampling run.
 
-    exact: whether streams are always replayed run by run, as they were recorded to the bit.
+    exact: whether streams are always replayed run by run, as they were recorded to the bit; also where a recipe asks
+    for it. It costs nothing, and is what happens anyway, where features are cached or all streams are of one run on a
+    UNet: nothing shares a batch then that did not when it was recorded.
     """
 
     exact = False
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.exact = self.exact or any(recipe.exact for recipe in session.recipes)
         self.family = family_of(session.context.model)
         self.conds: dict[tuple[Run, tuple[int, ...]], dict] = {}  # (run, rows) -> its conditioning, on the device
         self.prepared: dict[tuple, Any] = {}  # what biases keep for the run
