@@ -56,7 +56,7 @@ class RunContext:
     @property
     def attention_map(self) -> Tensor | None:
         """Where the model looked for the words of the last Token Attention Map, in the evaluations before this one,
-        [B, h, w] in [0, 1]; None in the first.
+        [B, h, w] in [0, 1] in main memory; None in the first.
         """
         return self.maps[-1].before
 
