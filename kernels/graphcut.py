@@ -32,8 +32,8 @@ def principal_components(keys: torch.Tensor, components: int) -> torch.Tensor:
     rows = keys.float().cpu().numpy()
     chunks = [slice(first, first + CHUNK) for first in range(0, len(rows), CHUNK)]
     ones = np.ones(CHUNK, np.float32)
-    total = sum((ones[: len(rows[chunk])] @ rows[chunk]).astype(np.float64) for chunk in chunks)
-    centred = rows - (total / len(rows)).astype(np.float32)
+    sums = [ones[: len(rows[chunk])] @ rows[chunk] for chunk in chunks]
+    centred = rows - (np.sum(sums, 0, dtype=np.float64) / len(rows)).astype(np.float32)
     channels = centred.shape[1]
     covariance = np.zeros((channels, channels))
     for chunk in chunks:

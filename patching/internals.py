@@ -37,12 +37,15 @@ WEIGHTED = ("strength", "timestep_start", "timestep_end")
 KEY = "montage"  # of our wrappers and attachments in a MODEL, and of the Session in a run's transformer options
 
 
-def room_for(device: torch.device, wanted: int) -> bool:
-    """Whether so many bytes may be held on a device that is no CPU: besides what ComfyUI keeps free to compute with."""
-    management = comfy.model_management
+def room_for(model: ModelPatcher, shape: tuple[int, ...], wanted: int) -> bool:
+    """Whether so many bytes may be held on a MODEL's device: no CPU, and besides what it takes to compute a batch."""
+    management, device = comfy.model_management, model.load_device
     if management.is_device_cpu(device):
         return False
-    return management.get_free_memory(device) - 1.1 * wanted > management.minimum_inference_memory()
+    network: Any = model.model
+    computing = 1.5 * network.memory_required(list(shape)) + management.extra_reserved_memory()
+    left = management.get_free_memory(device) - 1.1 * wanted
+    return left > max(computing, management.minimum_inference_memory())
 
 
 def account_for(patcher: ModelPatcher) -> None:

@@ -47,7 +47,7 @@ class Recorder:
         evaluation = self.run.evaluations[key] = Evaluation(x)
         self.keeps_features &= self.has_room(self.run.evaluation_bytes)
         if self.keeps_features and self.run.evaluation_bytes and not self.has_place:
-            self.choose_place()
+            self.choose_place((len(roles_of(conds)) * len(x), *x.shape[1:]))
         is_last = key[0] <= self.last_sigma and key[2] == 0
         if not self.keeps_features and not is_last:
             return None
@@ -70,14 +70,15 @@ class Recorder:
             self.room = total
         return total <= self.room
 
-    def choose_place(self) -> None:
+    def choose_place(self, shape: tuple[int, ...]) -> None:
         """Choose the model's device for the features, if it has room for all that are still to come; else they go to
-        main memory, as those of the first evaluation, which tells how large they are.
+        main memory, as those of the first evaluation, which tells how large they are. shape: of the batch that the
+        model computes.
         """
-        self.has_place, device = True, self.model.load_device
+        self.has_place = True
         wanted = min(self.run.evaluation_bytes * len(self.run.sigmas), self.recording.budget - self.kept)
-        if internals.room_for(device, wanted):
-            self.run.on_device = DeviceCache(self.run.evaluations, device, wanted)
+        if internals.room_for(self.model, shape, wanted):
+            self.run.on_device = DeviceCache(self.run.evaluations, self.model.load_device, wanted)
 
     def keep(self, evaluation: Evaluation, site: Site, roles: list[CondRole], rows: torch.Tensor) -> None:
         """Keep the features of one site while the budget lasts: at no moment is it exceeded. A transformer's first site

@@ -193,14 +193,14 @@ class Recording:
             total -= oldest.trajectory_bytes
         kept = sum(bool(e.features) for e in run.evaluations.values())
         logging.info(
-            "Feature Recorder: %d images, %d evaluations at %dx%d; features of %d kept (%.1f MB, %.1f MB of them on the"
-            " GPU), the others are replayed.",
+            "Feature Recorder: %d images, %d evaluations at %dx%d; features of %d kept (%.1f MB%s), the others are"
+            " replayed.",
             run.images,
             len(run.evaluations),
             *run.size,
             kept,
             run.feature_bytes / 2**20,
-            run.on_device.loaded_size() / 2**20 if run.on_device else 0,
+            f", {run.on_device.loaded_size() / 2**20:.1f} MB of them on the GPU" if run.on_device else "",
         )
 
     def make_room(self, wanted: int) -> bool:

@@ -100,7 +100,7 @@ def waited(make):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["record and cache", "compose 2, cache", "SAGI and SALQ, cache"])
 def test_nor_where_the_cache_is_in_main_memory(case, monkeypatch):
-    monkeypatch.setattr(internals, "room_for", lambda device, wanted: False)
+    monkeypatch.setattr(internals, "room_for", lambda *_: False)
     test_a_step_waits_for_its_sigma_alone(case)
 
 
@@ -131,7 +131,7 @@ def test_features_of_the_next_site_are_sent_while_one_is_computed(monkeypatch):
         waits.append(next(number for number, one in enumerate(reversed(sent)) if one is self))
         return self.parts
 
-    monkeypatch.setattr(internals, "room_for", lambda device, wanted: False)  # the features are in main memory
+    monkeypatch.setattr(internals, "room_for", lambda *_: False)  # the features are in main memory
     monkeypatch.setattr(transfers, "send", send)
     monkeypatch.setattr(transfers.Arriving, "wait", wait)
     with torch.inference_mode(), SecondDevice():
