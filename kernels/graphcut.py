@@ -29,13 +29,15 @@ def principal_components(keys: torch.Tensor, components: int) -> torch.Tensor:
     (distances differ from an all-float64 computation by less than 1e-5 of themselves): an L1 distance on components is
     blind to their signs but not to a rotation, which randomised methods leave open.
     """
-    centred = keys.float().cpu().numpy()
-    centred = centred - centred.mean(0, dtype=np.float64).astype(np.float32)
+    rows = keys.float().cpu().numpy()
+    chunks = [slice(first, first + CHUNK) for first in range(0, len(rows), CHUNK)]
+    ones = np.ones(CHUNK, np.float32)
+    sums = [ones[: len(rows[chunk])] @ rows[chunk] for chunk in chunks]
+    centred = rows - (np.sum(sums, 0, dtype=np.float64) / len(rows)).astype(np.float32)
     channels = centred.shape[1]
     covariance = np.zeros((channels, channels))
-    for first in range(0, len(centred), CHUNK):
-        chunk = centred[first : first + CHUNK]
-        covariance += chunk.T @ chunk  # numpy computes one triangle of such a product, torch both
+    for chunk in chunks:
+        covariance += centred[chunk].T @ centred[chunk]  # numpy computes one triangle of such a product, torch both
     _, vectors = eigh(covariance, subset_by_index=[max(0, channels - components), channels - 1])  # ascending
     projected = torch.from_numpy(centred @ vectors[:, ::-1].astype(np.float32)).double()
     return torch.nn.functional.pad(projected, (0, components - projected.shape[1]))
@@ -46,7 +48,9 @@ def neighbour_distances(features: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
     features: [h, w, dims] -> right [h, w-1], down [h-1, w].
     """
-    return (features[:, 1:] - features[:, :-1]).abs().sum(-1), (features[1:] - features[:-1]).abs().sum(-1)
+    features = features.permute(2, 0, 1).contiguous()  # a sum over the first axis is a sum of whole grids
+    right, down = features.diff(dim=2), features.diff(dim=1)
+    return right.abs_().sum(0), down.abs_().sum(0)
 
 
 def image_distances(halves: Sequence[torch.Tensor], grid: tuple[int, int], components: int) -> Pair:

@@ -11,7 +11,9 @@ def turned(rows: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch
     is two neighbouring channels; else channel i and i + d / 2. Returns [B, tokens, heads x d] in the rows' type, B the
     larger of the two.
     """
-    cosine, sine = (part.float()[:, None, None].to(rows.device) for part in (angles.cos(), angles.sin()))
+    cosine, sine = (
+        part.float()[:, None, None].to(rows.device, non_blocking=True) for part in (angles.cos(), angles.sin())
+    )
     pairs = angles.shape[-1]
     axis = -1 if interleaved else -2
     first, second = rows.float().unflatten(-1, (-1, pairs, 2) if interleaved else (-1, 2, pairs)).unbind(axis)

@@ -14,7 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import CONST, COSMOS_RFLOW
 
 from ..kernels import inversion as kernel
-from ..patching import internals
+from ..patching import internals, transfers
 from ..patching.recorder import recording_cut_features
 from ..patching.streams import INVERSION, Evaluation, Recording, Run, recorded_conds
 from ..patching.weights import Weights
@@ -51,6 +51,7 @@ def invert(
     settings = {"run": run, "iterations": iterations}
     sampler = comfy.samplers.KSAMPLER(_inverting_sampler, extra_options=settings)
     guider.sample(zeros, latent, sampler, ladder, callback=callback, disable_pbar=not show_bar)
+    transfers.finish(model.load_device)
     first = run.evaluations[run.sigmas[0], 0, 0].x
     run.noise, run.final = as_noise(model, first, run.sigmas[0]), latent.cpu()
     recording = Recording()
@@ -85,12 +86,13 @@ def _inverting_sampler(
 
     def variance(sigma: Tensor) -> Tensor:
         """Of y, where the picture's is 1: what the model itself scales its input by."""
-        level, one = sigma.reshape(1).float().cpu(), torch.ones(1)
+        level, one = sigma.reshape(1).float(), torch.ones(1)
         plain, scaled = (sampling.calculate_input(s, one) for s in (torch.zeros(1), level))
-        return ((plain / scaled) ** 2).to(x)
+        return ((plain / scaled) ** 2)[0].to(x.dtype)
 
+    sigmas = sigmas.cpu()  # read once; numbers of main memory go with tensors of any device
     # a flow's sampler is handed (1 - sigma) latent
-    y = x / sampling.noise_scaling(sigmas[:1], x.new_zeros(1), x.new_ones(1)) * variance(sigmas[0]) ** 0.5
+    y = x / sampling.noise_scaling(sigmas[:1], torch.zeros(1), torch.ones(1))[0] * variance(sigmas[0]) ** 0.5
     steps = kernel.invert(y, predict_noise, sigmas, variance, iterations)
     for sigma, y in steps:
         found[float(sigma), 0, 0] = Evaluation(y)  # a ladder that starts with a sigma of the schedule gives it twice

@@ -12,6 +12,7 @@ from ..patching.recipe import Recipe, RunContext, Start, begin_on, first_step
 from ..patching.schedule import Window, position
 from ..patching.streams import Stream
 from ..patching.terms import AttentionTerm, TargetRows
+from ..patching.transfers import at_hand
 from .position_shift import Shift, centre
 
 Tensor = torch.Tensor
@@ -94,24 +95,27 @@ NOTHING = Share(torch.zeros(0, dtype=torch.int64), None)
 
 
 def share_of(weight: Tensor, like: Tensor) -> Share:
-    """weight: of every token, [1 or B, tokens, 1]."""
+    """weight: of every token, [1 or B, tokens, 1] in main memory."""
     rows = weight.amax(0).flatten().nonzero()[:, 0]
     if not len(rows):
         return NOTHING
     counted = weight[:, rows]
     return Share(
-        None if len(rows) == weight.shape[1] else rows.to(like.device),
-        None if (counted == 1).all() else counted.to(like),
+        None if len(rows) == weight.shape[1] else rows.to(like.device, non_blocking=True),
+        None if (counted == 1).all() else at_hand(counted, like),
     )
 
 
 class ObjectMask:
-    """M: where the object is in the layout. mask: [1 or B, H, W] in [0, 1], or a LiveMask."""
+    """M: where the object is in the layout. mask: [1 or B, H, W] in [0, 1], or a LiveMask. What depends on its values
+    is found in main memory, where a live one's map is too.
+    """
 
     def __init__(self, mask: Tensor | LiveMask) -> None:
         self.mask = mask
         self.made: tuple[Tensor | None, Tensor] | None = None  # (map, M) of a live mask
         self.levels: dict[tuple, list[Share]] = {}  # of the mask as it is now
+        self.centres: dict[tuple[int, int], Tensor] = {}  # the same
 
     def check(self, node: str, context: RunContext) -> None:
         if isinstance(self.mask, LiveMask) and not context.measures_words:
@@ -126,14 +130,17 @@ class ObjectMask:
             return self.mask
         found = context.attention_map
         if self.made is None or self.made[0] is not found:
-            known = torch.zeros(1, *context.size) if found is None else found.cpu()
+            known = torch.zeros(1, *context.size) if found is None else found
             self.made = found, kernel.adaptive(known, self.mask.segment, context.size, *self.mask[1:]).mask
-            self.levels = {}
+            self.levels, self.centres = {}, {}
         return self.made[1]
 
-    def on(self, grid: tuple[int, int], context: RunContext) -> Tensor:
-        """M on the tokens, [1 or B, h, w]."""
-        return kernel.at_size(self.current(context), grid)
+    def centre(self, context: RunContext, grid: tuple[int, int]) -> Tensor:
+        """Where M lies, in tokens, [1 or B, 2]."""
+        mask = self.current(context)
+        if grid not in self.centres:
+            self.centres[grid] = centre(kernel.at_size(mask, grid))
+        return self.centres[grid]
 
     def shares(self, context: RunContext, grid: tuple[int, int], like: Tensor) -> list[Share]:
         """What M and 1 - M are at a level, in the type and on the device of a tensor."""
@@ -144,15 +151,15 @@ class ObjectMask:
         return self.levels[key]
 
 
-class Place(NamedTuple):
+class Place:
     """Where the reference's keys are to be. shift: of the subject onto the object. subject: its mask in the reference,
     [1 or B, H, W] in [0, 1]. inside: the object's in the layout. None: unknown, needed only where they are to be
     found.
     """
 
-    shift: Shift
-    subject: Tensor | None = None
-    inside: ObjectMask | None = None
+    def __init__(self, shift: Shift, subject: Tensor | None = None, inside: ObjectMask | None = None) -> None:
+        self.shift, self.subject, self.inside = shift, subject, inside
+        self.centres: dict[tuple[int, int], Tensor] = {}  # of the subject
 
     def moved(self, context: RunContext, reference: Tensor, grid: tuple[int, int]) -> Tensor:
         """The reference's rows, [conditionings, 1 or B, tokens, C], as if the subject stood where the object is."""
@@ -162,8 +169,9 @@ class Place(NamedTuple):
         elif self.subject is None or self.inside is None:
             return reference
         else:
-            subject = centre(kernel.at_size(self.subject, grid))
-            shifts = self.shift.tokens(subject, centre(self.inside.on(grid, context)), grid)
+            if grid not in self.centres:
+                self.centres[grid] = centre(kernel.at_size(self.subject, grid))
+            shifts = self.shift.tokens(self.centres[grid], self.inside.centre(context, grid), grid)
         return torch.stack([context.family.moved(rows, shifts) for rows in reference])
 
 
@@ -175,8 +183,10 @@ class FromReference(Recipe):
     node = "Multi Source Swap"
     same_weights = False  # the layout and the photo may be of the plain model
 
-    def __init__(self, window: Window, references: Sequence[Stream], place: Place | None = None) -> None:
-        super().__init__(window)
+    def __init__(
+        self, window: Window, references: Sequence[Stream], place: Place | None = None, exact: bool = False
+    ) -> None:
+        super().__init__(window, exact)
         self.streams, self.place = references, place
 
     def check(self, context: RunContext) -> None:
@@ -208,8 +218,9 @@ class FromBoth(Recipe):
         layouts: Sequence[Stream],
         inside: ObjectMask,
         place: Place | None = None,
+        exact: bool = False,
     ) -> None:
-        super().__init__(window)
+        super().__init__(window, exact)
         self.streams, self.count = (*references, *layouts), len(references)
         self.inside, self.place = inside, place
 

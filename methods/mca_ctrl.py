@@ -11,6 +11,7 @@ from ..patching.recipe import Recipe, RunContext, Start, begin_on
 from ..patching.schedule import Window
 from ..patching.streams import Stream
 from ..patching.terms import AttentionTerm, TargetRows
+from ..patching.transfers import at_hand
 from .position_shift import Shift, centre, moved_queries
 
 Tensor = torch.Tensor
@@ -41,8 +42,8 @@ FORWARD, REVERSE = "SAGI first", "SALQ first"
 
 class Parts(NamedTuple):
     """The tokens of a level that the subject feeds (front) and that the condition feeds (back), int64; where the area's
-    centre is, [1 or B, 2]; how much of their results counts, [B, tokens, 1], and which of the back tokens each image
-    may attend to, bool [B, tokens]. None: all.
+    centre is, [1 or B, 2] in main memory; how much of their results counts, [B, tokens, 1], and which of the back
+    tokens each image may attend to, int64 for each of them. None: all.
     """
 
     front: torch.Tensor
@@ -50,7 +51,7 @@ class Parts(NamedTuple):
     centre: torch.Tensor
     front_weight: torch.Tensor | None = None
     back_weight: torch.Tensor | None = None
-    allowed: torch.Tensor | None = None
+    allowed: list[torch.Tensor] | None = None
 
 
 class MaskArea:
@@ -91,21 +92,28 @@ class WordsArea:
             self.maps, self.found = maps, {}
         if maps is not None and grid not in self.found:
             share = grid_masks.strongest(maps, grid, self.share, self.soft)
-            self.found[grid] = self.parts_of(share.flatten(1).to(like.device), centre(share >= 1), like.dtype)
+            self.found[grid] = self.parts_of(share.flatten(1), centre(share >= 1), like)
         return self.found.get(grid)
 
     def known_parts(self, grid: tuple[int, int], device: torch.device) -> None:
         """Nothing is known before the target is there."""
 
     @staticmethod
-    def parts_of(share: Tensor, middle: Tensor, dtype: torch.dtype) -> Parts:
-        """share: of the subject, [B, tokens] in [0, 1]. middle: where it is, [B, 2]. dtype: of the weights."""
+    def parts_of(share: Tensor, middle: Tensor, like: Tensor) -> Parts:
+        """share: of the subject, [B, tokens] in [0, 1]. middle: where it is, [B, 2]. Both in main memory, where what
+        depends on values makes nobody wait. like: a tensor of the device and of the weights' type.
+        """
         front, back = (part.any(0).nonzero()[:, 0] for part in (share > 0, share < 1))
         allowed = share[:, back] < 1
         # of an image that is all subject: its weight is 0, but there must be a key
         allowed |= ~allowed.any(1, keepdim=True)
-        of_front, of_back = share[:, front, None].to(dtype), (1 - share[:, back, None]).to(dtype)
-        return Parts(front, back, middle, of_front, of_back, None if allowed.all() else allowed)
+        keys = None if allowed.all() else [own.nonzero()[:, 0] for own in allowed]
+
+        def there(part: Tensor) -> Tensor:
+            return part.to(like.device, non_blocking=True)
+
+        of_front, of_back = (there(part.to(like.dtype)) for part in (share[:, front, None], 1 - share[:, back, None]))
+        return Parts(there(front), there(back), middle, of_front, of_back, keys and [there(own) for own in keys])
 
 
 # ---------------------------------------------------------------- the recipes
@@ -132,12 +140,13 @@ class MaskedAttention(Recipe):
         area: MaskArea | WordsArea,
         fresh: Tensor | None = None,
         shift: Shift | None = None,
+        exact: bool = False,
     ) -> None:
         """subject, condition: Streams, the condition None where the target is its own. subject_mask: M_S, [H, W] bool.
         area: MaskArea or WordsArea. fresh: where the target begins with noise of its own, [H, W] bool (None: nowhere).
         shift: of the subject onto the area (None: it stays where it is).
         """
-        super().__init__(window)
+        super().__init__(window, exact)
         self.condition, self.subject_mask, self.area, self.fresh = condition, subject_mask, area, fresh
         self.streams = (subject, condition) if condition else (subject,)
         self.shift = shift
@@ -280,13 +289,14 @@ class BackgroundLock(Recipe):
         self.condition, self.mask = condition, mask
         self.streams = (condition,)
         self.inside: dict[tuple, Tensor] = {}
+        self.end: Tensor | None = None  # the condition's result, as `denoised` has it
 
     def locked(self, x: Tensor, kept: Tensor) -> Tensor:
         """x [B, C, h, w] with the kept latent [1, C, h, w] outside the edited area."""
         key = x.shape[-2:], x.device
         if key not in self.inside:
             self.inside[key] = grid_masks.cells(self.mask, x.shape[-2:]).to(x.device)
-        return torch.where(self.inside[key], x, kept.to(x))
+        return torch.where(self.inside[key], x, at_hand(kept, x))
 
     def final(self, context: RunContext) -> Tensor:
         """The condition's latent where the run at hand ends: its result, or on the way there."""
@@ -303,8 +313,10 @@ class BackgroundLock(Recipe):
         return self.locked(x, context.latent_here(self, self.condition))
 
     def denoised(self, context: RunContext, denoised: Tensor) -> Tensor:
-        run, row = self.condition
-        return self.locked(denoised, context.to_model_scale(run.final[row : row + 1]))
+        if self.end is None:
+            run, row = self.condition
+            self.end = at_hand(context.to_model_scale(run.final[row : row + 1]), denoised)
+        return self.locked(denoised, self.end)
 
     def output(self, context: RunContext, output: Tensor) -> Tensor:
         return self.locked(output, self.final(context))

@@ -36,11 +36,20 @@ class CompositeAttention(Recipe):
 
     node = "Composite Attention Inject"
 
-    def __init__(self, window: Window, stack: Sequence[Stream], owner: Tensor, base: int, base_q: str, kv: str) -> None:
+    def __init__(
+        self,
+        window: Window,
+        stack: Sequence[Stream],
+        owner: Tensor,
+        base: int,
+        base_q: str,
+        kv: str,
+        exact: bool = False,
+    ) -> None:
         """stack: every image's Stream. owner: [H, W] int64 label map. base_q: "model" or "stored". kv: "composite", or
         for the paper's ablations "concat" (of all images) or "model" (the running one's).
         """
-        super().__init__(window)
+        super().__init__(window, exact)
         self.longer_keys = kv == "concat"
         self.owner, self.base, self.base_q, self.kv = owner, base, base_q, kv
         self.base_stream = stack[base]

@@ -27,12 +27,12 @@ class Shift(NamedTuple):
     given: tuple[float, float] | None = None
 
     def tokens(self, subject: Tensor, area: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(down, right) in whole tokens, [1 or B, 2] on the CPU; 0 where one of them is nowhere. subject, area: their
-        centres in tokens, [1 or B, 2].
+        """(down, right) in whole tokens, [1 or B, 2]; 0 where one of them is nowhere. subject, area: their centres in
+        tokens, [1 or B, 2]. All in main memory.
         """
         if self.given is not None:
             return (torch.tensor([self.given]) * torch.tensor(grid)).round()
-        return (area.cpu() - subject.cpu()).round().nan_to_num(0.0)
+        return (area - subject).round().nan_to_num(0.0)
 
 
 def shift_of(node: str, model: ModelPatcher, text: str, size: tuple[int, int]) -> Shift | None:
@@ -79,7 +79,7 @@ def moved_queries(rows: Tensor, tokens: Tensor, shifts: Tensor, grid: tuple[int,
     [1, h x w, C]. tokens: int64 [n]. shifts: (down, right), [1 or B, 2]. Returns [1 or B, n, C].
     """
     h, w = grid
-    shifts = shifts.to(tokens)
+    shifts = shifts.to(tokens.device, tokens.dtype, non_blocking=True)
     down = (tokens // w - shifts[:, :1]).clamp(0, h - 1)
     right = (tokens % w - shifts[:, 1:]).clamp(0, w - 1)
     return rows[0, down * w + right]

@@ -16,6 +16,21 @@ def fraction(name: str, default: float, tooltip: str, **options: Any) -> io.Floa
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip, **options)
 
 
+def exact_input() -> io.Boolean.Input:
+    """The last input of every node that reads recorded images while it samples."""
+    return io.Boolean.Input(
+        "exact",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip=(
+            "Computes each replayed image by itself, bit for bit as it was recorded, instead of several in one batch,"
+            " which rounds in another way. Slower, and on a transformer it takes more memory. Without effect on cached"
+            " images, which are exact anyway."
+        ),
+    )
+
+
 def image_of(node: str, name: str, image: torch.Tensor) -> torch.Tensor:
     """IMAGE [B, H, W, C] with 3 or 4 channels -> the same, float32 on the CPU.
 

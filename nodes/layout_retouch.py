@@ -25,7 +25,7 @@ from ..patching.step_blend import Stage, StepBlend
 from ..patching.streams import LATENT_KEY, Recording, Stream, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
 from ..patching.weights import Weights
-from .inputs import connected, encoded, fraction, latent_of, mask_for, mask_of, refuse_nan
+from .inputs import connected, encoded, exact_input, fraction, latent_of, mask_for, mask_of, refuse_nan
 
 CATEGORY = "montage/retouch"
 RUNNING = io.Custom("MONTAGE_RUNNING_MASK")
@@ -476,6 +476,7 @@ class MultiSourceSwap(io.ComfyNode):
                         "none: not at all. Or pixels to the right and down, such as 64, -32."
                     ),
                 ),
+                exact_input(),
             ],
             outputs=[
                 io.Model.Output(
@@ -510,6 +511,7 @@ class MultiSourceSwap(io.ComfyNode):
         reference_prompt: list | None = None,
         reference_mask: torch.Tensor | None = None,
         shift: str = AUTO,
+        exact: bool = False,
     ) -> io.NodeOutput:
         refuse_nan(cls.NAME, layout_end=layout_end, mask_start=mask_start, end=end)
         layouts, references = (
@@ -530,12 +532,12 @@ class MultiSourceSwap(io.ComfyNode):
         layouts, references = prompted(layouts, model, layout_prompt), prompted(references, model, reference_prompt)
         recipes: list[Recipe] = [FromLayout(layouts, layout_end, end)]
         if inside is None:
-            recipes.append(FromReference(Window(layout_end, end, found), references, place))
+            recipes.append(FromReference(Window(layout_end, end, found), references, place, exact))
         else:
             blended = max(layout_end, min(mask_start, end))
             recipes += [
-                FromReference(Window(layout_end, blended, found), references, place),
-                FromBoth(Window(blended, end, found), references, layouts, inside, place),
+                FromReference(Window(layout_end, blended, found), references, place, exact),
+                FromBoth(Window(blended, end, found), references, layouts, inside, place, exact),
             ]
         return io.NodeOutput(install(model, *recipes), latent)
 

@@ -27,7 +27,7 @@ from ..patching.models import parse_sites
 from ..patching.recipe import Recipe
 from ..patching.schedule import Window
 from ..patching.streams import Stream, check_together, streams_of, with_prompt
-from .inputs import fraction, mask_for, refuse_nan
+from .inputs import exact_input, fraction, mask_for, refuse_nan
 
 # ---------------------------------------------------------------- the node
 
@@ -201,6 +201,7 @@ class CollaborativeAttention(io.ComfyNode):
                         "that of the edited area. none: not at all. Or pixels to the right and down, such as 64, -32."
                     ),
                 ),
+                exact_input(),
             ],
             outputs=[
                 io.Model.Output(
@@ -241,6 +242,7 @@ class CollaborativeAttention(io.ComfyNode):
         condition_positive: list | None = None,
         negative: list | None = None,
         shift: str = AUTO,
+        exact: bool = False,
     ) -> io.NodeOutput:
         refuse_nan(
             cls.NAME, map_share=map_share, **{name: value for name, value in preset.items() if isinstance(value, float)}
@@ -279,7 +281,7 @@ class CollaborativeAttention(io.ComfyNode):
         recipes: list[Recipe] = []
         for recipe, window in ((SAGI, sagi), (SALQ, salq)):
             if not window.is_empty:
-                recipes.append(recipe(window, *feeding, subject_mask, area, fresh, moved))
+                recipes.append(recipe(window, *feeding, subject_mask, area, fresh, moved, exact))
         if recipes and background_lock and kept and painted:
             recipes.append(BackgroundLock(kept, painted.mask))
         run, row = kept or source

@@ -18,7 +18,7 @@ from ..patching.models import parse_sites
 from ..patching.schedule import Window
 from ..patching.streams import Stream, check_together, streams_of
 from . import previews
-from .inputs import fraction, image_of, mask_for, mask_of, refuse_nan
+from .inputs import exact_input, fraction, image_of, mask_for, mask_of, refuse_nan
 
 Tensor = torch.Tensor
 
@@ -441,6 +441,7 @@ class CompositeAttentionInject(io.ComfyNode):
                         " the number above is ignored."
                     ),
                 ),
+                exact_input(),
             ],
             outputs=[
                 io.Model.Output(
@@ -469,6 +470,7 @@ class CompositeAttentionInject(io.ComfyNode):
         base_q: str,
         kv: str,
         cut_base: int | None = None,
+        exact: bool = False,
     ) -> io.NodeOutput:
         refuse_nan(cls.NAME, start=start, end=end)
         base = cls.base(base, cut_base)
@@ -481,7 +483,7 @@ class CompositeAttentionInject(io.ComfyNode):
                 f"{cls.NAME}: {len(masks)} masks for {len(stack)} images. Give one mask for each image, in their order."
             )
         window = Window(start, end, parse_sites(cls.NAME, model, sites))
-        recipe = CompositeAttention(window, stack, labels.from_masks(masks, base), base, base_q, kv)
+        recipe = CompositeAttention(window, stack, labels.from_masks(masks, base), base, base_q, kv, exact)
         run, row = stack[base]
         latent = {"samples": run.latent_image[row : row + 1]}
         if run.denoise_mask is not None:

@@ -54,10 +54,10 @@ class FeatureRecorder(io.ComfyNode):
                     max=1_000_000,
                     step=64,
                     tooltip=(
-                        "RAM for recorded attention features, in MiB. Images that fit make a composite nearly as "
-                        "fast as a plain run. Images beyond that (all of them at 0) are replayed: same picture, a "
-                        "few MB, but one more model evaluation per image and step. SD1.5 at 512x512: about 44 MiB "
-                        "per image and step in fp16."
+                        "Memory for recorded attention features, in MiB: the GPU's while it has room, else RAM. Images "
+                        "that fit make a composite nearly as fast as a plain run. Images beyond that (all of them at "
+                        "0) are replayed: same picture, a few MB, but one more model evaluation per image and step. "
+                        "SD1.5 at 512x512: about 44 MiB per image and step in fp16."
                     ),
                 ),
             ],

@@ -34,8 +34,9 @@ class LiveAttentionMap:
     """A TokenMap in one run: the mean over heads, over the sites and over the steps so far (MCA-Ctrl and MasaCtrl take
     1/4 of the latent, Layout-and-Retouch says "decoder"), min-max normalised for each image.
 
-    before: what recipes read while the model is evaluated, the map of the evaluations before this one (None in the
-    first). What this one has found so far depends on which CFG half ComfyUI evaluates first, or whether both at once.
+    before: what recipes read while the model is evaluated, the map of the evaluations before this one, in main
+    memory (None in the first; the Session brings it there). What this one has found so far depends on which CFG
+    half ComfyUI evaluates first, or whether both at once.
     """
 
     def __init__(self, wanted: TokenMap, conds: dict[str, list[dict]]) -> None:
@@ -57,9 +58,6 @@ class LiveAttentionMap:
                 f'Token Attention Map: this sampler has no conditioning of the prompt "{wanted.prompt}". Connect the'
                 " CONDITIONING of Token Attention Map to the sampler's positive, through a ControlNet if there is one."
             )
-
-    def begin_evaluation(self) -> None:
-        self.before = self.read()
 
     def look(self, attention: TextAttention, length: int) -> None:
         """Count one attention in, if it is of the map's sites. attention: of one conditioning that is measured.

@@ -59,13 +59,16 @@ class ReplayComplete(Exception):
 class Engine:
     """Computes the model calls of one sampling run.
 
-    exact: whether streams are always replayed run by run, as they were recorded to the bit.
+    exact: whether streams are always replayed run by run, as they were recorded to the bit; also where a recipe asks
+    for it. It costs nothing, and is what happens anyway, where features are cached or all streams are of one run on a
+    UNet: nothing shares a batch then that did not when it was recorded.
     """
 
     exact = False
 
     def __init__(self, session: Session) -> None:
         self.session = session
+        self.exact = self.exact or any(recipe.exact for recipe in session.recipes)
         self.family = family_of(session.context.model)
         self.conds: dict[tuple[Run, tuple[int, ...]], dict] = {}  # (run, rows) -> its conditioning, on the device
         self.prepared: dict[tuple, Any] = {}  # what biases keep for the run
@@ -73,7 +76,7 @@ class Engine:
         self.lockstep: bool | None = None if self.family.lockstep and not self.exact else False  # None: not tried yet
         self.alike: dict[tuple, bool] = {}  # (run, call, of whom) -> whether it is computed as the target or that run
         self.stacks: dict[tuple, dict | None] = {}  # what is batched -> the conditioning for the whole batch
-        self.ahead: dict[tuple, transfers.Arriving] = {}  # what was fetched ahead, by call, roles, recipe and site
+        self.ahead: dict[tuple, transfers.Arriving] = {}  # what was fetched ahead, by what it is for
         self.next_sites: dict[Recipe, dict[Site, Site]] = {}
         self.order = {site: number for number, site in enumerate(self.family.sites())}
 
@@ -154,7 +157,7 @@ class Engine:
         if any(cond is None for group in stacks for cond in group):
             return None
         call.beside = tuple(wanted)
-        latents = [self.latent_of(stream, call).to(x) for stream in wanted]
+        latents = [transfers.at_hand(self.latent_of(stream, call), x) for stream in wanted]
         stacks = [None if group is None else stack for group, stack in zip(conds, stacks)]
         return stacks, torch.cat([x, *latents]), timestep[:1].expand(total)
 
@@ -226,7 +229,7 @@ class Engine:
                 internals.evaluate,
                 model,
                 [own[role] for role in served],
-                evaluation.x[rows].to(device),
+                evaluation.x[rows].to(device, non_blocking=True),
                 timestep[:1].expand(len(rows)),
                 run.options[number],
                 ModelCall(call.key, run.roles, biases, record=record),
@@ -266,11 +269,12 @@ class Engine:
 
         def select(site: Site, _: list[CondRole], n: Tensor, grid: tuple[int, int]) -> None:
             for recipe, number, own, rows in places:
-                self.hold(call, recipe, number, own, site, together([n[0, row] for row in rows])[:, None], grid)
+                taken = transfers.together([n[0, row] for row in rows])[:, None]
+                self.hold(call, recipe, number, own, site, taken, grid)
 
         batch = CondRole("streams", 0)
         record = self.record_until(call, {recipe for recipe, _ in readers}, {batch}, select)
-        latents = torch.cat([self.latent_of(stream, call) for stream, _ in rows]).to(x)
+        latents = transfers.at_hand(torch.cat([self.latent_of(stream, call) for stream, _ in rows]), x)
         with contextlib.suppress(ReplayComplete):
             self.compute(
                 internals.evaluate,
@@ -349,8 +353,9 @@ class Engine:
                 selected, is_cached = self.selected(call, recipe, number, roles, site, grid, like)
             are_cached &= is_cached
             found.append(selected)
-        if not recipe.merges or not are_cached:
-            return recipe.merge([at_hand(part, like) for part in found], grid)
+        # what lies on a device is merged each time: a copy there would be memory that ComfyUI does not know of
+        if not recipe.merges or not are_cached or any(part.device.type != "cpu" for part in found):
+            return recipe.merge([transfers.at_hand(part, like) for part in found], grid)
         merged = [transfers.ready_to_send(part, like.device) for part in recipe.merge(found, grid)]
         recipe.kept.update(
             ((call.key, role, site), [part[number] for part in merged]) for number, role in enumerate(roles)
@@ -367,7 +372,7 @@ class Engine:
         keys = [(call.key, role, site) for role in roles]
         if not all(key in recipe.kept for key in keys):
             return None
-        return transfers.send([together(parts) for parts in zip(*(recipe.kept[key] for key in keys))], like)
+        return transfers.send([transfers.together(parts) for parts in zip(*(recipe.kept[key] for key in keys))], like)
 
     def fetch_ahead(self, call: ModelCall, recipe: Recipe, roles: list[CondRole], site: Site, like: Tensor) -> None:
         """Begin to fetch what the recipe's next site needs, where that takes time."""
@@ -403,7 +408,7 @@ class Engine:
         if (recipe, number, own[0], site) in call.selected:
             if call.tokens[run, site] != here:
                 raise refusals.resized(recipe, site, call.tokens[run, site], here)
-            return together([call.selected[recipe, number, role, site] for role in own]), False
+            return transfers.together([call.selected[recipe, number, role, site] for role in own]), False
         features = self.session.context.evaluation_of(recipe, run, call.key).features
         parts = []
         for role, wanted in zip(roles, own):
@@ -412,10 +417,16 @@ class Engine:
             parts.append(features[wanted, site][row : row + 1])
             if parts[-1].shape[1] != here:
                 raise refusals.resized(recipe, site, parts[-1].shape[1], here)
-        rows = together(parts)
-        if not recipe.merges:  # which is not worth gathering where the features lie
-            (rows,) = transfers.send([rows], like).wait()
-        return recipe.select(number, rows, grid), True
+        if recipe.merges:
+            return recipe.select(number, transfers.together(parts), grid), True
+        # not worth gathering where the features lie: all rows go to the device, the next site's meanwhile
+        arriving = self.ahead.pop((call.key, tuple(roles), recipe, site, number), None)
+        arriving = arriving or transfers.send([transfers.together(parts)], like)
+        following = self.following(recipe).get(site)
+        if following is not None and parts[0].device != like.device and all((r, following) in features for r in own):
+            parts = transfers.together([features[role, following][row : row + 1] for role in own])
+            self.ahead[call.key, tuple(roles), recipe, following, number] = transfers.send([parts], like)
+        return recipe.select(number, arriving.wait()[0], grid), True
 
     def conds_on(self, run: Run, rows: list[int], model: Any, device: torch.device) -> dict[str, list[dict]]:
         key = run, tuple(rows)
@@ -438,34 +449,6 @@ class Engine:
     def move_patches(run: Run, device: torch.device) -> None:
         for options in run.options.values():
             internals.move_patches(options, device)
-
-
-def together(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as one, [parts, ...]: without a copy where they lie at equal distances in one memory, as the
-    conditionings of one evaluation do.
-    """
-    first = parts[0]
-    if len(parts) == 1:
-        return first[None]
-    memory, step = first.untyped_storage().data_ptr(), parts[1].storage_offset() - first.storage_offset()
-    if (
-        all(
-            part.untyped_storage().data_ptr() == memory
-            and part.storage_offset() == first.storage_offset() + number * step
-            and part.stride() == first.stride()
-            and part.dtype == first.dtype
-            for number, part in enumerate(parts)
-        )
-        and step >= 0
-    ):
-        return first.as_strided((len(parts), *first.shape), (step, *first.stride()))
-    return torch.stack([part.to(first) for part in parts])
-
-
-def at_hand(part: Tensor, like: Tensor) -> Tensor:
-    """A tensor on the device and in the type of another."""
-    same = part.device == like.device and part.dtype == like.dtype
-    return part if same else part.to(like.device, like.dtype, non_blocking=True)
 
 
 class Attentions(refusals.OfAttention):

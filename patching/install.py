@@ -140,7 +140,7 @@ def _predict_noise(
     session = session_in(model_options)
     if session is None:
         return executor(x, timestep, model_options, seed)
-    session.begin_evaluation(float(timestep[0]))
+    session.begin_evaluation(timestep)
     for recipe in session.recipes:
         x = recipe.latent(session.context, x)
     denoised = executor(x, timestep, model_options, seed)

@@ -2,10 +2,12 @@
 
 import contextlib
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import comfy.conds
+import comfy.model_management
 import comfy.ops
 import comfy.patcher_extension
 import comfy.sampler_helpers
@@ -33,6 +35,28 @@ OF_ONE_CALL = {
 ALONE = ("area", "mask", "control", "gligen", "hooks", "default")
 WEIGHTED = ("strength", "timestep_start", "timestep_end")
 KEY = "montage"  # of our wrappers and attachments in a MODEL, and of the Session in a run's transformer options
+
+
+def room_for(model: ModelPatcher, shape: tuple[int, ...], wanted: int) -> bool:
+    """Whether so many bytes may be held on a MODEL's device: no CPU, and besides what it takes to compute a batch."""
+    management, device = comfy.model_management, model.load_device
+    if management.is_device_cpu(device):
+        return False
+    network: Any = model.model
+    computing = 1.5 * network.memory_required(list(shape)) + management.extra_reserved_memory()
+    left = management.get_free_memory(device) - 1.1 * wanted
+    return left > max(computing, management.minimum_inference_memory())
+
+
+def account_for(patcher: ModelPatcher) -> None:
+    """Have ComfyUI count what a patcher holds on its device among the models that are loaded there, and ask it for that
+    memory when it needs some (partially_unload, detach).
+    """
+    loaded = comfy.model_management.LoadedModel(patcher)
+    loaded.real_model = weakref.ref(patcher.model)
+    loaded.model_finalizer = weakref.finalize(patcher.model, comfy.model_management.cleanup_models)
+    loaded.model_finalizer.atexit = False
+    comfy.model_management.current_loaded_models.insert(0, loaded)
 
 
 def node_at_work() -> tuple[str, str] | None:

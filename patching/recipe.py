@@ -56,7 +56,7 @@ class RunContext:
     @property
     def attention_map(self) -> Tensor | None:
         """Where the model looked for the words of the last Token Attention Map, in the evaluations before this one,
-        [B, h, w] in [0, 1]; None in the first.
+        [B, h, w] in [0, 1] in main memory; None in the first.
         """
         return self.maps[-1].before
 
@@ -106,11 +106,13 @@ class Start(NamedTuple):
 class Recipe:
     """What the target does with its streams, at the sites and steps of a window. Subclasses say how.
 
-    node: the display name for messages. streams: whose attention it reads. several_terms: whether it may feed a site
-    from several attentions, or from one over a part of the rows. One recipe can at a site and step, and acts after
-    those that do not. longer_keys: whether a token may attend to more keys than an image has. same_weights: whether the
-    MODEL must be the one that its streams were recorded with, LoRAs included. merges: whether the rows of all streams
-    together become those of one image.
+    node: the display name for messages. streams: whose attention it reads. several_terms: whether it may feed a
+    site from several attentions, or from one over a part of the rows. One recipe can at a site and step, and acts
+    after those that do not. longer_keys: whether a token may attend to more keys than an image has. same_weights:
+    whether the MODEL must be the one that its streams were recorded with, LoRAs included. merges: whether the rows
+    of all streams together become those of one image. exact: whether streams that are replayed must be evaluated as
+    they were recorded, bit for bit: run by run, instead of as rows of one batch, which rounds in another way. It
+    then holds for the whole sampling run, whatever other recipes say.
     """
 
     node = "Montage"
@@ -120,8 +122,8 @@ class Recipe:
     same_weights = True
     merges = False
 
-    def __init__(self, window: Window) -> None:
-        self.window = window
+    def __init__(self, window: Window, exact: bool = False) -> None:
+        self.window, self.exact = window, exact
         self.kept: dict[tuple, list[Tensor]] = {}  # what was merged of cached features, by evaluation and site
 
     @property

@@ -8,6 +8,7 @@ from comfy.model_patcher import ModelPatcher
 
 from . import internals, refusals, transfers
 from .attention_maps import LiveAttentionMap
+from .device_cache import DeviceCache
 from .models import SelfAttention, Site, family_of
 from .streams import CallKey, CondRole, Evaluation, Recording, Run, recorded_conds, roles_of
 
@@ -33,6 +34,7 @@ class Recorder:
         family = family_of(model)
         self.cut_site, self.sites = family.cut_site(), frozenset(family.sites())
         self.has_levels = family.is_unet  # so that its sites hold features of different sizes
+        self.has_place = False  # whether it has been chosen where the features go
 
     def begin_call(self, key: CallKey, conds: dict[str, list[dict]], x: torch.Tensor, options: dict) -> Record | None:
         """Take down what goes into an evaluation of the model; return what records the target's attention inputs, or
@@ -44,6 +46,8 @@ class Recorder:
             self.run.options[key[2]] = internals.recorded_options(options)
         evaluation = self.run.evaluations[key] = Evaluation(x)
         self.keeps_features &= self.has_room(self.run.evaluation_bytes)
+        if self.keeps_features and self.run.evaluation_bytes and not self.has_place:
+            self.choose_place((len(roles_of(conds)) * len(x), *x.shape[1:]))
         is_last = key[0] <= self.last_sigma and key[2] == 0
         if not self.keeps_features and not is_last:
             return None
@@ -66,6 +70,16 @@ class Recorder:
             self.room = total
         return total <= self.room
 
+    def choose_place(self, shape: tuple[int, ...]) -> None:
+        """Choose the model's device for the features, if it has room for all that are still to come; else they go to
+        main memory, as those of the first evaluation, which tells how large they are. shape: of the batch that the
+        model computes.
+        """
+        self.has_place = True
+        wanted = min(self.run.evaluation_bytes * len(self.run.sigmas), self.recording.budget - self.kept)
+        if internals.room_for(self.model, shape, wanted):
+            self.run.on_device = DeviceCache(self.run.evaluations, self.model.load_device, wanted)
+
     def keep(self, evaluation: Evaluation, site: Site, roles: list[CondRole], rows: torch.Tensor) -> None:
         """Keep the features of one site while the budget lasts: at no moment is it exceeded. A transformer's first site
         tells how large all are together: if one evaluation does not fit, nothing is copied.
@@ -77,7 +91,8 @@ class Recorder:
             self.keeps_features, evaluation.features = False, {}  # part of an evaluation is of no use
             return
         self.kept += rows.nbytes
-        kept = transfers.put_away(rows)
+        kept = self.run.on_device and self.run.on_device.take(rows)
+        kept = transfers.put_away(rows) if kept is None else kept
         evaluation.features.update(((role, site), part) for role, part in zip(roles, kept))
 
     def finish(self, output: torch.Tensor, maps: Sequence[LiveAttentionMap]) -> None:

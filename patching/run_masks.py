@@ -40,8 +40,8 @@ def with_noise_map(model: ModelPatcher, node: str, noise: torch.Tensor, dilation
                 f"{node}: the latent is empty, so there is nothing to keep. Sample the encoded image of Collage Canvas."
             )
         guider = executor.class_obj
-        options, device = guider.model_options, guider.model_patcher.load_device  # the options are this run's own copy
-        level = F.interpolate(noise[None, None], size=noise_.shape[-2:], mode="nearest-exact").to(device)
+        options = guider.model_options  # this run's own copy
+        level = F.interpolate(noise[None, None], size=noise_.shape[-2:], mode="nearest-exact")
         options["denoise_mask_function"] = masked_by(level, dilation, options.get("denoise_mask_function"))
         finished = float(sigmas[-1]) == 0  # asked now, since UniPC writes into its sigmas
         output = executor(noise_, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
@@ -74,14 +74,14 @@ def masked_everywhere(
 
 def masked_by(level: torch.Tensor, dilation: float, previous: Callable | None) -> Callable:
     """A denoise_mask_function: the mask it is given, or what the previous such function makes of it, where the map is
-    free.
+    free. level: the map in main memory, where it is found what is free: of the device one value is read, the sigma.
     """
 
     def mask(sigma: torch.Tensor, denoise_mask: torch.Tensor, extra_options: dict) -> torch.Tensor:
-        t = part_of_schedule(extra_options["model"].inner_model.model_sampling, sigma[0])
+        t = part_of_schedule(extra_options["model"].inner_model.model_sampling, sigma[0].cpu())
         if previous is not None:
             denoise_mask = previous(sigma, denoise_mask, extra_options=extra_options)
-        return denoise_mask * free(level, t, dilation)
+        return denoise_mask * free(level, t, dilation).to(denoise_mask.device, non_blocking=True)
 
     return mask
 
@@ -97,11 +97,10 @@ def part_of_schedule(sampling: Any, sigma: torch.Tensor) -> float:
         after = int(torch.searchsorted(sigmas, sigma).clamp(1, len(sigmas) - 1))
         low, high = sigmas[after - 1], sigmas[after]
         return float((after - 1 + (sigma - low) / (high - low)) / (len(sigmas) - 1))
-    t, first, last = (
-        float(sampling.timestep(torch.as_tensor(s))) for s in (sigma, sampling.sigma_min, sampling.sigma_max)
-    )
+    t = float(sampling.timestep(torch.as_tensor(sigma)))
     if isinstance(sampling, ModelSamplingDiscrete):
         return t / sampling.num_timesteps
+    first, last = (float(sampling.timestep(torch.as_tensor(s))) for s in (sampling.sigma_min, sampling.sigma_max))
     return (t - first) / (last - first)
 
 
@@ -109,7 +108,7 @@ def with_control_map(model: ModelPatcher, node: str, strength: torch.Tensor) -> 
     """A clone of the MODEL that multiplies what ControlNets add to it by a map: to the features of a UNet, or to the
     image's tokens of a transformer. strength: [H, W].
     """
-    family = family_of(model)
+    family, there = family_of(model), strength
 
     def outer_sample(executor: Callable, noise: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         check_shape(node, strength.shape, noise.shape[-2:])
@@ -130,10 +129,12 @@ def with_control_map(model: ModelPatcher, node: str, strength: torch.Tensor) -> 
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
+        nonlocal there
         if control is not None:
+            there = there.to(x.device, non_blocking=True)  # once
             grid = None if family.is_unet else family.grid((x.shape[-2], x.shape[-1]))
             control = {
-                block: [scaled(node, residual, strength, grid) for residual in residuals]
+                block: [scaled(node, residual, there, grid) for residual in residuals]
                 for block, residuals in control.items()
             }
         return executor(x, t, c_concat, c_crossattn, control, *args, **kwargs)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import internals, refusals
+from . import internals, refusals, transfers
 from .attention_maps import LiveAttentionMap
 from .bias import Bias, biases_of
 from .engine import Engine, ModelCall
@@ -112,8 +112,14 @@ class Session:
         if self.recorder:
             self.recorder.run.noise = noise.cpu()
 
-    def begin_evaluation(self, sigma: float) -> None:
-        """The guider evaluates its model at a sigma, in one call or in several."""
+    def begin_evaluation(self, timestep: Tensor) -> None:
+        """The guider evaluates its model at a sigma, in one call or in several. timestep: that sigma, [B]. Here alone
+        the device is waited for.
+        """
+        maps = self.context.maps
+        sigma, found = transfers.read(timestep[0], [live.read() for live in maps])
+        for live, before in zip(maps, found):
+            live.before = before
         self.context.sigma_visit, self.calls = self.visits.next(sigma), 0
 
     def evaluate(
@@ -128,14 +134,12 @@ class Session:
         if len(x) != len(self.noise):
             raise refusals.other_batch(self.names, len(self.noise), len(x))
         if self.context.sigma_visit is None:  # a guider that does not go through predict_noise
-            self.begin_evaluation(float(timestep[0]))
+            self.begin_evaluation(timestep)
         sigma, visit = self.context.visit
         key = sigma, visit, self.calls
         record = self.recorder and self.recorder.begin_call(key, self.guider.conds, x, options)
         # further calls of an evaluation see attention that was disturbed on purpose
         maps = self.context.maps if self.calls == 0 else []
-        for live in maps:
-            live.begin_evaluation()
         self.calls += 1
         biases = self.acting_biases(self.biases, sigma, self.context.sigmas)
         call = ModelCall(key, roles, biases, self.acting(sigma), maps, record)

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from . import internals
+from . import internals, transfers
 from .bias import Bias, biases_of
+from .device_cache import DeviceCache
 from .models import Site, family_of
 from .schedule import in_words
 from .weights import Weights
@@ -40,11 +41,12 @@ class CondRole(NamedTuple):
 
 class Evaluation:
     """One evaluation of the model: the latents that went in, x [B, C, h, w], and what was kept of its attention:
-    features[role, site] = rows [B, tokens, channels], empty when it is to be replayed. All on the CPU.
+    features[role, site] = rows [B, tokens, channels], empty when it is to be replayed. All in main memory, where they
+    are complete after transfers.finish; features also on the model's device (DeviceCache).
     """
 
     def __init__(self, x: Tensor) -> None:
-        self.x = x.detach().to("cpu", copy=True)
+        self.x = transfers.put_away(x.detach())
         self.features: dict[tuple[CondRole, Site], Tensor] = {}
 
     @property
@@ -79,6 +81,7 @@ class Run:
         self.keys: dict[CondRole, Tensor] = {}  # the graph cut's features at the lowest sigma, [B, tokens, channels]
         self.keys_grid: tuple[int, int] | None = None  # (h, w) of those tokens
         self.maps: dict[str, Tensor] = {}  # words -> their attention map, [B, h, w] in [0, 1] (Token Attention Map)
+        self.on_device: DeviceCache | None = None  # the features that lie on the model's device; None: none ever did
         self.final: Tensor  # [B, C, h, w], what the sampler returned; of a finished run
 
     @property
@@ -196,13 +199,14 @@ class Recording:
             total -= oldest.trajectory_bytes
         kept = sum(bool(e.features) for e in run.evaluations.values())
         logging.info(
-            "Feature Recorder: %d images, %d evaluations at %dx%d; features of %d kept (%.1f MB), the others are"
+            "Feature Recorder: %d images, %d evaluations at %dx%d; features of %d kept (%.1f MB%s), the others are"
             " replayed.",
             run.images,
             len(run.evaluations),
             *run.size,
             kept,
             run.feature_bytes / 2**20,
+            f", {run.on_device.loaded_size() / 2**20:.1f} MB of them on the GPU" if run.on_device else "",
         )
 
     def make_room(self, wanted: int) -> bool:

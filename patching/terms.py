@@ -32,8 +32,8 @@ class AttentionTerm(NamedTuple):
 
     q, k, v: rows of which Q, K and V are made, [conditionings, 1 or B, tokens, channels]. rows: the target's tokens
     that the result goes to, int64 [tokens of q] (None: all of them, in order). weight: of the result, [1 or B, tokens
-    of q, 1] in q's type (None: 1). allowed: the keys that each image of the batch may attend to, bool [1 or B, tokens
-    of k] (None: all; at least one must be). projected: what is made of Q, K and V before they attend, (q, k, v)
+    of q, 1] in q's type (None: 1). allowed: the keys that each image of the batch may attend to, int64 for each of 1 or
+    B images (None: all; at least one must be). projected: what is made of Q, K and V before they attend, (q, k, v)
     [conditionings x B, tokens, heads x d] -> the same of any length (None: nothing).
     """
 
@@ -42,7 +42,7 @@ class AttentionTerm(NamedTuple):
     v: Tensor
     rows: Tensor | None = None
     weight: Tensor | None = None
-    allowed: Tensor | None = None
+    allowed: Sequence[Tensor] | None = None
     projected: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None
 
     @property
@@ -57,7 +57,7 @@ class PackedTerm(NamedTuple):
     keys: int
     rows: Tensor | None
     weight: Tensor | None
-    allowed: Tensor | None
+    allowed: Sequence[Tensor] | None
     projected: Callable | None
 
 
@@ -103,14 +103,17 @@ def _of_term(term: PackedTerm, q: Tensor, k: Tensor, v: Tensor, attention: Atten
     return weighed.view(result.shape)
 
 
-def _attend_each(q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, allowed: Tensor, attention: Attention) -> Tensor:
+def _attend_each(
+    q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, allowed: Sequence[Tensor], attention: Attention
+) -> Tensor:
     """Image by image, over its own keys: gathered, since a mask would need queries x keys of memory in some
     backends.
     """
     found = []
     for i in range(len(q)):
         image, keys = slice(i, i + 1), allowed[i % len(allowed)]
-        found.append(attention(q[image], k[image, keys], v[image, keys], rows, image))
+        own = k[image].index_select(1, keys), v[image].index_select(1, keys)
+        found.append(attention(q[image], *own, rows, image))
     return torch.cat(found)
 
 

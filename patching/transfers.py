@@ -5,6 +5,7 @@ was asked, and is waited for where it is needed. Elsewhere a copy is a copy.
 """
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -49,6 +50,52 @@ def put_away(rows: Tensor) -> Tensor:
         kept.copy_(own, non_blocking=True)
     own.record_stream(stream)
     return kept
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one, [parts, ...]: without a copy where they lie at equal distances in one memory, as the
+    conditionings of one evaluation do.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first[None]
+    memory, step = first.untyped_storage().data_ptr(), parts[1].storage_offset() - first.storage_offset()
+    if (
+        all(
+            part.untyped_storage().data_ptr() == memory
+            and part.storage_offset() == first.storage_offset() + number * step
+            and part.stride() == first.stride()
+            and part.dtype == first.dtype
+            for number, part in enumerate(parts)
+        )
+        and step >= 0
+    ):
+        return first.as_strided((len(parts), *first.shape), (step, *first.stride()))
+    return torch.stack([part.to(first) for part in parts])
+
+
+def at_hand(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor on the device and in the type of another; the same where it is that already."""
+    same = part.device == like.device and part.dtype == like.dtype
+    return part if same else part.to(like.device, like.dtype, non_blocking=True)
+
+
+def read(value: Tensor, parts: Sequence[Tensor | None]) -> tuple[float, list[Tensor | None]]:
+    """A number, and tensors of its device in main memory: the device is waited for once, for the number. Tensors that
+    lie in main memory are given back as they are.
+    """
+    copies = [part if part is None else _on_its_way(part) for part in parts]
+    number = float(value)
+    if value.device.type == "cpu" and any(part is not None and part.device.type != "cpu" for part in parts):
+        comfy.model_management.synchronize()
+    return number, copies
+
+
+def _on_its_way(part: Tensor) -> Tensor:
+    """A copy in main memory, complete when whatever the model's stream is asked next is done."""
+    if part.device.type == "cpu" or comfy.model_management.current_stream(part.device) is None:
+        return part.to("cpu")
+    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
 
 
 def ready_to_send(part: Tensor, device: torch.device) -> Tensor:

@@ -100,10 +100,12 @@ def halves(size=SIZE):
     return labels
 
 
-def inject(latents, masks, base=0, model=None, start=0.0, end=1.0, sites="all", base_q="model", kv="composite"):
+def inject(
+    latents, masks, base=0, model=None, start=0.0, end=1.0, sites="all", base_q="model", kv="composite", **optional
+):
     """(MODEL, LATENT) that compose."""
     return CompositeAttentionInject.execute(
-        model or random_model("sd15-small"), stack(*latents), masks, base, start, end, sites, base_q, kv
+        model or random_model("sd15-small"), stack(*latents), masks, base, start, end, sites, base_q, kv, **optional
     ).args
 
 

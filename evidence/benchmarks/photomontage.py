@@ -95,6 +95,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     with torch.inference_mode():
         measure_cut()
+        measure_cut(9, 128)
         for on in bench.benches(options):
             on.report(cases(on, options.images), options.repeats)
             latent, kept, all_of_it = stored(on)
