@@ -1,10 +1,11 @@
-// Strokes on a canvas: the chosen image's strong, the others' faint, and hatching where they conflict.
+// Strokes on a canvas: the chosen image's strong and with an edge, the others' faint, and hatching where they conflict.
 import { byImage, findConflicts, radiusSquared } from "./raster.js";
 import { UNIT } from "./strokes.js";
 import { canvasSize, clear } from "./widget.js";
 
 const CHOSEN = 0.65; // opacities
 const OTHERS = 0.35;
+const EDGE = "#fff"; // of the chosen image's strokes: seen on a picture of their own colour
 
 export class Drawing {
   constructor(canvas) {
@@ -12,10 +13,15 @@ export class Drawing {
     this.others = document.createElement("canvas");
     this.chosen = document.createElement("canvas");
     this.scratch = document.createElement("canvas");
+    this.edge = document.createElement("canvas");
     this.size = [1, 1];
     this.hatching = null;
     this.conflicts = [];
     this.release();
+  }
+
+  layers() {
+    return [this.canvas, this.others, this.chosen, this.scratch, this.edge];
   }
 
   /** size: the picture's [width, height]. */
@@ -23,7 +29,7 @@ export class Drawing {
     const [w, h] = canvasSize(size);
     if (this.canvas.width === w && this.canvas.height === h && this.size.join() === size.join()) return;
     this.size = size;
-    for (const canvas of [this.canvas, this.others, this.chosen, this.scratch]) [canvas.width, canvas.height] = [w, h];
+    for (const canvas of this.layers()) [canvas.width, canvas.height] = [w, h];
     this.strokes = null;
   }
 
@@ -47,6 +53,7 @@ export class Drawing {
       }
       clear(this.chosen);
       drawStrokes(this.chosen, groups.get(image) ?? [], colourOf(image));
+      drawEdge(this.edge, this.chosen);
     }
     [this.strokes, this.image, this.colour] = [strokes, image, colourOf(image)];
     this.paint(null);
@@ -62,12 +69,13 @@ export class Drawing {
     if (live) drawStrokes(this.scratch, [live], this.colour);
     context.drawImage(this.scratch, 0, 0);
     context.globalAlpha = 1;
+    context.drawImage(this.edge, 0, 0);
     if (this.hatching) context.drawImage(this.hatching, 0, 0);
   }
 
   /** Gives the pixels back; resize() and show() bring them up again. */
   release() {
-    for (const canvas of [this.canvas, this.others, this.chosen, this.scratch]) canvas.width = canvas.height = 1;
+    for (const canvas of this.layers()) canvas.width = canvas.height = 1;
     this.hatching = null;
     this.conflicts = [];
     this.strokes = null;
@@ -91,6 +99,21 @@ function drawStrokes(canvas, strokes, colour) {
     context.arc((p[0] / UNIT) * width, (p[1] / UNIT) * height, radius, 0, 2 * Math.PI);
     context.fill();
   }
+  context.globalCompositeOperation = "source-over";
+}
+
+/** A line around what another canvas of this size shows. */
+function drawEdge(canvas, shape) {
+  const { width, height } = canvas;
+  const context = clear(canvas);
+  const wide = Math.max(1, Math.max(width, height) / 384);
+  for (let turn = 0; turn < 2 * Math.PI; turn += Math.PI / 4)
+    context.drawImage(shape, wide * Math.cos(turn), wide * Math.sin(turn));
+  context.globalCompositeOperation = "source-in";
+  context.fillStyle = EDGE;
+  context.fillRect(0, 0, width, height);
+  context.globalCompositeOperation = "destination-out";
+  context.drawImage(shape, 0, 0);
   context.globalCompositeOperation = "source-over";
 }
 

@@ -223,10 +223,10 @@ export function testLayout(comfy) {
         ];
       };
       const before = await heights();
-      await onNode(ids.canvas, "node.setSize([node.size[0], node.size[1] + 200])");
+      await onNode(ids.canvas, "node.setSize([node.size[0], node.size[1] + 200]), node.setDirtyCanvas(true, true)");
       await still();
       const after = await heights();
-      await onNode(ids.canvas, "node.setSize([node.size[0], node.size[1] - 200])");
+      await onNode(ids.canvas, "node.setSize([node.size[0], node.size[1] - 200]), node.setDirtyCanvas(true, true)");
       assert.ok(after[0] > before[0] + 100, `${before}, then ${after}`);
       assert.deepEqual(after.slice(1), before.slice(1));
     });
@@ -293,7 +293,7 @@ export function testLayout(comfy) {
       const number = await feed(ids.layers[1], "x", 0.25);
       await (await row("green")).click();
       await still();
-      assert.match(await status(), /x 0.25,.* From other nodes, and moved there only: x\./);
+      assert.match(await status(), /x 0.25,.* Set by other nodes, so it can only be changed there: x\./);
       await comfy.page().keyboard.press("ArrowRight");
       await comfy.page().keyboard.press("ArrowDown");
       assert.match(await status(), /x 0.25,/);
@@ -455,7 +455,7 @@ export function testLayout(comfy) {
       const { x } = await values(red);
       await onNode(red, 'widget("x").value = -1, widget("x").callback(-1)');
       await still();
-      assert.match(await status(), /Off the canvas, and not seen: “a red bar” \(node/);
+      assert.match(await status(), /Outside the canvas, so not visible: “a red bar” \(node/);
       await onNode(red, 'widget("x").value = argument, widget("x").callback(argument)', x);
       await still();
       assert.doesNotMatch(await status(), /Off the canvas/);
@@ -490,7 +490,7 @@ export function testLayout(comfy) {
       await (await row("green", inner)).click();
       await comfy.page().keyboard.press("Shift+ArrowUp");
       await still();
-      assert.match(await status(inner), /x 0.25,.* moved there only: x\./);
+      assert.match(await status(inner), /x 0.25,.* changed there: x\./);
       const moved = await comfy
         .page()
         .evaluate(() =>

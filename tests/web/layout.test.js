@@ -327,7 +327,7 @@ describe("layers on the canvas", () => {
     const { x, y } = await values("green");
     assert.equal(x, 0.5);
     near([y], [0.6], 0.004);
-    assert.match(await status(), /From other nodes, and moved there only: x, rotation/);
+    assert.match(await status(), /Set by other nodes, so it can only be changed there: x, rotation/);
     assert.equal(await page.evaluate(() => window.editor.handles().handle), null);
     await mount({ layers: { green: { fed: ["scale"] } } });
     await row("green").click();
@@ -487,7 +487,7 @@ describe("the list", () => {
     await mount({ layers: { blue: { fed: ["depth"], values: { depth: 999 } }, green: { fed: ["depth"] } } });
     await row("blue").click();
     await press("Back");
-    assert.match(await status(), /depths that come from other nodes/);
+    assert.match(await status(), /those are set by other nodes/);
     assert.equal(await commits(), 0);
     await row("red").click();
     await press("Forward");
