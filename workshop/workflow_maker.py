@@ -180,7 +180,7 @@ def page_form(prompt: dict[str, Any], infos: dict[str, Any], before: dict[str, A
         "links": links,
         "groups": (before or {}).get("groups", []),
         "config": {},
-        "extra": {"ds": {"scale": 1, "offset": [0, 0]}},
+        "extra": {"ds": {"scale": 1, "offset": [90, 90]}},  # clear of the page's menus
         "version": 0.4,
     }
 
