@@ -186,6 +186,19 @@ describe("painting", () => {
     near(faint.slice(0, 3), [230, 80, 80], 6);
   });
 
+  test("the chosen image's strokes have a white edge, the others' none", async () => {
+    const whites = () =>
+      page.evaluate(() => {
+        const canvas = document.querySelector(".montage-stage > canvas");
+        const { data } = canvas.getContext("2d").getImageData(canvas.width >> 1, 0, 1, canvas.height); // across the stroke
+        return data.filter((_, i) => i % 4 === 0 && data[i] > 200 && data[i + 1] > 200 && data[i + 3] > 120).length;
+      });
+    await drag(page, ACROSS);
+    assert.ok((await whites()) >= 2);
+    await thumbnail(2).click();
+    assert.equal(await whites(), 0);
+  });
+
   test("a conflict is hatched, named, marked on both thumbnails, and ends with erasing", async () => {
     await drag(page, ACROSS);
     await thumbnail(2).click();
