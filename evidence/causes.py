@@ -67,6 +67,11 @@ TOLD = Cause(
     "The layer's words already name its colour and texture, and leave little for an embedding of 60 steps to learn.",
     "the row of another layer's embedding, which is further off: the embedding does carry the appearance",
 )
+ALL_BLOCKS = Cause(
+    "In part that SALQ reads the subject in all blocks when generating: in the first third alone, the right object is"
+    " present more often. In part the outline, as on the UNet.",
+    'the last claim of "the blocks that read the subject", and the row of the subject with its place given',
+)
 SMALL = Cause("The difference is smaller than these samples can show.", "its interval")
 UNKNOWN = Cause("Unknown.", "not tested")
 
@@ -91,6 +96,12 @@ CAUSES = {  # (method, pattern of the claim): the first that fits
     ("Layout-and-Retouch", r"varies the object's place"): ROVING,
 }
 
+# Causes that hold on the transformer alone; they go before the others.
+CAUSES_ON_DIT = {
+    ("MCA-Ctrl", r"^(soft|hard) map: the right object"): ALL_BLOCKS,
+    ("MCA-Ctrl", r"style error|^with fresh noise"): SMALL,
+}
+
 # What differs between the two models, by the claim that shows it: (method, pattern of the claim) -> why.
 DIFFERENCES = {
     ("Generative Photomontage", r"^preserves regions better than blended latent diffusion \(PSNR\)"): (
@@ -100,11 +111,24 @@ DIFFERENCES = {
     ("Collage Diffusion", r"in place than img2img"): (
         "Text and image tokens share one softmax there: attention added to a word is taken from the image's tokens too."
     ),
+    ("Collage Diffusion", r"^a layer with denoise 0.3"): (
+        "No difference: denoise per layer acts on the latent, not in the attention; a flow's time stands for the UNet's"
+        " time steps."
+    ),
     ("MCA-Ctrl", r"^the right object is present more often than with the prompt alone"): (
         "A transformer's queries look at their own position in the subject's image (RoPE); the keys are shifted for"
         " that."
     ),
     ("MCA-Ctrl", r"^with the shift, the right object"): "A UNet's keys carry no position: there is nothing to shift.",
+    ("MCA-Ctrl", r"^with SALQ in the first third, the right object"): (
+        "A transformer has no decoder to read the subject in: the blocks were chosen by measurement, on other scenes."
+    ),
+    ("MCA-Ctrl", r"^with fresh noise"): (
+        "On the transformer the subject often arrives from the picture's own inverted noise already: first row there."
+    ),
+    ("Layout-and-Retouch", r"^with the reference in the last half"): (
+        "A transformer has no levels to name blocks by: they were chosen by measurement, on other scenes."
+    ),
     ("Layout-and-Retouch", "the full method has more likeness than its layout"): (
         "Each model has a LoRA of its own, which has the appearance already; a smaller colour distance is closer."
     ),

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .causes import CAUSES, DIFFERENCES, SMALL, UNKNOWN, Cause
+from .causes import CAUSES, CAUSES_ON_DIT, DIFFERENCES, SMALL, UNKNOWN, Cause
 from .measurements import CLAIMS, Section, markdown
 
 HEAD = """# Evidence
@@ -194,7 +194,8 @@ def samples_wanted(row: Row) -> str:
 
 def cause_of(setting: str, text: str, row: Row) -> Cause:
     """The cause of a claim that was not found."""
-    for (method, pattern), cause in CAUSES.items():
+    on_dit = CAUSES_ON_DIT if row.model == MODEL_NAMES[1] else {}
+    for (method, pattern), cause in [*on_dit.items(), *CAUSES.items()]:
         if method_of(setting) == method and re.search(pattern, text):
             return cause
     return UNKNOWN if row.verdict == "not reproduced" else SMALL

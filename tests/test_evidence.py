@@ -119,7 +119,7 @@ def test_the_page_that_ships_is_made_of_its_sections():
 
 def test_causes_are_of_claims_that_the_page_has():
     claims = page.merged(page.rows(page.sections(report.PAGE.read_text(encoding="utf-8"))))
-    for method, pattern in causes.CAUSES:
+    for method, pattern in (*causes.CAUSES, *causes.CAUSES_ON_DIT, *causes.DIFFERENCES):
         assert any(page.method_of(setting) == method and re.search(pattern, text) for setting, text in claims), pattern
 
 

@@ -3,10 +3,10 @@
 python dev.py benchmark presets --method swap retouch                            chooses, on the first scenes
 python dev.py benchmark presets --method swap --first 100 --sites "last half"    confirms, on others
 
-For each part of the blocks that reads the subject: by Collaborative Attention (swap) the share of swaps in which the
-right object stands in the edited area, its colour distance, and the background's PSNR; by Multi Source Swap (retouch)
-the subject's colour distance to its photo, how well the prompt is followed, and what stays around the subject. windows:
-the first in other parts of the schedule. Below each table: paired differences with what the node does by default.
+For each part of the blocks that reads the subject: by Collaborative Attention (swap, generate) the share of pictures in
+which the right object is in the edited area, or anywhere; by Multi Source Swap (retouch) the subject's colour distance
+to its photo, how well the prompt is followed, and what stays around the subject. windows: a swap in other parts of the
+schedule. Below each table: paired differences with what the node does by default.
 """
 
 import argparse

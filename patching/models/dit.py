@@ -97,8 +97,8 @@ PRESETS = ("all", "first third", "first half", "last half", "middle half")
 ALL, FIRST_THIRD, FIRST_HALF, LAST_HALF, MIDDLE_HALF = PRESETS
 # What the nodes' own defaults and presets, which are written for UNets, stand for on a transformer. It has no levels:
 # its late blocks stand for the decoder, and for words those in the middle, where they are bound to places. A subject's
-# keys are heeded in the first third, Flux's double blocks. Ours, not the papers': evidence/benchmarks/presets.py chooses
-# on the demo transformer, and docs/evidence.md has what other scenes say.
+# keys are heeded in the first third, Flux's double blocks. Ours, not the papers': evidence/benchmarks/presets.py
+# chooses on the demo transformer, and docs/evidence.md has what other scenes say.
 FOR_UNETS = {
     "u@1-2": LAST_HALF,  # Multi Source Swap
     "u2-": FIRST_THIRD,  # Collaborative Attention
