@@ -41,7 +41,10 @@ def sites_of(model: ModelPatcher) -> tuple[Site, ...]:
 
 def parse_sites(node: str, model: ModelPatcher, text: str, name: str = "sites") -> tuple[Site, ...]:
     """The sites of the MODEL that an input of a node names. node: its display name, name: the input's, for messages."""
+    where = node
     try:
-        return family_of(model).parse_sites(text)
+        family = family_of(model)
+        where = f"{node}: {name}"
+        return family.parse_sites(text)
     except ValueError as error:
-        raise ValueError(f"{node}: {name}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
