@@ -72,6 +72,10 @@ ALL_BLOCKS = Cause(
     " present more often. In part the outline, as on the UNet.",
     'the last claim of "the blocks that read the subject", and the row of the subject with its place given',
 )
+ALL_READ = Cause(
+    "All blocks read more of the reference, its composition as well: they preserve less of the layout.",
+    "the claim after it",
+)
 SMALL = Cause("The difference is smaller than these samples can show.", "its interval")
 UNKNOWN = Cause("Unknown.", "not tested")
 
@@ -99,6 +103,7 @@ CAUSES = {  # (method, pattern of the claim): the first that fits
 # Causes that hold on the transformer alone; they go before the others.
 CAUSES_ON_DIT = {
     ("MCA-Ctrl", r"^(soft|hard) map: the right object"): ALL_BLOCKS,
+    ("Layout-and-Retouch", r"likeness than in all blocks"): ALL_READ,
     ("MCA-Ctrl", r"style error|^with fresh noise"): SMALL,
 }
 
@@ -120,13 +125,16 @@ DIFFERENCES = {
         " that."
     ),
     ("MCA-Ctrl", r"^with the shift, the right object"): "A UNet's keys carry no position: there is nothing to shift.",
-    ("MCA-Ctrl", r"^with SALQ in the first third, the right object"): (
+    ("MCA-Ctrl", r"^with SALQ in the first third, the right object.* all blocks"): (
         "A transformer has no decoder to read the subject in: the blocks were chosen by measurement, on other scenes."
     ),
     ("MCA-Ctrl", r"^with fresh noise"): (
         "On the transformer the subject often arrives from the picture's own inverted noise already: first row there."
     ),
-    ("Layout-and-Retouch", r"^with the reference in the last half"): (
+    ("MCA-Ctrl", r"^soft map: the right object"): (
+        "Read in all of the transformer's blocks, the subject disturbs the object; in the first third alone, less so."
+    ),
+    ("Layout-and-Retouch", r"^with the reference in the last half, the layout"): (
         "A transformer has no levels to name blocks by: they were chosen by measurement, on other scenes."
     ),
     ("Layout-and-Retouch", "the full method has more likeness than its layout"): (
