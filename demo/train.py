@@ -67,7 +67,7 @@ class Trainer:
         dit_heads = {f"heads.{key}": value for key, value in self.dit_heads.named_parameters()}
         self.parameters = {
             "autoencoder": dict(self.auto.named_parameters()),
-            "diffusion": unet | text | heads,
+            "diffusion": unet | heads | ({} if args.keep_text else text),
             "dit": transformer | dit_heads,
             "controlnet": dict(self.controlnet.named_parameters()),
             "reader": dict(self.judge.named_parameters()),
@@ -466,6 +466,11 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--crop", type=int, default=128 if gpu else 64, help="pixels the autoencoder sees at once")
     parser.add_argument(
         "--shortened", type=float, default=0.0, help="share of the denoiser's captions that leave words out"
+    )
+    parser.add_argument(
+        "--keep-text",
+        action="store_true",
+        help="train the denoiser alone: a DiT that is there reads the same text encoder",
     )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-auto", type=float, default=1e-3 if gpu else 2e-3)

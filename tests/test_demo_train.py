@@ -179,6 +179,13 @@ def test_the_transformer_learns_and_leaves_the_text_encoder_alone(tmp_path, monk
     assert error(after) < 0.9 * error(before)
 
 
+def test_the_denoiser_can_be_trained_without_its_text_encoder(tmp_path):
+    common = ["--device", "cpu", "--runs", str(tmp_path)]
+    alone = train.Trainer(train.arguments([*common, "--keep-text"])).parameters["diffusion"]
+    both = train.Trainer(train.arguments(common)).parameters["diffusion"]
+    assert alone.keys() == {name for name in both if not name.startswith("text.")} != both.keys()
+
+
 def test_a_share_of_the_captions_leaves_words_out(tmp_path):
     trainer = train.Trainer(train.arguments(["--device", "cpu", "--runs", str(tmp_path)]))
     drawn = scenes.sample(1, torch.Generator().manual_seed(0), count=1)
