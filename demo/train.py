@@ -470,7 +470,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--keep-text",
         action="store_true",
-        help="train the denoiser alone: a DiT that is there reads the same text encoder",
+        help="train the denoiser without its text encoder, which a DiT reads too",
     )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-auto", type=float, default=1e-3 if gpu else 2e-3)
