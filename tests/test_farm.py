@@ -185,7 +185,7 @@ def test_saved_files_are_counted_from_one_for_each_prompt():
 
 # ---------------------------------------------------------------- batches on a cluster
 
-RUNS, COMPARED = 20, 6
+RUNS, COMPARED = 80, 6  # enough for a second worker to come before the first has run them all
 NODE_ERROR, REFUSED = "raises", "refused"
 
 
@@ -312,7 +312,7 @@ def test_a_batch_outlives_a_killed_worker_a_hung_server_and_a_killed_driver(clus
     assert before < len(rows)
 
     driver = start(cluster, second, *batch)
-    assert driver.wait(120) == 1 and f"{len(rows)} runs, {before} of them already" in second.read_text()
+    assert driver.wait(300) == 1 and f"{len(rows)} runs, {before} of them already" in second.read_text()
     records = manifest(output)
     assert Counter(record["name"] for record in records) == Counter(row["name"] for row in rows)
     bad = bad_ones(output)

@@ -39,7 +39,7 @@ def test_the_cut_hands_on_its_base_and_the_composite_follows_it():
     assert cut(base=1).args[3] == 1
     schema = GraphCutMontage.define_schema(), CompositeAttentionInject.define_schema()
     assert [output.id for output in schema[0].outputs] == ["masks", "labels", "paste", "base"]
-    assert [one.id for one in schema[1].inputs][-2:] == ["kv", "cut_base"]
+    assert [one.id for one in schema[1].inputs][-3:] == ["kv", "cut_base", "exact"]
     assert same(inject(0, cut_base=1), inject(1)) and same(inject(1, cut_base=1), inject(1))
 
 
