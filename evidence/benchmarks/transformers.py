@@ -16,7 +16,6 @@ from ...methods.collage import CollageBias
 from ...nodes.layout_retouch import MultiSourceSwap
 from ...nodes.mca_ctrl import CollaborativeAttention
 from ...patching.bias import attach
-from ...patching.engine import Engine
 from ...patching.install import install
 from ...patching.models import sites_of
 from ...patching.schedule import Window
@@ -48,19 +47,6 @@ class FluxBench(bench.Bench):
 
     def sample(self, model, latent, positive=None, seed=1):
         return sample(model, latent, seed, positive or self.positive, self.negative, "euler", "simple", self.steps, 1.0)
-
-
-def replayed(act: Callable) -> Callable:
-    """A case in which streams are replayed instead of going in lockstep."""
-
-    def case():
-        Engine.exact = True
-        try:
-            return act()
-        finally:
-            Engine.exact = False
-
-    return case
 
 
 def biased(on: FluxBench, count: int) -> Callable:
@@ -105,9 +91,9 @@ def cases(on: FluxBench, images: list[int], layers: list[int]) -> dict[str, Call
     found |= subject_cases(on, *stack[:2])
     for n in images:
         stripes = torch.arange(on.size).mul(n).div(on.size, rounding_mode="floor").long().expand(on.size, on.size)
-        patched = inject(stack[:n], masks_of(stripes, n), model=on.model)
-        found[f"compose {n}, lockstep"] = lambda patched=patched: on.sample(*patched)
-        found[f"compose {n}, replay"] = replayed(found[f"compose {n}, lockstep"])
+        for how, exact in (("lockstep", False), ("replay", True)):
+            patched = inject(stack[:n], masks_of(stripes, n), model=on.model, exact=exact)
+            found[f"compose {n}, {how}"] = lambda patched=patched: on.sample(*patched)
     return found
 
 
