@@ -57,13 +57,13 @@ def mask_of(node: str, name: str, mask: torch.Tensor) -> torch.Tensor:
     return finite(node, name, mask.reshape(-1, *mask.shape[-2:])).cpu().float()
 
 
-def mask_for(node: str, name: str, mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def mask_for(node: str, name: str, mask: torch.Tensor, size: tuple[int, int], cut: int = 8) -> torch.Tensor:
     """A MASK that says something about places of a picture -> [B, H, W] as mask_of, of any size in the picture's
     proportions. The one rule for all nodes.
 
-    size: (height, width) of the picture, in pixels. Raises ValueError as mask_of, for a mask of other proportions
-    (latents cut a picture to multiples of 8 pixels, so that much may differ), and for the empty mask that Load Image
-    gives for a picture without alpha.
+    size: (height, width) of the picture, in pixels. cut: pixels of a pixel of its latent, which has cut the picture to
+    multiples of them, so that much may differ. Raises ValueError as mask_of, for a mask of other proportions, and for
+    the empty mask that Load Image gives for a picture without alpha.
     """
     mask = mask_of(node, name, mask)
     (height, width), (h, w) = mask.shape[1:], size
@@ -72,7 +72,7 @@ def mask_for(node: str, name: str, mask: torch.Tensor, size: tuple[int, int]) ->
             f"{node}: {name} is 64x64 and empty: Load Image gives such a mask for a picture without transparency. Paint"
             " one (Open in MaskEditor), or connect another."
         )
-    if abs(height * w - width * h) > max(8 * height, 8 * width, h, w):
+    if abs(height * w - width * h) > max(cut * height, cut * width, h, w):
         raise ValueError(
             f"{node}: {name} is {width}x{height} and the picture {w}x{h}, another aspect ratio. Use a mask of the"
             " picture, or crop both alike."

@@ -22,7 +22,7 @@ from ..patching.models import parse_sites
 from ..patching.recipe import Recipe
 from ..patching.schedule import Window, step_of
 from ..patching.step_blend import Stage, StepBlend
-from ..patching.streams import LATENT_KEY, Recording, Stream, check_together, streams_of, with_prompt
+from ..patching.streams import LATENT_KEY, Recording, Run, Stream, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
 from ..patching.weights import Weights
 from .inputs import connected, encoded, exact_input, fraction, latent_of, mask_for, mask_of, refuse_nan
@@ -330,8 +330,9 @@ class AdaptiveMaskBlend(io.ComfyNode):
                     " Map to the sampler that makes it."
                 )
             found = torch.stack([list(run.maps.values())[-1][row] for run, row in streams])
-            size = streams[0].run.picture_size
-            segment = None if segment is None else mask_for(cls.NAME, "sam_mask", segment, size)
+            run = streams[0].run
+            size = run.picture_size
+            segment = None if segment is None else mask_for(cls.NAME, "sam_mask", segment, size, run.weights.scale)
         if segment is not None:
             size = tuple(segment.shape[1:])
             if len(segment) not in (1, len(found)):
@@ -518,12 +519,14 @@ class MultiSourceSwap(io.ComfyNode):
             streams_of(f"{cls.NAME}: {name}", [latent])
             for name, latent in (("layout", layout), ("reference", reference))
         )
-        size = layouts[0].run.picture_size
-        mask = None if mask is None else mask_for(cls.NAME, "mask", mask, size).clamp(0, 1)
+        run = layouts[0].run
+        mask = (
+            None if mask is None else mask_for(cls.NAME, "mask", mask, run.picture_size, run.weights.scale).clamp(0, 1)
+        )
         cls.check(model, layouts, references, mask, running_mask)
         known = mask if running_mask is None else running_mask
         inside = None if known is None else ObjectMask(known)
-        place = cls.place(model, shift, reference_mask, len(references), inside, size)
+        place = cls.place(model, shift, reference_mask, len(references), inside, run)
         found = parse_sites(cls.NAME, model, sites)
         latent = {"samples": torch.cat([run.latent_image[row : row + 1] for run, row in layouts])}
         masks = [run.denoise_mask[row : row + 1, :1] for run, row in layouts if run.denoise_mask is not None]
@@ -549,12 +552,12 @@ class MultiSourceSwap(io.ComfyNode):
         subject: torch.Tensor | None,
         references: int,
         inside: ObjectMask | None,
-        size: tuple[int, int],
+        run: Run,
     ) -> Place | None:
-        """Where the references' keys are to be. subject: the input reference_mask."""
-        shift = shift_of(cls.NAME, model, text, size)
+        """Where the references' keys are to be. subject: the input reference_mask. run: of a layout."""
+        shift = shift_of(cls.NAME, model, text, run.picture_size)
         if subject is not None:
-            subject = mask_for(cls.NAME, "reference_mask", subject, size).clamp(0, 1)
+            subject = mask_for(cls.NAME, "reference_mask", subject, run.picture_size, run.weights.scale).clamp(0, 1)
             if len(subject) not in (1, references):
                 raise ValueError(
                     f"{cls.NAME}: {len(subject)} reference_masks for {references} references. Give one for all, or one"

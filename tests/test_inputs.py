@@ -15,6 +15,12 @@ def test_a_mask_in_the_pictures_proportions_is_taken(mask, picture):
     assert mask_for("Node", "mask", torch.ones(2, 1, *mask), picture).shape == (2, *mask)
 
 
+def test_a_mask_may_differ_by_what_the_latent_cuts():
+    assert mask_for("Node", "mask", torch.ones(1, 540, 512), (512, 512), cut=32).shape == (1, 540, 512)
+    with pytest.raises(ValueError, match="another aspect ratio"):
+        mask_for("Node", "mask", torch.ones(1, 550, 512), (512, 512), cut=32)
+
+
 @pytest.mark.parametrize("mask, picture", OTHER)
 def test_a_mask_of_another_shape_is_refused(mask, picture):
     (height, width), (h, w) = mask, picture
