@@ -8,6 +8,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
+from ..patching.streams import Run
 from ..patching.tokens import rows_of
 
 
@@ -78,6 +79,11 @@ def mask_for(node: str, name: str, mask: torch.Tensor, size: tuple[int, int], cu
             " picture, or crop both alike."
         )
     return mask
+
+
+def mask_for_run(node: str, name: str, mask: torch.Tensor, run: Run) -> torch.Tensor:
+    """As mask_for, of a run's pictures."""
+    return mask_for(node, name, mask, run.picture_size, run.weights.scale)
 
 
 def finite(node: str, name: str, tensor: torch.Tensor) -> torch.Tensor:

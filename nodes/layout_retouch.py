@@ -25,7 +25,7 @@ from ..patching.step_blend import Stage, StepBlend
 from ..patching.streams import LATENT_KEY, Recording, Run, Stream, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
 from ..patching.weights import Weights
-from .inputs import connected, encoded, exact_input, fraction, latent_of, mask_for, mask_of, refuse_nan
+from .inputs import connected, encoded, exact_input, fraction, latent_of, mask_for_run, mask_of, refuse_nan
 
 CATEGORY = "montage/retouch"
 RUNNING = io.Custom("MONTAGE_RUNNING_MASK")
@@ -332,7 +332,7 @@ class AdaptiveMaskBlend(io.ComfyNode):
             found = torch.stack([list(run.maps.values())[-1][row] for run, row in streams])
             run = streams[0].run
             size = run.picture_size
-            segment = None if segment is None else mask_for(cls.NAME, "sam_mask", segment, size, run.weights.scale)
+            segment = None if segment is None else mask_for_run(cls.NAME, "sam_mask", segment, run)
         if segment is not None:
             size = tuple(segment.shape[1:])
             if len(segment) not in (1, len(found)):
@@ -520,9 +520,7 @@ class MultiSourceSwap(io.ComfyNode):
             for name, latent in (("layout", layout), ("reference", reference))
         )
         run = layouts[0].run
-        mask = (
-            None if mask is None else mask_for(cls.NAME, "mask", mask, run.picture_size, run.weights.scale).clamp(0, 1)
-        )
+        mask = None if mask is None else mask_for_run(cls.NAME, "mask", mask, run).clamp(0, 1)
         cls.check(model, layouts, references, mask, running_mask)
         known = mask if running_mask is None else running_mask
         inside = None if known is None else ObjectMask(known)
@@ -557,7 +555,7 @@ class MultiSourceSwap(io.ComfyNode):
         """Where the references' keys are to be. subject: the input reference_mask. run: of a layout."""
         shift = shift_of(cls.NAME, model, text, run.picture_size)
         if subject is not None:
-            subject = mask_for(cls.NAME, "reference_mask", subject, run.picture_size, run.weights.scale).clamp(0, 1)
+            subject = mask_for_run(cls.NAME, "reference_mask", subject, run).clamp(0, 1)
             if len(subject) not in (1, references):
                 raise ValueError(
                     f"{cls.NAME}: {len(subject)} reference_masks for {references} references. Give one for all, or one"
