@@ -26,8 +26,8 @@ from ..patching.install import install, installed_in
 from ..patching.models import parse_sites
 from ..patching.recipe import Recipe
 from ..patching.schedule import Window
-from ..patching.streams import Stream, check_together, streams_of, with_prompt
-from .inputs import exact_input, fraction, mask_for, refuse_nan
+from ..patching.streams import Run, Stream, check_together, streams_of, with_prompt
+from .inputs import exact_input, fraction, mask_for_run, refuse_nan
 
 # ---------------------------------------------------------------- the node
 
@@ -255,23 +255,22 @@ class CollaborativeAttention(io.ComfyNode):
             model,
             names=["the subject", "the condition"],
         )
-        size = source.run.picture_size
-        subject_mask = cls.mask("subject_mask", subject_mask, size)
+        subject_mask = cls.mask("subject_mask", subject_mask, source.run)
         if not subject_mask.any():
             raise ValueError(
                 f"{cls.NAME}: subject_mask is empty: nothing of the subject's image is selected. Paint the subject,"
                 " or lower the thresholds of what finds it."
             )
-        painted = (
-            None if edit_mask is None else MaskArea(grid_masks.dilate(cls.mask("edit_mask", edit_mask, size), dilation))
-        )
+        painted = None
+        if edit_mask is not None:
+            painted = MaskArea(grid_masks.dilate(cls.mask("edit_mask", edit_mask, source.run), dilation))
         if painted is None and not installed_in(model).maps:
             raise ValueError(
                 f"{cls.NAME}: there is no edit_mask, and no Token Attention Map on the MODEL to take it from. Connect"
                 " one of them."
             )
         area = painted or WordsArea(map_share, map_form == "soft")
-        moved = shift_of(cls.NAME, model, shift, size)
+        moved = shift_of(cls.NAME, model, shift, source.run.picture_size)
         sagi, salq = cls.windows(model, preset, order)
         feeding = (
             cls.prompted(model, source, subject_positive, negative),
@@ -307,15 +306,15 @@ class CollaborativeAttention(io.ComfyNode):
         return with_prompt(stream, model, positive=positive, **({"negative": negative} if negative else {}))
 
     @classmethod
-    def mask(cls, name: str, mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """A MASK input as bool at the size of the pictures."""
-        mask = mask_for(cls.NAME, name, mask, size)
+    def mask(cls, name: str, mask: torch.Tensor, run: Run) -> torch.Tensor:
+        """A MASK input as bool at the size of a run's pictures."""
+        mask = mask_for_run(cls.NAME, name, mask, run)
         if len(mask) > 1:
             raise ValueError(
                 f"{cls.NAME}: {name} is a batch of {len(mask)}, and one mask was expected. Join them "
                 "with MaskComposite, or connect one."
             )
-        return grid_masks.at_size(mask[0], size)
+        return grid_masks.at_size(mask[0], run.picture_size)
 
     @classmethod
     def windows(cls, model: ModelPatcher, preset: dict[str, Any], order: str) -> tuple[Window, Window]:

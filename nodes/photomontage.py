@@ -18,7 +18,7 @@ from ..patching.models import parse_sites
 from ..patching.schedule import Window
 from ..patching.streams import Stream, check_together, streams_of
 from . import previews
-from .inputs import exact_input, fraction, image_of, mask_for, mask_of, refuse_nan
+from .inputs import exact_input, fraction, image_of, mask_for_run, mask_of, refuse_nan
 
 Tensor = torch.Tensor
 
@@ -477,7 +477,7 @@ class CompositeAttentionInject(io.ComfyNode):
         stack = streams_of(cls.NAME, latents.values())
         check_together(cls.NAME, stack, model)
         check_base(cls.NAME, base, len(stack))
-        masks = mask_for(cls.NAME, "masks", masks, stack[0].run.picture_size)
+        masks = mask_for_run(cls.NAME, "masks", masks, stack[0].run)
         if len(masks) != len(stack):
             raise ValueError(
                 f"{cls.NAME}: {len(masks)} masks for {len(stack)} images. Give one mask for each image, in their order."

@@ -658,6 +658,23 @@ def swapped(name, layout, reference, model=None, **settings):
     return MultiSourceSwap.execute(model or random_transformer(name), layout, reference, **node).args
 
 
+@pytest.mark.parametrize("name", ["Flux.1", "Flux.2", "Hunyuan-Image"])
+def test_a_mask_may_have_what_the_latent_cut_off(name):
+    """Of a picture whose height is not a multiple of what a pixel of the latent stands for: 8, 16 or 32."""
+    stack = [recorded(name, seed) for seed in (1, 2)]
+    scale = random_transformer(name).model.latent_format.spacial_downscale_ratio
+    height, width = (scale * side for side in TRANSFORMERS[name].latent[-2:])
+    takes = (
+        lambda mask: inject(stack, torch.cat([mask, mask]), 0, random_transformer(name)),
+        lambda mask: collaborate(name, *stack, torch.zeros(1, 1), subject_mask=mask),
+        lambda mask: swapped(name, *stack, mask=mask),
+    )
+    for take in takes:
+        take(torch.ones(1, height + scale - 1, width))
+        with pytest.raises(ValueError, match="another aspect ratio"):
+            take(torch.ones(1, height + 4 * scale, width))
+
+
 @pytest.mark.parametrize("name", ["Flux.1", "SD3.5 medium", "Z-Image", "Wan 2.1", "HiDream-I1"])
 def test_multi_source_swap(exact, name):
     layout, reference = recorded(name, 1), recorded(name, 2)
