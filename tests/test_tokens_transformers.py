@@ -5,6 +5,8 @@ that write each token's number into its row: the rows at the positions that were
 import functools
 import inspect
 import io
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +39,7 @@ from montage.workshop.random_transformers import WIDTH, empty_latent, random_tra
 from montage.workshop.random_transformers import prompt as transformer_prompt
 from montage.workshop.sampling import sample
 
+ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = {  # prompt: phrase -> occurrences
     "a red cat and a blue cat": {"cat": 2, "a red cat": 1, "a blue cat": 1, "red": 1, "and": 1},
     'red cats, a cat-like dog (cat): "cat".': {"cat": 3, "red cats": 1, "dog": 1},
@@ -381,3 +384,19 @@ def test_words_that_the_demo_transformer_does_not_read(demo):
         TokenAttentionMap.execute(model, {"samples": torch.zeros(1, 4, 16, 16)}, clip, prompt, "red", "all")
     with pytest.raises(ValueError, match="Collage Cross Attention: the words stand at token 25 .* reads the first 24"):
         CollageCrossAttn.execute(model, clip, a_collage(prompt, "red"), 1.0, "log", 0.0, 1.0, "all")
+
+
+@pytest.mark.parametrize(
+    "workflow, tokenizer",
+    [
+        ("21 Photomontage with Qwen-Image", qwen_image.QwenImageTokenizer),
+        ("22 Photomontage with Z-Image", z_image.ZImageTokenizer),
+    ],
+)
+def test_the_prompts_of_a_template_can_share_a_batch(workflow, tokenizer):
+    """ComfyUI does not pad these to one length, and its note says that they go in lockstep."""
+    path = ROOT / "example_workflows" / "api" / f"{workflow}.json"
+    nodes = json.loads(path.read_text(encoding="utf-8")).values()
+    prompts = {node["inputs"]["text"] for node in nodes if node["class_type"] == "CLIPTextEncode"} - {""}
+    lengths = {len(row) for prompt in prompts for (row,) in tokenizer().tokenize_with_weights(prompt).values()}
+    assert len(prompts) == 2 and len(lengths) == 1
