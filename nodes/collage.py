@@ -46,7 +46,10 @@ class CollageLayer(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="The picture of the layer. Its alpha channel cuts it out, if there is one.",
+                    tooltip=(
+                        "The layer's image. Its alpha channel cuts it out, if there is one; Load Image gives that as "
+                        "MASK: connect both."
+                    ),
                 ),
                 io.String.Input(
                     "text",

@@ -129,7 +129,8 @@ class CollaborativeAttention(io.ComfyNode):
                     min=0,
                     max=256,
                     tooltip=(
-                        "Grows edit_mask, in pixels of the image (at 512 px: 5 in the authors' code, 1 in the paper)."
+                        "Grows edit_mask, in pixels of the image (at 512 px: 5 in the authors' code, 1 in the paper). "
+                        "0 for a mask that is grown already, as Subject Localize's edit_mask."
                     ),
                 ),
                 io.Boolean.Input(
@@ -216,8 +217,8 @@ class CollaborativeAttention(io.ComfyNode):
                     "start_latent",
                     display_name="LATENT",
                     tooltip=(
-                        "The start latent of the image to edit; any seed will do. Without an image to edit: an "
-                        "empty latent."
+                        "The start latent of the image to edit: any seed will do, unless fresh_noise is on. Without an "
+                        "image to edit: an empty latent, and the seed decides the image."
                     ),
                 ),
             ],

@@ -163,7 +163,7 @@ class GraphCutMontage(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "auto: unpainted areas come from the base image when the base has no strokes of its own. as"
-                        " unmarked_is_base: only that switch decides (workflows saved before this input)."
+                        " unmarked_is_base: that switch alone decides, as in older workflows."
                     ),
                 ),
             ],
@@ -287,8 +287,8 @@ class GraphCutMontage(io.ComfyNode):
             raise ValueError(f"{cls.NAME}: {error}.{alone}") from None
         if painted_base not in (None, base):
             raise ValueError(
-                f"{cls.NAME}: base is {base}, but the strokes were painted for base {painted_base}. Set both to the"
-                " same image."
+                f"{cls.NAME}: base is {base}, but the strokes were painted for base {painted_base}. Press *Base* on"
+                f" that image in the editor, or set base to {painted_base}."
             )
         marks = draw(drawn, count, height, width)
         if stroke_masks is not None:

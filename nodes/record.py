@@ -54,10 +54,10 @@ class FeatureRecorder(io.ComfyNode):
                     max=1_000_000,
                     step=64,
                     tooltip=(
-                        "Memory for recorded attention features, in MiB: the GPU's while it has room, else RAM. Images "
-                        "that fit make a composite nearly as fast as a plain run. Images beyond that (all of them at "
-                        "0) are replayed: same picture, a few MB, but one more model evaluation per image and step. "
-                        "SD1.5 at 512x512: about 44 MiB per image and step in fp16."
+                        "Memory for recorded attention features, in MiB: the GPU's while it has room, else RAM. Steps "
+                        "that fit make a composite nearly as fast as a plain run. Steps beyond that (all of them at "
+                        "0) are replayed: same image, a few MB, but one more model evaluation per image and step. "
+                        "SD1.5 at 512x512 in fp16 takes 44 MiB per image and step: 3520 for 4 images of 20 steps."
                     ),
                 ),
             ],
@@ -103,7 +103,10 @@ class InvertImage(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "conditioning",
-                    tooltip="An empty prompt (as in the papers), or a description of the image. Used at CFG 1.",
+                    tooltip=(
+                        "For a subject swap an empty prompt (as in MCA-Ctrl); for a reference image of Multi Source "
+                        "Swap that with its trigger word; else a description of the image. Used at CFG 1."
+                    ),
                 ),
                 io.Int.Input(
                     "iterations",

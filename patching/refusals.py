@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from . import internals
 from .models import Site, SiteHandler, TextAttention, family_of
 from .recipe import Recipe, never_acts
-from .schedule import Window, in_words, position
+from .schedule import Window, in_words, position, why_apart
 from .streams import CondRole, Run
 from .weights import Weights
 
@@ -84,7 +84,7 @@ def _check_windows(session: Session) -> None:
 def would_never_act(node: str, windows: Sequence[Window], steps: int) -> ValueError:
     found = " and ".join(f"{window.start:g} to {window.end:g}" for window in windows)
     return ValueError(
-        f"{node}: it would never act: the {steps} steps that are sampled lie outside its window ({found}). Widen the"
+        f"{node}: it would have no effect: none of the {steps} sampled steps lies in its window ({found}). Widen the"
         " window, sample more steps, or disconnect the node."
     )
 
@@ -108,8 +108,8 @@ def _check_caches(names: str, options: dict) -> None:
         name = next((title for word, title in CACHES.items() if word in key.lower().replace("_", "")), None)
         if name:
             raise ValueError(
-                f"{names}: {name} on this MODEL skips evaluations of the model, which can then neither be recorded nor"
-                f" composed. Disconnect {name}, for the recorded images and for this run."
+                f"{names}: {name} on this MODEL skips evaluations of the model, so that a run can be neither recorded"
+                f" nor composed. Disconnect {name}, for the recorded images and for this run."
             )
 
 
@@ -118,7 +118,7 @@ def _check_skips(names: str, options: dict) -> None:
     functions = [*options.get("sampler_post_cfg_function", ()), options.get("sampler_calc_cond_batch_function")]
     if any(internals.module_name(function) == "nodes_slg" for function in functions if function is not None):
         raise ValueError(
-            f"{names}: Skip Layer Guidance evaluates this MODEL with blocks left out, which can then neither be"
+            f"{names}: Skip Layer Guidance evaluates this MODEL with blocks left out, so that a run can be neither"
             " recorded nor composed. Disconnect Skip Layer Guidance, for the recorded images and for this run."
         )
 
@@ -137,16 +137,17 @@ def check_run(session: Session, recipe: Recipe, run: Run) -> None:
     context = session.context
     if run.composed:
         raise ValueError(
-            f"{recipe.node}: one of its images was itself composed, by {run.composed}. Compose from the images that"
-            " it was made of."
+            f"{recipe.node}: one of its images is itself a composite ({run.composed}). Use the images that it was made"
+            " from."
         )
     check_size(recipe, run, context.size)
     _check_weights(recipe, run.weights, session.weights)
+    schedules = run.sigmas, context.sigmas
     if not set(context.sigmas[:-1]) <= set(run.sigmas):
         raise ValueError(
             f"{recipe.node}: its images were recorded over {in_words(run.sigmas)} and this run takes"
             f" {in_words(context.sigmas)}. Set the sampler's steps, scheduler and denoise to those of the recording;"
-            " for a detailer or a second pass over a picture, use the MODEL before this node."
+            f" for a detailer or a second pass over an image, use the MODEL before this node.{why_apart(*schedules)}"
         )
     if any("hooks" in cond for group in run.conds.values() for cond in group):
         raise ValueError(
@@ -273,7 +274,8 @@ def resized(recipe: Recipe, site: Site, recorded: int, here: int) -> ValueError:
 def other_batch(names: str, images: int, evaluated: int) -> ValueError:
     return ValueError(
         f"{names}: another node evaluates the model on {evaluated} of the {images} images of this run (context windows"
-        " of its own, as AnimateDiff-Evolved has), which cannot be told apart. Disconnect it from this MODEL."
+        " of its own, as AnimateDiff-Evolved has), so that it is unclear which they are. Disconnect it from this"
+        " MODEL."
     )
 
 
@@ -289,8 +291,8 @@ def check_measured(names: str, size: tuple[int, int], latent_size: tuple[int, in
     if latent_size != size:
         raise ValueError(
             f"{names}: the model is run on {latent_size} of {size[0]}x{size[1]}"
-            " latent pixels, and a map of the whole picture is wanted. Use masks instead of areas, and disconnect"
-            " what cuts the latent into tiles."
+            " latent pixels, but the attention map must cover the whole image. Use masks instead of areas, and"
+            " disconnect what cuts the latent into tiles."
         )
 
 
@@ -358,8 +360,8 @@ class OfAttention(SiteHandler):
 
     def wrong_tokens(self, site: Site, got: tuple[int, ...], wanted: str) -> ValueError:
         return ValueError(
-            f"{self.names}: the attention of block {tuple(site)} is over {got} where {wanted} and their text were"
-            " expected: another node changes the tokens or the batch inside the model, or adds reference images in a"
+            f"{self.names}: the attention of block {tuple(site)} has {got} instead of {wanted} and their text:"
+            " another node changes the tokens or the batch inside the model, or adds reference images in a"
             " way that is not known. Disconnect it from this MODEL."
         )
 
@@ -380,8 +382,9 @@ class OfAttention(SiteHandler):
 
 def missing_conditioning(recipe: Recipe, number: int, role: str, sigma: float) -> RuntimeError:
     return RuntimeError(
-        f"{recipe.node}: image {number} has no {role} conditioning at sigma {sigma:.4g}, and this run has. Give both"
-        " the same start and end percent; a node that skips evaluations (EasyCache and the like) does this too."
+        f"{recipe.node}: this run has a {role} conditioning at sigma {sigma:.4g}, but image {number} was recorded"
+        " without one. Give both the same start and end percent; a node that skips evaluations (EasyCache and the like)"
+        " does this too."
     )
 
 
@@ -401,15 +404,15 @@ def role_of_stream(recipe: Recipe, run: Run, role: CondRole) -> CondRole:
 def never_acted(node: str, windows: Sequence[Window]) -> RuntimeError:
     found = " and ".join(f"{window.start:g} to {window.end:g}" for window in windows)
     return RuntimeError(
-        f"{node}: it never acted: no evaluation of the model lay in its window ({found}), or another node ran the model"
-        " in its own way (DeepCache and the like). Widen the window, or disconnect the other node."
+        f"{node}: it had no effect: no evaluation of the model lay in its window ({found}), or another node ran the"
+        " model in its own way (DeepCache and the like). Widen the window, or disconnect the other node."
     )
 
 
 def some_are_foreign(names: str) -> ValueError:
     return ValueError(
         f"{names}: another node evaluates conditionings of its own together with the sampler's, which cannot be"
-        " composed apart. Disconnect it from this MODEL."
+        " composed separately. Disconnect it from this MODEL."
     )
 
 

@@ -43,6 +43,16 @@ def in_words(sigmas: Sequence[float]) -> str:
     )
 
 
+def why_apart(first: Sequence[float], second: Sequence[float]) -> str:
+    """What is easily missed where two schedules of as many steps differ: a sentence for a message, or nothing."""
+    if len(first) != len(second):
+        return ""
+    return (
+        " With uni_pc and dpm_2 (and their variants), KSampler takes other steps than with other samplers: use euler,"
+        " ddim or dpmpp_2m for all."
+    )
+
+
 class Visits:
     """Names the evaluations of one run: (sigma, how many times the run was at this sigma before).
 

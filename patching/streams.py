@@ -21,7 +21,7 @@ from . import internals, transfers
 from .bias import Bias, biases_of
 from .device_cache import DeviceCache
 from .models import Site, family_of
-from .schedule import in_words
+from .schedule import in_words, why_apart
 from .weights import Weights
 
 Tensor = torch.Tensor
@@ -271,8 +271,8 @@ def _stream_of(node: str, number: int, row: int, sample: Tensor, recording: Reco
     """
     if not torch.isfinite(sample).all():
         raise ValueError(
-            f"{node}: latent {number} holds NaN or infinite values: the sampler that made it broke down. Decode it to"
-            " see; a VAE or model in half precision, or a very high CFG, does that."
+            f"{node}: latent {number} holds NaN or infinite values: sampling it failed. Decode it to check; a VAE or"
+            " model in half precision, or a very high CFG, often does that."
         )
     others = [other for other in list(Recording.living) if other is not recording]
     found = (recording and recording.find(sample)) or min(
@@ -310,7 +310,7 @@ def check_together(
         if run.sigmas != first.sigmas:
             raise ValueError(
                 f"{node}: {names[0]} was recorded over {in_words(first.sigmas)} and {name} over {in_words(run.sigmas)}."
-                " Sample all of them with the same scheduler, steps and denoise."
+                f" Sample all of them with the same scheduler, steps and denoise.{why_apart(first.sigmas, run.sigmas)}"
             )
         if weights and not run.weights.same_as(weights):
             recorded, here = run.weights.told_apart(weights)

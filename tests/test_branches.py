@@ -200,7 +200,7 @@ def test_recipes_of_one_node_count_as_one():
     """A node whose second part alone is sampled is no mistake; one that never acts is."""
     late = install(random_model("sd15-small"), Halved(window(end=0.25)), Halved(window(start=0.25)))
     sample(late, empty())
-    with pytest.raises(ValueError, match=r"Halved: it would never act.*\(0.8 to 0.85 and 0.9 to 0.95\)"):
+    with pytest.raises(ValueError, match=r"Halved: it would have no effect.*\(0.8 to 0.85 and 0.9 to 0.95\)"):
         sample(
             install(
                 random_model("sd15-small"), Halved(window(start=0.8, end=0.85)), Halved(window(start=0.9, end=0.95))

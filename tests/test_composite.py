@@ -244,7 +244,7 @@ def test_images_that_own_nothing_cost_nothing():
 
 def test_a_recipe_that_never_acts_is_an_error():
     model, latent = inject(two(), MIXED, start=0.75)
-    with pytest.raises(ValueError, match=r"Composite Attention Inject: it would never act: .* window \(0.75 to 1\)"):
+    with pytest.raises(ValueError, match=r"Inject: it would have no effect: .* window \(0.75 to 1\)"):
         sample_advanced(model, latent, end=2)
 
 
@@ -293,7 +293,7 @@ def test_a_composed_image_is_no_source():
     a, b = two()
     montage = sample(*recorder(*inject([a, b], MIXED)))
     assert same(montage["samples"], compose([a, b], MIXED))
-    with pytest.raises(ValueError, match="one of its images was itself composed, by Composite Attention Inject"):
+    with pytest.raises(ValueError, match=r"one of its images is itself a composite \(Composite Attention Inject\)"):
         compose([montage, record(seed=3)], MIXED)
 
 

@@ -445,7 +445,7 @@ def test_a_transformer_that_cannot_be_reached_is_refused_by_name(kind, name):
     model.add_object_patch("diffusion_model", type(kind, (torch.nn.Module,), {})())
     with pytest.raises(ValueError, match=f"this MODEL is {name}.*does not let nodes reach.*"):
         sites_of(model)
-    with pytest.raises(ValueError, match="^test: Montage works inside the attention of"):
+    with pytest.raises(ValueError, match="^test: Montage supports"):
         parse_sites("test", model, "all")
 
 

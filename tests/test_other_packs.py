@@ -242,7 +242,7 @@ def test_caches_are_named():
 def test_a_swap_in_whose_windows_no_step_lies_is_refused(steps, windows):
     layout, reference = two(steps=steps)
     model, latent = MultiSourceSwap.execute(plain_model(), layout, reference, *windows, "all").args
-    refused(lambda: sample(model, latent, steps=steps), "^Multi Source Swap: it would never act: the")
+    refused(lambda: sample(model, latent, steps=steps), "^Multi Source Swap: it would have no effect: the")
 
 
 def test_one_window_of_several_without_a_step_is_said_in_the_log(caplog):
@@ -275,13 +275,13 @@ def biased(model, clip, start=0.0, end=1.0):
 
 def test_a_bias_in_whose_window_no_step_lies_is_refused():
     model, positive = biased(plain_model(), text_encoder(), 0.8, 0.9)
-    refused(lambda: sample(model, empty(), positive=positive), "^Collage Cross Attention: it would never act")
+    refused(lambda: sample(model, empty(), positive=positive), "^Collage Cross Attention: it would have no effect")
 
 
 def test_a_bias_that_another_node_goes_past_is_an_error():
     """At the end of the run: only then it is known that no evaluation came by."""
     model, positive = biased(plain_model(), text_encoder())
-    with pytest.raises(RuntimeError, match="^Collage Cross Attention: it never acted: .*another node ran the model"):
+    with pytest.raises(RuntimeError, match="^Collage Cross Attention: it had no effect: .*another node ran the model"):
         sample(neighbours.in_its_own_way(model), empty(), positive=positive)
 
 
@@ -384,7 +384,7 @@ def test_nan_from_a_sampler_is_named():
     """FreeU's own division by zero, where the middle block has one token."""
     image = record(model=neighbours.freeu(plain_model()))
     assert image["samples"].isnan().any()
-    with pytest.raises(ValueError, match="latent 0 holds NaN or infinite values: the sampler that made it broke down"):
+    with pytest.raises(ValueError, match="latent 0 holds NaN or infinite values: sampling it failed"):
         inject([image, image], MIXED)
 
 

@@ -515,7 +515,7 @@ def in_words(core: CoreNode, wiring: Callable[[CoreNode, bool], dict[str, str]],
 
 
 HEADS = {False: "## Before our nodes", True: "## After our nodes"}
-INTRODUCTION = """# ComfyUI's own nodes with Montage's
+INTRODUCTION = """# Compatibility with ComfyUI's core nodes
 
 Every core node that has one of these types as input or output, connected once before and once after the nodes of this
 pack, on the demo model. `python workshop/bootstrap.py montage.workshop.core_nodes` makes these tables, and tests check
@@ -525,6 +525,10 @@ that they are still true.
 - refused: the Montage node raises an error that says what to change.
 - fails without ours too: the core node does not work on this model, being made for another.
 - not connected: it needs something that only another model or a file provides.
+
+The pictures have 64x64 pixels. There FreeU_V2 divides by zero without our nodes too, since the middle block has one
+token; at other sizes it goes with all of them. The areas of the conditioning nodes cover the whole picture; smaller
+ones are refused where images are recorded or composed.
 """
 
 

@@ -22,7 +22,7 @@ def family_of(model: ModelPatcher) -> ModelFamily:
     kind = type(network).__name__
     what = f"this MODEL is {CLOSED[kind]}" if kind in CLOSED else f"this MODEL is a {type(model.model).__name__}"
     why = ", whose attention ComfyUI does not let nodes reach" if kind in CLOSED else f" with a {kind}"
-    raise ValueError(f"Montage works inside the attention of {WORKING}; {what}{why}. Load one of these models.")
+    raise ValueError(f"Montage supports {WORKING}; {what}{why}. Load one of these models.")
 
 
 def require_unet(node: str, model: ModelPatcher, why: str) -> None:
