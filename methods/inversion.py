@@ -39,6 +39,7 @@ def invert(
     one, or for rectified flows as many as keep the picture. Sampled at CFG 1.
     """
     sampling: Any = model.get_model_object("model_sampling")
+    sigmas = sigmas.float()  # as samplers hand them on
     is_flow = issubclass(type(sampling), (CONST, COSMOS_RFLOW))
     iterations = iterations or (MOST_AUTOMATIC if is_flow else 1)
     lowest = min(float(sampling.sigma_min), float(sigmas[-2]))
@@ -73,8 +74,8 @@ def _inverting_sampler(
     is of no use where sigma is 1, since ComfyUI divides a flow's result by 1 - sigma.
     """
     run.conds = recorded_conds(model.inner_model.conds)
-    run.options = {0: internals.recorded_options(extra_args["model_options"])}
-    recording = {**extra_args, "model_options": recording_cut_features(run, model.inner_model, run.options[0])}
+    options = internals.recorded_options(extra_args["model_options"])
+    recording = {**extra_args, "model_options": recording_cut_features(run, model.inner_model, options)}
     sampling = model.inner_model.inner_model.model_sampling
     ones, found = x.new_ones(x.shape[0]), {}
 
@@ -95,7 +96,8 @@ def _inverting_sampler(
     y = x / sampling.noise_scaling(sigmas[:1], torch.zeros(1), torch.ones(1))[0] * variance(sigmas[0]) ** 0.5
     steps = kernel.invert(y, predict_noise, sigmas, variance, iterations)
     for sigma, y in steps:
-        found[float(sigma), 0, 0] = Evaluation(y)  # a ladder that starts with a sigma of the schedule gives it twice
+        # a ladder that starts with a sigma of the schedule gives it twice
+        found[float(sigma), 0, 0] = Evaluation(y, options)
     run.evaluations = {key: found[key] for key in reversed(found) if key[0] in run.sigmas}
     return x if isinstance(sampling, CONST) else y
 

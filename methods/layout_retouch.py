@@ -9,7 +9,7 @@ import torch
 
 from ..kernels import adaptive_mask as kernel
 from ..patching.recipe import Recipe, RunContext, Start, begin_on, first_step
-from ..patching.schedule import Window, position
+from ..patching.schedule import Window, levels, position
 from ..patching.streams import Stream
 from ..patching.terms import AttentionTerm, TargetRows
 from ..patching.transfers import at_hand
@@ -66,11 +66,12 @@ class FromLayout(Recipe):
                 " gives."
             )
         streams = self.layouts * (images // len(self.layouts))
-        sigmas = sigmas[sum(position(sigma, run.sigmas) < self.end for sigma in sigmas[:-1].tolist()) :]
+        sigmas = sigmas[sum(position(sigma, run.sigmas) < self.end for sigma in levels(sigmas[:-1])) :]
         if len(sigmas) == 1:
             return Start(noise, torch.stack([run.final[row] for run, row in streams]).to(latent_image), sigmas)
+        first = levels(sigmas)[0]
         begun = [
-            begin_on(stream, self, context, Start(noise[i : i + 1], latent_image[i : i + 1], sigmas), float(sigmas[0]))
+            begin_on(stream, self, context, Start(noise[i : i + 1], latent_image[i : i + 1], sigmas), first)
             for i, stream in enumerate(streams)
         ]
         noises, latents = zip(*begun)

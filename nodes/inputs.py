@@ -1,6 +1,7 @@
 """Images, masks and numbers as they come in: checked once, for every node that takes them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..patching.streams import Run
+from ..patching.streams import Run, Stream
 from ..patching.tokens import rows_of
 
 
@@ -84,6 +85,18 @@ def mask_for(node: str, name: str, mask: torch.Tensor, size: tuple[int, int], cu
 def mask_for_run(node: str, name: str, mask: torch.Tensor, run: Run) -> torch.Tensor:
     """As mask_for, of a run's pictures."""
     return mask_for(node, name, mask, run.picture_size, run.weights.scale)
+
+
+def start_latent(streams: Sequence[Stream]) -> dict[str, torch.Tensor]:
+    """The LATENT that the runs of streams began with, an image each, and where it may change, if any has such a
+    mask.
+    """
+    latent = {"samples": torch.cat([run.latent_image[row : row + 1] for run, row in streams])}
+    masks = [None if run.denoise_mask is None else run.denoise_mask[row : row + 1, :1] for run, row in streams]
+    known = next((mask for mask in masks if mask is not None), None)
+    if known is not None:
+        latent["noise_mask"] = torch.cat([torch.ones_like(known) if mask is None else mask for mask in masks])
+    return latent
 
 
 def finite(node: str, name: str, tensor: torch.Tensor) -> torch.Tensor:

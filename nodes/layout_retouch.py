@@ -25,7 +25,17 @@ from ..patching.step_blend import Stage, StepBlend
 from ..patching.streams import LATENT_KEY, Recording, Run, Stream, check_together, streams_of, with_prompt
 from ..patching.tokens import token_runs
 from ..patching.weights import Weights
-from .inputs import connected, encoded, exact_input, fraction, latent_of, mask_for_run, mask_of, refuse_nan
+from .inputs import (
+    connected,
+    encoded,
+    exact_input,
+    fraction,
+    latent_of,
+    mask_for_run,
+    mask_of,
+    refuse_nan,
+    start_latent,
+)
 
 CATEGORY = "montage/retouch"
 RUNNING = io.Custom("MONTAGE_RUNNING_MASK")
@@ -526,10 +536,7 @@ class MultiSourceSwap(io.ComfyNode):
         inside = None if known is None else ObjectMask(known)
         place = cls.place(model, shift, reference_mask, len(references), inside, run)
         found = parse_sites(cls.NAME, model, sites)
-        latent = {"samples": torch.cat([run.latent_image[row : row + 1] for run, row in layouts])}
-        masks = [run.denoise_mask[row : row + 1, :1] for run, row in layouts if run.denoise_mask is not None]
-        if masks:
-            latent["noise_mask"] = torch.cat(masks)
+        latent = start_latent(layouts)
         layouts, references = prompted(layouts, model, layout_prompt), prompted(references, model, reference_prompt)
         recipes: list[Recipe] = [FromLayout(layouts, layout_end, end)]
         if inside is None:

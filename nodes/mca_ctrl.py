@@ -27,7 +27,7 @@ from ..patching.models import parse_sites
 from ..patching.recipe import Recipe
 from ..patching.schedule import Window
 from ..patching.streams import Run, Stream, check_together, streams_of, with_prompt
-from .inputs import exact_input, fraction, mask_for_run, refuse_nan
+from .inputs import exact_input, fraction, mask_for_run, refuse_nan, start_latent
 
 # ---------------------------------------------------------------- the node
 
@@ -284,10 +284,9 @@ class CollaborativeAttention(io.ComfyNode):
                 recipes.append(recipe(window, *feeding, subject_mask, area, fresh, moved, exact))
         if recipes and background_lock and kept and painted:
             recipes.append(BackgroundLock(kept, painted.mask))
-        run, row = kept or source
-        latent = run.latent_image[row : row + 1]
-        latent = latent if kept else torch.zeros_like(latent)
-        return io.NodeOutput(install(model, *recipes), {"samples": latent})
+        run, row = source
+        latent = start_latent([kept]) if kept else {"samples": torch.zeros_like(run.latent_image[row : row + 1])}
+        return io.NodeOutput(install(model, *recipes), latent)
 
     @classmethod
     def stream(cls, name: str, latent: dict[str, Any]) -> Stream:

@@ -18,11 +18,12 @@ from ..patching.models import parse_sites
 from ..patching.schedule import Window
 from ..patching.streams import Stream, check_together, streams_of
 from . import previews
-from .inputs import exact_input, fraction, image_of, mask_for_run, mask_of, refuse_nan
+from .inputs import exact_input, fraction, image_of, mask_for_run, mask_of, refuse_nan, start_latent
 
 Tensor = torch.Tensor
 
 STACK = 32  # inputs of a stack; each may be a batch
+HALVES = ("positive", "negative")  # of CFG
 UNMARKED_AUTO, UNMARKED_AS_SET = "auto", "as unmarked_is_base"  # what decides about unpainted areas
 COLOURS = [
     "#{:02x}{:02x}{:02x}".format(*tuple(colour)) for colour in (labels.palette(2 * STACK) * 255).round().int().tolist()
@@ -203,8 +204,8 @@ class GraphCutMontage(io.ComfyNode):
         check_base(cls.NAME, base, count)
         marks = cls.marks(pictures, base, strokes, stroke_masks, stroke_picture)
 
-        keys, grid = [keys_of(stream) for stream in stack], stack[0].run.keys_grid
-        assert grid is not None  # taken down with the keys
+        keys = [keys_of(stream) for stream in stack]
+        grid = cls.grid(stack)
         distances = [graphcut.image_distances(one, grid, components) for one in keys]
         sigma = sigma or graphcut.median_distance(distances) or 1.0
         edges = graphcut.edge_weights(distances, lam, sigma)
@@ -232,6 +233,19 @@ class GraphCutMontage(io.ComfyNode):
         if stroke_masks is None and stroke_picture is None:  # the editor knows all strokes, and can cut again itself
             shown["montage_cut"] = [cls.live_cut(edges, grid)]
         return io.NodeOutput(masks, regions[None], paste[None], base, ui=shown)
+
+    @classmethod
+    def grid(cls, stack: list[Stream]) -> tuple[int, int]:
+        """(h, w) of the tokens whose keys are cut by, which must be of one kind of model."""
+        first, grid = stack[0].run, stack[0].run.keys_grid
+        assert grid is not None  # taken down with the keys
+        for number, (run, _) in enumerate(stack):
+            if run.keys_grid != grid or run.weights.family != first.weights.family:
+                raise ValueError(
+                    f"{cls.NAME}: image 0 was recorded with {first.weights} and image {number} with {run.weights}:"
+                    " their attention cannot be compared. Use one model for all."
+                )
+        return grid
 
     @staticmethod
     def live_cut(edges: tuple[np.ndarray, np.ndarray], grid: tuple[int, int]) -> dict:
@@ -322,8 +336,11 @@ class GraphCutMontage(io.ComfyNode):
 
 
 def keys_of(stream: Stream) -> list[torch.Tensor]:
-    """K of the first self-attention at the end of the run, [tokens, channels] for each CFG half."""
-    keys = [keys[stream.row] for half, keys in stream.run.keys.items() if half.number == 0]
+    """K of the first self-attention at the end of the run, [tokens, channels] for each CFG half: of the positive and
+    the negative conditioning, or of others where a guider has none of that name.
+    """
+    halves = sorted((half for half in stream.run.keys if half.number == 0), key=lambda half: half.role not in HALVES)
+    keys = [stream.run.keys[half][stream.row] for half in halves]
     if not keys:
         raise ValueError(
             f"{GraphCutMontage.NAME}: the recording holds no attention keys: another node ran the first attention block"
@@ -484,11 +501,7 @@ class CompositeAttentionInject(io.ComfyNode):
             )
         window = Window(start, end, parse_sites(cls.NAME, model, sites))
         recipe = CompositeAttention(window, stack, labels.from_masks(masks, base), base, base_q, kv, exact)
-        run, row = stack[base]
-        latent = {"samples": run.latent_image[row : row + 1]}
-        if run.denoise_mask is not None:
-            latent["noise_mask"] = run.denoise_mask[row : row + 1, :1]
-        return io.NodeOutput(install(model, recipe), latent)
+        return io.NodeOutput(install(model, recipe), start_latent([stack[base]]))
 
     @classmethod
     def base(cls, base: int, cut_base: int | None) -> int:

@@ -22,7 +22,7 @@ from .bias import Bias
 from .models import SelfAttention, SelfAttentionRows, Site, TextAttention, TextBias, family_of
 from .recipe import Recipe
 from .recorder import Record
-from .streams import CallKey, CondRole, Run, Stream, conds_of, rows_to_replay
+from .streams import CallKey, CondRole, Evaluation, Run, Stream, conds_of, rows_to_replay
 from .terms import TargetRows, pack
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ class ModelCall:
         recipes: Sequence[Recipe] = (),
         maps: Sequence[LiveAttentionMap] = (),
         record: Record | None = None,
+        options: dict | None = None,
     ) -> None:
         self.key, self.roles, self.biases, self.recipes, self.maps = key, roles, biases, recipes, maps
+        self.options = options  # of the target, as they would be recorded
         self.record = record  # sees the self-attentions before the recipes
         self.beside: tuple[Stream, ...] = ()  # streams in lockstep: images of each conditioning after the target's own
         self.selected: dict[tuple[Recipe, int, CondRole, Site], Tensor] = {}  # (recipe, stream number, role, site)
@@ -74,7 +76,7 @@ class Engine:
         self.prepared: dict[tuple, Any] = {}  # what biases keep for the run
         self.without_compile = False  # whether torch.compile had to be left out
         self.lockstep: bool | None = None if self.family.lockstep and not self.exact else False  # None: not tried yet
-        self.alike: dict[tuple, bool] = {}  # (run, call, of whom) -> whether it is computed as the target or that run
+        self.alike: dict[tuple, bool] = {}  # (run, its options, others) -> whether they compute alike
         self.stacks: dict[tuple, dict | None] = {}  # what is batched -> the conditioning for the whole batch
         self.ahead: dict[tuple, transfers.Arriving] = {}  # what was fetched ahead, by what it is for
         self.next_sites: dict[Recipe, dict[Site, Site]] = {}
@@ -128,7 +130,7 @@ class Engine:
         if not wanted:
             return None
         comfy.model_management.throw_exception_if_processing_interrupted()
-        joined = None if self.lockstep is False else self.joined(model, conds, x, timestep, options, call, [*wanted])
+        joined = None if self.lockstep is False else self.joined(model, conds, x, timestep, call, [*wanted])
         if self.lockstep is None or (self.lockstep and joined is None):
             self.lockstep = joined is not None
             how = "go in lockstep, as images of one batch" if joined else "are replayed before each evaluation"
@@ -142,7 +144,7 @@ class Engine:
     # ------------------------------------------------------------ lockstep
 
     def joined(
-        self, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict, call: ModelCall, wanted: list[Stream]
+        self, model: Any, conds: list, x: Tensor, timestep: Tensor, call: ModelCall, wanted: list[Stream]
     ) -> tuple[list, Tensor, Tensor] | None:
         """Conditionings, latents and timesteps of the target with streams beside it; None where they cannot be one
         batch.
@@ -151,7 +153,7 @@ class Engine:
         known = all(cond["uuid"] in call.roles for group in conds for cond in group or ())
         if call.biases or not known or not internals.fits(model, (total, *x.shape[1:]), x.device):
             return None
-        if not all(self.computes_alike(stream.run, options, call) for stream in wanted):
+        if not all(self.computes_alike(stream.run, call, call.options) for stream in wanted):
             return None
         stacks = [[self.stack(cond, wanted, model, x, call) for cond in group or ()] for group in conds]
         if any(cond is None for group in stacks for cond in group):
@@ -162,19 +164,22 @@ class Engine:
         return stacks, torch.cat([x, *latents]), timestep[:1].expand(total)
 
     @staticmethod
-    def latent_of(stream: Stream, call: ModelCall) -> Tensor:
-        evaluation, _ = stream.run.evaluation(call.key)
+    def evaluation_of(run: Run, call: ModelCall) -> Evaluation:
+        evaluation = run.evaluation(call.key)
         assert evaluation is not None  # gather has asked for it
-        return evaluation.x[stream.row : stream.row + 1]
+        return evaluation
 
-    def computes_alike(self, run: Run, options: dict, call: ModelCall, of: Run | None = None) -> bool:
+    def latent_of(self, stream: Stream, call: ModelCall) -> Tensor:
+        return self.evaluation_of(stream.run, call).x[stream.row : stream.row + 1]
+
+    def computes_alike(self, run: Run, call: ModelCall, options: dict | None) -> bool:
         """Whether an evaluation of a stream is computed as with other options: no biases, no other patches. options:
         the target's, or those of another run at this evaluation.
         """
-        _, number = run.evaluation(call.key)
-        key = run, number, of
+        own = self.evaluation_of(run, call).options
+        key = run, id(own), id(options)  # both live as long as the run
         if key not in self.alike:
-            self.alike[key] = not run.biases and internals.compute_alike(run.options[number], options)
+            self.alike[key] = not run.biases and options is not None and internals.compute_alike(own, options)
         return self.alike[key]
 
     def stack(self, cond: dict, wanted: list[Stream], model: Any, x: Tensor, call: ModelCall) -> dict | None:
@@ -221,8 +226,7 @@ class Engine:
                 self.hold(call, recipe, number, roles, site, n[:, row : row + 1], grid)
 
         record = self.record_until(call, {recipe for recipe, _, _ in readers}, every, select)
-        evaluation, number = run.evaluation(call.key)
-        assert evaluation is not None  # gather has asked for it
+        evaluation = self.evaluation_of(run, call)
         biases = self.session.acting_biases(run.biases, call.key[0], run.sigmas)
         with contextlib.suppress(ReplayComplete):
             self.compute(
@@ -231,7 +235,7 @@ class Engine:
                 [own[role] for role in served],
                 evaluation.x[rows].to(device, non_blocking=True),
                 timestep[:1].expand(len(rows)),
-                run.options[number],
+                evaluation.options,
                 ModelCall(call.key, run.roles, biases, record=record),
             )
 
@@ -250,10 +254,10 @@ class Engine:
             stream = recipe.streams[number]
             for role in reversed(roles):  # as ComfyUI stacks them for the target
                 rows.setdefault((stream, refusals.role_of_stream(recipe, stream.run, role)), len(rows))
-        options = runs[0].options[runs[0].evaluation(call.key)[1]]
+        options = self.evaluation_of(runs[0], call).options
         if not internals.fits(model, (len(rows), *x.shape[1:]), x.device):
             return False
-        if runs[0].is_patched_by_others or not all(self.computes_alike(run, options, call, runs[0]) for run in runs):
+        if runs[0].is_patched_by_others or not all(self.computes_alike(run, call, options) for run in runs):
             return False
         key = "together", tuple(rows)
         if key not in self.stacks:
@@ -447,7 +451,7 @@ class Engine:
 
     @staticmethod
     def move_patches(run: Run, device: torch.device) -> None:
-        for options in run.options.values():
+        for options in run.options:
             internals.move_patches(options, device)
 
 

@@ -116,6 +116,9 @@ def _sample_in_session(
         output = latent_image
         if len(sigmas) > 1:
             output = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    except BaseException:  # ComfyUI's interrupt too
+        session.abandon()
+        raise
     finally:
         session.close()
     return session.finish(output)
@@ -144,6 +147,7 @@ def _predict_noise(
     for recipe in session.recipes:
         x = recipe.latent(session.context, x)
     denoised = executor(x, timestep, model_options, seed)
+    session.end_evaluation()
     for recipe in session.recipes:
         denoised = recipe.denoised(session.context, denoised)
     return denoised

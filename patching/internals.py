@@ -158,6 +158,24 @@ def recorded_options(options: dict) -> dict:
     return options
 
 
+def same_options(options: dict, recorded: dict) -> bool:
+    """Whether model options compute what those of `recorded_options` do."""
+    one, other = (_computing(each) for each in (options, recorded))
+    return same_conditioning(one, other)
+
+
+def _computing(options: dict) -> dict:
+    """What of model options says how the model is computed, besides what every run has of its own."""
+    transformer = options.get("transformer_options", {})
+    wrappers = transformer.get("wrappers", {})
+    return {
+        "own": {key: value for key, value in transformer.items() if key not in OF_ONE_CALL},
+        "patches": {kind: transformer.get(kind, {}) for kind in ("patches", "patches_replace")},
+        "wrappers": {kind: value for kind, value in wrappers.items() if kind != WrappersMP.PREPARE_SAMPLING},
+        "function": options.get("model_function_wrapper"),
+    }
+
+
 def without_compile(options: dict) -> tuple[dict, bool]:
     """(a copy of model options without torch.compile, whether it was there). A compiled model would run the graph that
     was traced without our patches.
@@ -271,10 +289,14 @@ def copied_control(control: Any) -> Any:
 
 
 def with_tensors(cond: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> dict:
-    """A copy of a processed conditioning in which every tensor of a value per image is changed."""
+    """A copy of a processed conditioning in which every tensor of a value per image is changed, in lists too."""
 
     def changed(value: comfy.conds.CONDRegular) -> comfy.conds.CONDRegular:
-        return value._copy_with(change(value.cond)) if isinstance(value.cond, torch.Tensor) else value
+        if isinstance(value.cond, torch.Tensor):
+            return value._copy_with(change(value.cond))
+        if isinstance(value.cond, list):  # of reference images
+            return value._copy_with([change(one) if isinstance(one, torch.Tensor) else one for one in value.cond])
+        return value
 
     found = {**cond, "model_conds": {name: changed(value) for name, value in cond["model_conds"].items()}}
     if isinstance(cond.get("mask"), torch.Tensor):
@@ -284,6 +306,8 @@ def with_tensors(cond: dict, change: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 def same_conditioning(a: Any, b: Any) -> bool:
     """Whether two values of processed conditionings are the same, but for the uuids that tell them apart."""
+    if a is b:
+        return True
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, dict):
@@ -292,7 +316,7 @@ def same_conditioning(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(same_conditioning, a, b))
     if isinstance(a, comfy.conds.CONDRegular):
         return type(a) is type(b) and same_conditioning(a.cond, b.cond)
-    return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
+    return type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b
 
 
 def stacked(conds: list[dict], images: int) -> dict | None:

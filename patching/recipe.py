@@ -62,7 +62,7 @@ class RunContext:
 
     def evaluation_of(self, recipe: Recipe, run: Run, key: CallKey) -> Evaluation:
         """What a recorded run did at an evaluation of this one. Raises ValueError if it was never there."""
-        evaluation, _ = run.evaluation(key)
+        evaluation = run.evaluation(key)
         if evaluation is None:
             single = "one of a single evaluation a step (euler, ddim, dpmpp_2m)"
             fitting = single if run.sampler == INVERSION else "that of the recording, and no adaptive one"

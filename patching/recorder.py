@@ -38,13 +38,11 @@ class Recorder:
 
     def begin_call(self, key: CallKey, conds: dict[str, list[dict]], x: torch.Tensor, options: dict) -> Record | None:
         """Take down what goes into an evaluation of the model; return what records the target's attention inputs, or
-        None where nothing is to be recorded of them.
+        None where nothing is to be recorded of them. options: of internals.recorded_options.
         """
         if not self.run.conds:
             self.run.conds = recorded_conds(conds)
-        if key[2] not in self.run.options:
-            self.run.options[key[2]] = internals.recorded_options(options)
-        evaluation = self.run.evaluations[key] = Evaluation(x)
+        evaluation = self.run.evaluations[key] = Evaluation(x, options)
         self.keeps_features &= self.has_room(self.run.evaluation_bytes)
         if self.keeps_features and self.run.evaluation_bytes and not self.has_place:
             self.choose_place((len(roles_of(conds)) * len(x), *x.shape[1:]))
@@ -66,7 +64,8 @@ class Recorder:
         the second evaluation on once for all its sites, since its size is known then.
         """
         total = self.kept + wanted
-        if total > self.room and self.recording.make_room(total):
+        # the images that a run is composed from may be recorded by the same node, and are read while it is
+        if total > self.room and self.recording.make_room(total, give_up=not self.run.composed):
             self.room = total
         return total <= self.room
 

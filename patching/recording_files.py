@@ -71,10 +71,15 @@ def _check(node: str, run: Run) -> None:
             f"{node}: the recording was sampled with conditionings besides positive and negative"
             f" ({', '.join(foreign)}), which Load Recording has no input for. Sample it with a KSampler or CFG Guider."
         )
-    if set(run.options) - {0}:
+    if any(call for _, _, call in run.evaluations):
         raise ValueError(
             f"{node}: the MODEL of the recording evaluates several times a step (Perturbed- or Self-Attention"
             " Guidance), and what it changes there cannot be stored. Record without that guidance."
+        )
+    if len(run.options) > 1:
+        raise ValueError(
+            f"{node}: another node on the MODEL of the recording changes what it computes from step to step, which"
+            " cannot be stored. Record without that node."
         )
 
 
@@ -130,8 +135,9 @@ def _run(
         entry["heeds_bias"],
     )
     run.final = tensors["final"]
+    options = internals.recorded_options(internals.options_of(model))
     for number, key in enumerate(entry["evaluations"]):
-        run.evaluations[tuple(key)] = Evaluation(tensors[f"x.{number}"])
+        run.evaluations[tuple(key)] = Evaluation(tensors[f"x.{number}"], options)
     for key, tensor in tensors.items():
         if key.startswith("keys."):
             _, role, which = key.split(".")
@@ -141,5 +147,4 @@ def _run(
     run.keys_grid = entry["grid"] and tuple(entry["grid"])
     used = {role: prompts[role] for role in entry["roles"]}
     run.conds = recorded_conds(internals.processed(model, used, run.noise, run.latent_image, run.denoise_mask))
-    run.options = {0: internals.recorded_options(internals.options_of(model))}
     return run

@@ -149,6 +149,7 @@ def check_run(session: Session, recipe: Recipe, run: Run) -> None:
             f" {in_words(context.sigmas)}. Set the sampler's steps, scheduler and denoise to those of the recording;"
             f" for a detailer or a second pass over an image, use the MODEL before this node.{why_apart(*schedules)}"
         )
+    _check_whole(session, recipe, run)
     if any("hooks" in cond for group in run.conds.values() for cond in group):
         raise ValueError(
             f"{recipe.node}: its images were recorded with hooks on their conditioning (a LoRA for one prompt,"
@@ -158,10 +159,23 @@ def check_run(session: Session, recipe: Recipe, run: Run) -> None:
     _check_resizing(recipe, run, session.guider.model_options)
 
 
+def _check_whole(session: Session, recipe: Recipe, run: Run) -> None:
+    """Refuse a run of which only the first steps were recorded, for steps after them."""
+    context, last = session.context, min(sigma for sigma, _, _ in run.evaluations)
+    needed = [sigma for sigma in context.sigmas[:-1] if recipe.acts_at(context, sigma)]
+    missing = [sigma for sigma in needed if sigma < 0.999 * last]
+    if missing:
+        raise ValueError(
+            f"{recipe.node}: {len(missing)} of its {len(needed)} steps were not recorded. A Step Blend Sampler needs a"
+            " Feature Recorder on the MODEL of each part that is to be read: record all steps by one MODEL, or narrow"
+            " the window of this node to the steps that were recorded."
+        )
+
+
 def _check_resizing(recipe: Recipe, run: Run, options: dict) -> None:
     """Refuse what makes blocks compute another number of tokens on one side only."""
     here = internals.patching_modules(options)
-    there = set().union(*map(internals.patching_modules, run.options.values()))
+    there = set().union(*map(internals.patching_modules, run.options))
     for module, name in RESIZING.items():
         if (module in here) != (module in there):
             where = "this MODEL and not on that of its images" if module in here else "the MODEL of its images alone"
@@ -276,6 +290,13 @@ def other_batch(names: str, images: int, evaluated: int) -> ValueError:
         f"{names}: another node evaluates the model on {evaluated} of the {images} images of this run (context windows"
         " of its own, as AnimateDiff-Evolved has), so that it is unclear which they are. Disconnect it from this"
         " MODEL."
+    )
+
+
+def other_guider(names: str, guider: str) -> ValueError:
+    return ValueError(
+        f"{names}: {guider} evaluates the model in its own way, past the guider's predict_noise, so that its steps"
+        " cannot be told. Use CFG Guider, or another guider that is built on it."
     )
 
 

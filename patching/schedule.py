@@ -4,6 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Window(NamedTuple):
     """A part of the schedule and a set of sites (none: only latents are touched). Step i of n lies at i / n; it is
@@ -34,6 +36,11 @@ def step_of(sigma: float, sigmas: Sequence[float]) -> int:
 def position(sigma: float, sigmas: Sequence[float]) -> float:
     """Where in a schedule an evaluation lies: i / n for step i of n, in [0, 1)."""
     return step_of(sigma, sigmas) / (len(sigmas) - 1)
+
+
+def levels(sigmas: torch.Tensor) -> tuple[float, ...]:
+    """A schedule as the model meets it: samplers hand their sigmas on in float32, whatever they were given."""
+    return tuple(sigmas.float().tolist())
 
 
 def in_words(sigmas: Sequence[float]) -> str:

@@ -13,7 +13,7 @@ from .bias import Bias, biases_of
 from .engine import Engine, ModelCall
 from .recipe import Recipe, RunContext, Start
 from .recorder import Recorder
-from .schedule import Visits, position
+from .schedule import Visits, levels, position
 from .streams import Run, roles_of
 from .weights import Weights
 
@@ -35,7 +35,7 @@ class Session:
         height, width = noise.shape[-2:]
         maps = [LiveAttentionMap(wanted, guider.conds) for wanted in installed.maps]
         name = getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
-        self.context = RunContext(model, tuple(sigmas.tolist()), (height, width), name, maps)
+        self.context = RunContext(model, levels(sigmas), (height, width), name, maps)
         groups = ([recipe for recipe in group if not recipe.window.is_empty] for group in installed.groups)
         self.groups = [group for group in groups if group]
         recipes = (recipe for group in self.groups for recipe in group)
@@ -46,7 +46,8 @@ class Session:
         self.names = self.names_of_nodes(installed)
         self.acted: set[Recipe | Bias] = set()  # what has acted at least once in this run
         self.visits = Visits()
-        self.calls = 0  # how often the guider's evaluation at hand has called the model
+        self.is_evaluating, self.calls = False, 0  # whether the guider is, and how often it has called the model for it
+        self.options: dict[int, dict] = {}  # by that number: the model options, as they were last
         self.recorder: Recorder | None = None
         refusals.check_frames(self.names, noise.shape)
         refusals.before_sampling(self)
@@ -79,7 +80,7 @@ class Session:
         for recipe in self.recipes:
             start = recipe.start(self.context, start)
         self.noise = start.noise
-        first = float(start.sigmas[0])
+        first = levels(start.sigmas[:1])[0]
         for recipe in self.recipes:
             for run, _ in recipe.followed:
                 self.visits.seen[first] = run.visit_that_continues(first)
@@ -120,7 +121,19 @@ class Session:
         sigma, found = transfers.read(timestep[0], [live.read() for live in maps])
         for live, before in zip(maps, found):
             live.before = before
-        self.context.sigma_visit, self.calls = self.visits.next(sigma), 0
+        self.context.sigma_visit, self.calls, self.is_evaluating = self.visits.next(sigma), 0, True
+
+    def end_evaluation(self) -> None:
+        self.is_evaluating = False
+
+    def options_of_call(self, options: dict) -> dict:
+        """The model options of the call at hand, recorded: one object for as long as they stay the same, which other
+        nodes may change from step to step.
+        """
+        known = self.options.get(self.calls)
+        if known is None or not internals.same_options(options, known):
+            known = self.options[self.calls] = internals.recorded_options(options)
+        return known
 
     def evaluate(
         self, execute: Callable, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict
@@ -133,21 +146,27 @@ class Session:
             return execute(model, conds, x, timestep, options)  # another node's own conditionings (Perp-Neg)
         if len(x) != len(self.noise):
             raise refusals.other_batch(self.names, len(self.noise), len(x))
-        if self.context.sigma_visit is None:  # a guider that does not go through predict_noise
-            self.begin_evaluation(timestep)
+        if not self.is_evaluating:
+            raise refusals.other_guider(self.names, type(self.guider).__name__)
         sigma, visit = self.context.visit
         key = sigma, visit, self.calls
-        record = self.recorder and self.recorder.begin_call(key, self.guider.conds, x, options)
+        recorded = self.options_of_call(options)
+        record = self.recorder and self.recorder.begin_call(key, self.guider.conds, x, recorded)
         # further calls of an evaluation see attention that was disturbed on purpose
         maps = self.context.maps if self.calls == 0 else []
         self.calls += 1
         biases = self.acting_biases(self.biases, sigma, self.context.sigmas)
-        call = ModelCall(key, roles, biases, self.acting(sigma), maps, record)
+        call = ModelCall(key, roles, biases, self.acting(sigma), maps, record, recorded)
         return self.engine.compute(execute, model, conds, x, timestep, options, call)
 
     def close(self) -> None:
         """Let go of everything that was held for the run, however it ended."""
         self.engine.close()
+
+    def abandon(self) -> None:
+        """The run was cancelled or failed: what was recorded of it is of no use, and goes at once."""
+        if self.recorder:
+            self.recorder.run.forget_features()
 
     def finish(self, output: Tensor) -> Tensor:
         """What the run gives, [B, C, h, w]. Raises RuntimeError if a node on the MODEL never acted, because another ran

@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from . import internals
 from .internals import KEY
-from .schedule import step_of
+from .schedule import levels, step_of
 
 Tensor = torch.Tensor
 
@@ -104,9 +104,7 @@ class BlendRun:
     ) -> None:
         self.stages, self.sampler, self.seed = stages, sampler, seed
         self.latent_image, self.denoise_mask = latent_image, denoise_mask
-        self.schedule: list[float] = (
-            sigmas.tolist()
-        )  # the whole, of which a node on the first MODEL may leave steps out
+        self.schedule = levels(sigmas)  # the whole, of which a node on the first MODEL may leave steps out
         self.guiders = [self.deferred_guider(number, stage.guider) for number, stage in enumerate(stages)]
         self.loads: dict[
             int, Callable[[], None]

@@ -21,7 +21,7 @@ from . import internals, transfers
 from .bias import Bias, biases_of
 from .device_cache import DeviceCache
 from .models import Site, family_of
-from .schedule import in_words, why_apart
+from .schedule import in_words, levels, why_apart
 from .weights import Weights
 
 Tensor = torch.Tensor
@@ -40,13 +40,14 @@ class CondRole(NamedTuple):
 
 
 class Evaluation:
-    """One evaluation of the model: the latents that went in, x [B, C, h, w], and what was kept of its attention:
-    features[role, site] = rows [B, tokens, channels], empty when it is to be replayed. All in main memory, where they
-    are complete after transfers.finish; features also on the model's device (DeviceCache).
+    """One evaluation of the model: the latents that went in, x [B, C, h, w], the model options, and what was kept of
+    its attention: features[role, site] = rows [B, tokens, channels], empty when it is to be replayed. All in main
+    memory, where they are complete after transfers.finish; features also on the model's device (DeviceCache).
     """
 
-    def __init__(self, x: Tensor) -> None:
-        self.x = transfers.put_away(x.detach())
+    def __init__(self, x: Tensor, options: dict) -> None:
+        """options: of internals.recorded_options, one object for all evaluations that have the same."""
+        self.x, self.options = transfers.put_away(x.detach()), options
         self.features: dict[tuple[CondRole, Site], Tensor] = {}
 
     @property
@@ -72,12 +73,11 @@ class Run:
         self.weights, self.sampler = weights, sampler
         self.composed = composed  # the names of the recipes that it was sampled with: such a run cannot be replayed
         self.heeds_bias = heeds_bias  # whether biases that its conditioning carries act
-        self.sigmas: tuple[float, ...] = tuple(sigmas.tolist())
+        self.sigmas = levels(sigmas)
         self.noise, self.latent_image = noise.cpu(), latent_image.cpu()
         self.denoise_mask = None if denoise_mask is None else denoise_mask.cpu()
         self.evaluations: dict[CallKey, Evaluation] = {}  # in their order
         self.conds: dict[str, list[dict]] = {}  # role -> processed conditionings
-        self.options: dict[int, dict] = {}  # call -> the model options of its evaluations
         self.keys: dict[CondRole, Tensor] = {}  # the graph cut's features at the lowest sigma, [B, tokens, channels]
         self.keys_grid: tuple[int, int] | None = None  # (h, w) of those tokens
         self.maps: dict[str, Tensor] = {}  # words -> their attention map, [B, h, w] in [0, 1] (Token Attention Map)
@@ -111,9 +111,14 @@ class Run:
         return biases_of(self.conds) if self.heeds_bias else {}
 
     @property
+    def options(self) -> list[dict]:
+        """The model options of its evaluations, each once."""
+        return list({id(evaluation.options): evaluation.options for evaluation in self.evaluations.values()}.values())
+
+    @property
     def is_patched_by_others(self) -> bool:
         """Whether another pack changes what its evaluations compute."""
-        return any(internals.is_patched_by_others(options) for options in self.options.values())
+        return any(map(internals.is_patched_by_others, self.options))
 
     @functools.cached_property
     def served(self) -> dict[str, str]:
@@ -157,14 +162,12 @@ class Run:
         """
         return max(0, self.visits(sigma) - (self.visits(self.sigmas[0]) or 1))
 
-    def evaluation(self, key: CallKey) -> tuple[Evaluation | None, int]:
-        """(evaluation, its call number) for a target's; (None, 0) where the run was not at this sigma. A call that the
-        run did not make (the target has PAG, the recording had not) is answered with the first of the visit.
+    def evaluation(self, key: CallKey) -> Evaluation | None:
+        """The evaluation for one of a target; None where the run was not at this sigma. A call that the run did not
+        make (the target has PAG, the recording had not) is answered with the first of the visit.
         """
-        sigma, visit, call = key
-        if key not in self.evaluations:
-            call = 0
-        return self.evaluations.get((sigma, visit, call)), call
+        sigma, visit, _ = key
+        return self.evaluations.get(key) or self.evaluations.get((sigma, visit, 0))
 
     def keep_cut_features(self, model: ModelPatcher, role: CondRole, rows: Tensor, grid: tuple[int, int]) -> None:
         """Keep the graph cut's features of rows at the family's cut site."""
@@ -209,17 +212,15 @@ class Recording:
             f", {run.on_device.loaded_size() / 2**20:.1f} MB of them on the GPU" if run.on_device else "",
         )
 
-    def make_room(self, wanted: int) -> bool:
+    def make_room(self, wanted: int, give_up: bool = True) -> bool:
         """Whether `wanted` bytes of features of a run that is being recorded fit into the budget. Features of earlier
-        runs are given up for that, the oldest first.
+        runs may be given up for that, the oldest first.
         """
         left = self.budget - wanted
-        if left < 0:
-            return False
         held = [run for run in self.runs if run.feature_bytes]
-        while sum(run.feature_bytes for run in held) > left:
+        while left >= 0 and give_up and sum(run.feature_bytes for run in held) > left:
             held.pop(0).forget_features()
-        return True
+        return sum(run.feature_bytes for run in held) <= left
 
     def find(self, sample: Tensor) -> tuple[float, Stream] | None:
         """(distance, stream) of the stream that ended in `sample` [C, h, w], the nearest; None if there is none."""
@@ -327,7 +328,7 @@ def with_prompt(stream: Stream, model: ModelPatcher, **conds: Any) -> Stream:
     processed = internals.processed(model, conds, run.noise, run.latent_image, run.denoise_mask)
     run.conds = {**run.conds, **recorded_conds(processed)}
     # their features are of the other prompts
-    run.evaluations = {key: Evaluation(evaluation.x) for key, evaluation in run.evaluations.items()}
+    run.evaluations = {key: Evaluation(evaluation.x, evaluation.options) for key, evaluation in run.evaluations.items()}
     return Stream(run, stream.row)
 
 

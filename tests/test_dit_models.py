@@ -271,6 +271,22 @@ def test_reference_images_stay_the_targets_own(exact):
         assert composed(name, [a, b], labels(name), positive=shown[0]).isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["Flux.1", "Flux.2", "Qwen-Image"])
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_each_image_of_a_batch_has_its_own_reference(name, is_exact):
+    """All of the second image is the second image, with the reference that it was recorded with."""
+    references = torch.randn(2, *TRANSFORMERS[name].latent, generator=torch.Generator().manual_seed(3))
+    batch, alone = (
+        [prompt(name, seed, reference_latents=[r]) for seed in (1, 9)] for r in (references, references[1:])
+    )
+    recorded_batch = recorded(name, 1, latent=empty_latent(name, 2), positive=batch[0], negative=batch[1])
+    model, latent = inject(
+        [recorded_batch], masks_of(torch.ones_like(labels(name)), 2), 1, random_transformer(name), exact=is_exact
+    )
+    made = draw(name, model, latent, 1, positive=alone[0], negative=alone[1])["samples"]
+    close(made, recorded_batch["samples"][1:], 1e-4)
+
+
 def test_references_that_cannot_be_told_apart_are_refused():
     image = torch.randn(1, 16, 12, 8)
     with pytest.raises(ValueError, match="reference images, whose tokens .* in HiDream-I1"):

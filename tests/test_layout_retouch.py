@@ -407,6 +407,18 @@ def layout(seed=1, **settings):
     return record(seed, **settings)
 
 
+def test_layouts_with_and_without_a_noise_mask():
+    """Each goes on with its own: one without may change everywhere."""
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, 32:] = 1
+    plain, masked = (
+        record(seed=seed, latent=image_latent() | more) for seed, more in ((1, {}), (2, {"noise_mask": mask}))
+    )
+    both = {"samples": torch.cat([plain["samples"], masked["samples"]])}
+    made = swap(both)[1]["noise_mask"]
+    assert made.shape[0] == 2 and made[0].min() == 1 and 0 == made[1].min() < made[1].max()
+
+
 def swap(source=None, subject=None, layout_end=0.25, mask_start=0.5, end=1.0, sites="u@1-2", model=None, **optional):
     """(MODEL, LATENT)"""
     return MultiSourceSwap.execute(

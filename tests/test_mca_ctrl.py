@@ -108,6 +108,13 @@ def pair(**settings):
 # ---------------------------------------------------------------- identities
 
 
+def test_a_mask_of_the_condition_is_handed_on():
+    """Where the image to edit might not change when it was recorded, it does not change now."""
+    masked = image_latent() | {"noise_mask": RIGHT[None]}
+    subject, condition = record(seed=2, positive=words(2)), record(seed=1, positive=words(1), latent=masked)
+    close(edited(subject, condition, seed=1, positive=words(1), edit_mask=NOWHERE), condition["samples"])
+
+
 @pytest.mark.parametrize(
     "sampler, cache_mb", [("euler", 0), ("euler", 64), ("heun", 0), ("dpm_2", 0), ("euler_ancestral", 0)]
 )
