@@ -5,8 +5,8 @@ import csv
 import hashlib
 import itertools
 import json
+import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from .errors import Failure
 OURS = ROOT / "example_workflows" / "api"
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SEEDS = ("seed", "noise_seed")
+IN_INPUT = " [input]"  # ComfyUI's suffix for a file of its input folder, which a name without a suffix means, too
+CLIPSPACE = "clipspace"  # where in the input folder the Mask Editor saves
 
 Prompt = dict[str, dict[str, Any]]  # node id: {"class_type", "inputs", ...}, as ComfyUI's API takes it
 Row = dict[str, Any]  # "node.input": value, and perhaps "name"
@@ -134,20 +136,41 @@ def add_to_seeds(prompt: Prompt, number: int) -> None:
                 node["inputs"][key] += number
 
 
-def take_files(prompt: Prompt, folders: Iterable[Path]) -> dict[str, Path]:
+def find_file(named: str, folders: list[Path]) -> Path | None:
+    """The file of that name, from the first folder that has it. A file of the Mask Editor is found without its folder
+    clipspace, too.
+    """
+    for name in (named, named.removeprefix(f"{CLIPSPACE}/")):
+        for folder in folders:
+            if os.path.isfile(folder / name):  # Path.is_file raises where a prompt's text is too long for a file name
+                return folder / name
+    return None
+
+
+def upload_name(named: str, path: Path) -> str:
+    """The name that a file gets in the input folder, made of its content. A file of the Mask Editor stays in the folder
+    clipspace, by which Collage Layer tells which way round Load Image's MASK is.
+    """
+    name = f"{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}-{path.name}"
+    is_painted = named.startswith(f"{CLIPSPACE}/") or path.parent.name == CLIPSPACE
+    return f"{CLIPSPACE}/{name}" if is_painted else name
+
+
+def take_files(prompt: Prompt, folders: list[Path]) -> dict[str, Path]:
     """Replace every input that names a picture found in one of the folders, or any file as "@path", by the name it is
-    uploaded under, which is made of its content. Returns {that name: file}.
+    uploaded under. Returns {that name: file}.
     """
     uploads = {}
     for key, node in prompt.items():
         for entry, value in node["inputs"].items():
-            if not isinstance(value, str) or not (value.startswith("@") or Path(value).suffix.lower() in PICTURES):
+            if not isinstance(value, str):
                 continue
-            named = value.removeprefix("@")
-            path = next((folder / named for folder in folders if (folder / named).is_file()), None)
+            named = value.removeprefix("@").removesuffix(IN_INPUT)
+            if not value.startswith("@") and Path(named).suffix.lower() not in PICTURES:
+                continue
+            path = find_file(named, folders)
             if path:
-                digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-                node["inputs"][entry] = f"{digest}-{path.name}"
+                node["inputs"][entry] = upload_name(named, path)
                 uploads[node["inputs"][entry]] = path
             elif value.startswith("@"):
                 seen = ", ".join(map(str, folders))

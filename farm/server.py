@@ -224,9 +224,11 @@ class Server:
 
     def put(self, name: str, content: bytes) -> None:
         """Write a file into the input folder, under a temporary name first: the folder may be shared."""
-        part = self.input / f".{name}-{uuid.uuid4().hex}"
+        path = self.input / name
+        path.parent.mkdir(exist_ok=True)  # clipspace, which a new input folder does not have
+        part = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
         part.write_bytes(content)
-        part.replace(self.input / name)
+        part.replace(path)
 
 
 def _free_port() -> int:

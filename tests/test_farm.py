@@ -97,6 +97,66 @@ def test_a_job_is_known_by_what_it_computes_and_by_the_content_of_its_pictures(t
     assert jobs.make_jobs(titled, [], None, [tmp_path])[0].id == made(image="a.png").id
 
 
+def test_the_input_folders_annotation_names_the_same_file(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"one")
+
+    def made(value):
+        return jobs.make_jobs(prompt_of(image=value), [], None, [tmp_path])[0]
+
+    plain = made("a.png")
+    assert len(plain.uploads) == 1
+    for value in ("a.png [input]", "@a.png [input]"):
+        assert made(value).id == plain.id and made(value).uploads == plain.uploads
+    for value in ("a.png [output]", "a.png [temp]", "b.png [input]"):  # of a folder on the worker, or not found
+        assert made(value).prompt == prompt_of(image=value) and not made(value).uploads
+
+
+@pytest.mark.parametrize(
+    "file, value",
+    [
+        ("clipspace/a.png", "clipspace/a.png [input]"),
+        ("clipspace/a.png", "clipspace/a.png"),
+        ("a.png", "clipspace/a.png [input]"),
+        ("a.png", "clipspace/a.png"),
+        ("clipspace/a.png", "@clipspace/a.png"),
+        ("elsewhere/clipspace/a.png", "@elsewhere/clipspace/a.png"),
+    ],
+)
+def test_a_painted_mask_stays_in_the_folder_clipspace(tmp_path, file, value):
+    """Collage Layer's mask_is auto tells by it which way round Load Image's MASK is."""
+    from montage.nodes.collage import is_alpha_of_load_image
+
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"painted")
+    prompt = {
+        "1": {"class_type": "LoadImage", "inputs": {"image": value}},
+        "2": {"class_type": "CollageLayer", "inputs": {"mask": ["1", 1], "mask_is": "auto"}},
+    }
+    (job,) = jobs.make_jobs(prompt, [], None, [tmp_path / "nowhere", tmp_path])
+    ((name, found),) = job.uploads.items()
+    assert found == path and job.prompt["1"]["inputs"]["image"] == name
+    assert name.startswith("clipspace/") and name.endswith("-a.png")
+    assert not is_alpha_of_load_image(job.prompt, "2", "mask")
+
+
+def test_a_painted_mask_is_looked_for_in_its_folder_first(tmp_path):
+    (tmp_path / "clipspace").mkdir()
+    for folder in (tmp_path, tmp_path / "clipspace"):
+        (folder / "a.png").write_bytes(folder.name.encode())
+    (job,) = jobs.make_jobs(prompt_of(image="clipspace/a.png [input]"), [], None, [tmp_path])
+    assert list(job.uploads.values()) == [tmp_path / "clipspace" / "a.png"]
+
+
+def test_a_text_that_is_too_long_for_a_file_name_names_no_file(tmp_path):
+    text = "a long prompt, " * 33 + "in the style of cover.png"
+    for value in (text, f"{text} [input]", f"clipspace/{text}"):
+        (job,) = jobs.make_jobs(prompt_of(text=value), [], None, [tmp_path])
+        assert job.prompt == prompt_of(text=value) and not job.uploads
+    with pytest.raises(Failure, match="which is in none of"):
+        jobs.make_jobs(prompt_of(text=f"@{text}"), [], None, [tmp_path])
+
+
 def test_equal_rows_are_one_job():
     assert len(jobs.make_jobs(prompt_of(), [{"3.seed": 1}, {"3.seed": 1}, {"3.seed": 2}], None, [])) == 2
 
@@ -181,6 +241,15 @@ def test_saved_files_are_counted_from_one_for_each_prompt():
     saved = server._saved(outputs)
     assert [name for name, _ in saved] == ["c/b_00001.x.safetensors", "a_00001_.png", "a_00002_.png"]
     assert [path.name for _, path in saved] == ["b_00003.x.safetensors", "a_00007_.png", "a_00010_.png"]
+
+
+def test_an_upload_is_put_into_its_folder(tmp_path):
+    server = Server(Settings(None, None, (), None, 1, 1, 1))
+    server.input = tmp_path
+    for name in ("a.png", "clipspace/a.png", "clipspace/b.png"):
+        server.put(name, name.encode())
+    there = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert there == {name: name.encode() for name in ("a.png", "clipspace/a.png", "clipspace/b.png")}
 
 
 # ---------------------------------------------------------------- batches on a cluster
