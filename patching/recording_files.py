@@ -61,7 +61,8 @@ def load(node: str, path: Path, model: ModelPatcher, prompts: dict[str, Any]) ->
     recording = Recording()
     for number, entry in enumerate(kept["runs"]):
         own = {key.removeprefix(f"{number}."): value for key, value in tensors.items() if key.startswith(f"{number}.")}
-        recording.add(_run(node, path.name, own, entry, model, prompts))
+        # not recording.add, which drops the oldest runs of many: the file's latents are those of all its runs
+        recording.runs.append(_run(node, path.name, own, entry, model, prompts))
     return torch.stack([recording.runs[run].final[row] for run, row in kept["streams"]]), recording
 
 

@@ -5,9 +5,21 @@ import pytest
 import torch
 
 from montage.nodes.record import LoadRecording, SaveRecording, recordings
+from montage.patching import streams
 from montage.patching.streams import LATENT_KEY, Recording, streams_of
 from montage.workshop.random_models import build, random_model
-from montage.workshop.sampling import NEGATIVE, compose, empty, halves, masks_of, record, recorder, sample, words
+from montage.workshop.sampling import (
+    NEGATIVE,
+    compose,
+    empty,
+    halves,
+    masks_of,
+    record,
+    recorder,
+    run_of,
+    sample,
+    words,
+)
 
 MODEL = "sd15-small"
 WEIGHT = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
@@ -50,6 +62,18 @@ def test_a_batch_is_one_file():
     again = loaded(saved(latent))
     assert [row for _, row in streams_of("test", [again])] == [0, 1]
     assert again[LATENT_KEY] is not latent[LATENT_KEY] and torch.equal(again["samples"], latent["samples"])
+
+
+def test_a_file_loads_whole_however_large_it_is(monkeypatch):
+    """Though a recorder forgets its oldest runs when their trajectories are too large together."""
+    latents = [record(seed=seed, positive=words(1)) for seed in (47, 48, 49)]
+    joined = {"samples": torch.cat([latent["samples"] for latent in latents])}
+    name = saved(joined)
+    monkeypatch.setattr(streams, "TRAJECTORIES", run_of(latents[0]).trajectory_bytes * 3 // 2)
+    monkeypatch.setattr(Recording, "living", set())  # as in another process
+    again = loaded(name)
+    assert torch.equal(again["samples"], joined["samples"])
+    assert [run for run, _ in streams_of("test", [again])] == again[LATENT_KEY].runs
 
 
 def test_another_model_is_refused():
