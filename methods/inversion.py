@@ -12,9 +12,11 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import CONST, COSMOS_RFLOW
+from comfy.patcher_extension import WrappersMP
 
 from ..kernels import inversion as kernel
-from ..patching import internals, transfers
+from ..patching import bias, internals, run_masks, transfers
+from ..patching.install import install, installed_in, uninstalled
 from ..patching.recorder import recording_cut_features
 from ..patching.streams import INVERSION, Evaluation, Recording, Run, recorded_conds
 from ..patching.weights import Weights
@@ -38,6 +40,7 @@ def invert(
     latent: [B, C, h, w], encoded pictures. sigmas: descending, ending in 0. iterations: evaluations of each step; 0 is
     one, or for rectified flows as many as keep the picture. Sampled at CFG 1.
     """
+    model = _for_inversion(model, conditioning)
     sampling: Any = model.get_model_object("model_sampling")
     sigmas = sigmas.float()  # as samplers hand them on
     is_flow = issubclass(type(sampling), (CONST, COSMOS_RFLOW))
@@ -45,7 +48,8 @@ def invert(
     lowest = min(float(sampling.sigma_min), float(sigmas[-2]))
     ladder = torch.cat([torch.tensor([lowest]), sigmas[:-1].flip(0).cpu()])
     zeros = torch.zeros_like(latent)
-    run = Run(Weights(model), INVERSION, sigmas, zeros, zeros, None)
+    heeds_bias = installed_in(model).heeds_bias  # as its replays will
+    run = Run(Weights(model), INVERSION, sigmas, zeros, zeros, None, heeds_bias=heeds_bias)
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(conditioning, conditioning)
     guider.set_cfg(1.0)
@@ -58,6 +62,17 @@ def invert(
     recording = Recording()
     recording.add(run)
     return recording, run.noise if isinstance(sampling, CONST) else model.model.process_latent_out(first)
+
+
+def _for_inversion(model: ModelPatcher, conditioning: list) -> ModelPatcher:
+    """The MODEL without what this pack's nodes do to sampling runs only, since one MODEL often serves a whole graph.
+    Feature Recorder, Token Attention Map and the nodes that compose would take the inversion for a run of theirs, and
+    Collage Noise would keep part of the picture free of noise. A bias stays where the conditioning carries one.
+    """
+    is_biased = installed_in(model).heeds_bias and any(bias.KEY in settings for _, settings in conditioning)
+    plain = uninstalled(model)
+    plain.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, run_masks.KEY)  # by which Collage Noise masks
+    return install(plain, heed_bias=True) if is_biased else plain
 
 
 def _inverting_sampler(

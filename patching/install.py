@@ -27,6 +27,7 @@ from .session import Session, session_in
 from .streams import Recording
 
 Tensor = torch.Tensor
+WRAPPED = (WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH)
 
 
 class Installed(NamedTuple):
@@ -66,15 +67,21 @@ def install(
     streams = [stream for group in new.groups for recipe in group for stream in recipe.streams]
     conds = [cond for run in dict.fromkeys(s.run for s in streams) for group in run.conds.values() for cond in group]
     patched.set_additional_models(KEY, internals.control_models(conds))
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, _outer_sample),
-        (WrappersMP.SAMPLER_SAMPLE, _sampler_sample),
-        (WrappersMP.PREDICT_NOISE, _predict_noise),
-        (WrappersMP.CALC_COND_BATCH, _calc_cond_batch),
-    ):
+    wrappers = _outer_sample, _sampler_sample, _predict_noise, _calc_cond_batch
+    for kind, wrapper in zip(WRAPPED, wrappers, strict=True):
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     return patched
+
+
+def uninstalled(model: ModelPatcher) -> ModelPatcher:
+    """A clone of the MODEL with nothing in it that `install` put there."""
+    plain = model.clone()
+    plain.remove_attachments(KEY)
+    plain.remove_additional_models(KEY)
+    for kind in WRAPPED:
+        plain.remove_wrappers_with_key(kind, KEY)
+    return plain
 
 
 def _outer_sample(

@@ -28,14 +28,15 @@ ROLES = {"positive", "negative"}
 def save(node: str, path: Path, streams: Sequence[Stream], model: ModelPatcher) -> None:
     """Write the runs of a LATENT's streams to a file: completely, or not at all.
 
-    node: the display name for messages. model: what they were sampled with. Raises ValueError for a run that cannot be
-    taken up again from a file.
+    node: the display name for messages. model: what they were sampled with. Raises ValueError for another MODEL, and
+    for a run that cannot be taken up again from a file.
     """
     runs = list(dict.fromkeys(run for run, _ in streams))
+    weights = Weights(model)
     tensors: dict[str, torch.Tensor] = {}
     entries = []
     for number, run in enumerate(runs):
-        _check(node, run)
+        _check(node, run, weights)
         # clones: a file may not hold two tensors of one memory
         tensors |= {f"{number}.{name}": tensor.contiguous().clone() for name, tensor in _tensors(run).items()}
         entries.append(_numbers(run, model))
@@ -60,11 +61,19 @@ def load(node: str, path: Path, model: ModelPatcher, prompts: dict[str, Any]) ->
     recording = Recording()
     for number, entry in enumerate(kept["runs"]):
         own = {key.removeprefix(f"{number}."): value for key, value in tensors.items() if key.startswith(f"{number}.")}
-        recording.add(_run(node, path.name, own, entry, model, prompts))
+        # not recording.add, which drops the oldest runs of many: the file's latents are those of all its runs
+        recording.runs.append(_run(node, path.name, own, entry, model, prompts))
     return torch.stack([recording.runs[run].final[row] for run, row in kept["streams"]]), recording
 
 
-def _check(node: str, run: Run) -> None:
+def _check(node: str, run: Run, weights: Weights) -> None:
+    """Refuse a run that cannot be stored. weights: of the MODEL that it is said to be sampled with."""
+    if not run.weights.same_as(weights):  # the file would name a checkpoint that the run is not of
+        recorded, here = run.weights.told_apart(weights)
+        raise ValueError(
+            f"{node}: the recording was sampled with {recorded}, but the MODEL here is {here}. Connect the MODEL that"
+            " went into its sampler, LoRAs and sampling settings included."
+        )
     foreign = set(run.conds) - ROLES
     if foreign:
         raise ValueError(

@@ -9,10 +9,19 @@ import torch
 from comfy_extras.nodes_custom_sampler import BasicScheduler
 
 from montage.kernels import inversion
+from montage.nodes.collage import CollageNoise
 from montage.nodes.record import InvertImage
-from montage.patching.streams import streams_of, with_prompt
+from montage.patching.attention_maps import TokenMap
+from montage.patching.bias import Bias, attach
+from montage.patching.install import install
+from montage.patching.internals import KEY
+from montage.patching.models import sites_of
+from montage.patching.schedule import Window
+from montage.patching.streams import LATENT_KEY, Recording, streams_of, with_prompt
+from montage.workshop.collages import RED, canvas, layer, plain
 from montage.workshop.random_models import build, random_model
 from montage.workshop.sampling import (
+    MIXED,
     NEGATIVE,
     SIZE,
     STEPS,
@@ -24,6 +33,7 @@ from montage.workshop.sampling import (
     evaluations_of,
     halves,
     image_latent,
+    inject,
     invert,
     masks_of,
     pictures,
@@ -157,12 +167,79 @@ def test_a_stream_may_have_a_prompt_of_its_own():
     assert equal.run.served == {"positive": "positive", "negative": "positive"}
 
 
+def recording_model():
+    model, latent = recorder(cache_mb=64)
+    return model, lambda: latent[LATENT_KEY].runs == []
+
+
+def composing_model():
+    return inject([record(seed=1, cache_mb=64), record(seed=2, cache_mb=64)], MIXED)[0], None
+
+
+def measuring_model():
+    recording = Recording()
+    wanted = TokenMap("cat", "a cat", (2,), tuple(sites_of(random_model("sd15-small"))))
+    return install(random_model("sd15-small"), recording=recording, token_map=wanted), lambda: recording.runs == []
+
+
+def harmonising_model():
+    """Most of the picture is kept."""
+    collage = canvas(layer(plain(RED), x=0.5, scale=0.5, noise=0.8), background_noise=0.0)[0]
+    return CollageNoise.execute(random_model("sd15-small"), collage, 0.0).args[0], None
+
+
+def biased_model():
+    return install(random_model("sd15-small"), heed_bias=True), None
+
+
+@pytest.mark.parametrize("made", [recording_model, composing_model, measuring_model, harmonising_model, biased_model])
+def test_what_is_for_sampling_runs_stays_out_of_an_inversion(made):
+    """One MODEL may serve a whole graph, whatever of this pack is on it."""
+    expected = invert(image_latent())
+    model, is_untouched = made()
+    before = str(model.wrappers), model.get_attachment(KEY)
+    found = invert(image_latent(), model=model)
+    for latent, other in zip(found.args, expected.args):
+        assert same(latent["samples"], other["samples"])
+    evaluations, others = (run_of(output.args[0]).evaluations for output in (found, expected))
+    assert evaluations.keys() == others.keys() and all(same(evaluations[key].x, others[key].x) for key in others)
+    assert is_untouched is None or is_untouched()
+    assert (str(model.wrappers), model.get_attachment(KEY)) == before
+
+
+class Counting(Bias):
+    """Draws everything to the first words."""
+
+    def __init__(self):
+        super().__init__(Window(0, 1, tuple(sites_of(random_model("sd15-small")))), SIZE)
+        self.written = 0
+
+    def write(self, out, prepared, attention, sigma):
+        self.written += 1
+        out[..., :5] = 4
+
+
+def test_an_inversion_is_replayed_with_the_bias_that_it_had():
+    bias = Counting()
+    model, conditioning = install(random_model("sd15-small"), heed_bias=True), attach(words(5), bias)
+    latent, _ = invert(image_latent(), model=model, conditioning=conditioning).args
+    unbiased, _ = invert(image_latent(), conditioning=conditioning).args
+    first = [next(iter(run_of(one).evaluations.values())).x for one in (latent, unbiased)]
+    assert bias.written and (first[0] - first[1]).abs().max() > 0.1
+    assert run_of(latent).heeds_bias and not run_of(unbiased).heeds_bias
+    other, bias.written = record(seed=2), 0
+    compose([unbiased, other], MIXED)
+    assert not bias.written
+    compose([latent, other], MIXED)
+    assert bias.written
+
+
 def test_a_history_holds_no_model():
     """Not even where another node's patches of the MODEL were at work in the inversion."""
     model = build("sd15-small")
-    patched, _ = recorder(model, empty())
+    patched, conditioning = install(model, heed_bias=True), attach(words(1), Counting())
     schedule = BasicScheduler.execute(model, "normal", STEPS, 1.0).args[0]
-    kept, held = InvertImage.execute(patched, empty(), schedule, words(1)).args[0], weakref.ref(model.model)
+    kept, held = InvertImage.execute(patched, empty(), schedule, conditioning).args[0], weakref.ref(model.model)
     comfy.model_management.unload_all_models()
     del model, patched
     gc.collect()

@@ -5,11 +5,24 @@ import pytest
 import torch
 
 from montage.nodes.record import LoadRecording, SaveRecording, recordings
+from montage.patching import streams
 from montage.patching.streams import LATENT_KEY, Recording, streams_of
-from montage.workshop.random_models import random_model
-from montage.workshop.sampling import NEGATIVE, compose, empty, halves, masks_of, record, recorder, sample, words
+from montage.workshop.random_models import build, random_model
+from montage.workshop.sampling import (
+    NEGATIVE,
+    compose,
+    empty,
+    halves,
+    masks_of,
+    record,
+    recorder,
+    run_of,
+    sample,
+    words,
+)
 
 MODEL = "sd15-small"
+WEIGHT = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
 
 
 @pytest.fixture(autouse=True)
@@ -51,15 +64,38 @@ def test_a_batch_is_one_file():
     assert again[LATENT_KEY] is not latent[LATENT_KEY] and torch.equal(again["samples"], latent["samples"])
 
 
+def test_a_file_loads_whole_however_large_it_is(monkeypatch):
+    """Though a recorder forgets its oldest runs when their trajectories are too large together."""
+    latents = [record(seed=seed, positive=words(1)) for seed in (47, 48, 49)]
+    joined = {"samples": torch.cat([latent["samples"] for latent in latents])}
+    name = saved(joined)
+    monkeypatch.setattr(streams, "TRAJECTORIES", run_of(latents[0]).trajectory_bytes * 3 // 2)
+    monkeypatch.setattr(Recording, "living", set())  # as in another process
+    again = loaded(name)
+    assert torch.equal(again["samples"], joined["samples"])
+    assert [run for run, _ in streams_of("test", [again])] == again[LATENT_KEY].runs
+
+
 def test_another_model_is_refused():
     name = saved(record(seed=43))
-    weight = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
     changed = random_model(MODEL).clone()
-    changed.add_patches({weight: ("diff", (torch.ones(32, 32),))}, 0.5)
+    changed.add_patches({WEIGHT: ("diff", (torch.ones(32, 32),))}, 0.5)
     with pytest.raises(ValueError, match="Load Recording: .* was recorded with another MODEL .*LoRAs: none recorded"):
         loaded(name, changed)
     with pytest.raises(ValueError, match="Load Recording: .* was recorded with another MODEL .*family"):
         loaded(name, random_model("sdxl-small"), words(1, name="sdxl-small"))
+
+
+def test_another_model_is_not_saved():
+    """Its checkpoint would be written down, so that Load Recording refused the right one and took the wrong one."""
+    latent, other = record(seed=46), random_model(MODEL).clone()
+    assert loaded(saved(latent, other))  # another clone of it is the same MODEL
+    with pytest.raises(ValueError, match="Save Recording: the recording was sampled with .* loaded separately"):
+        saved(latent, build(MODEL, 5))
+    other.add_patches({WEIGHT: ("diff", (torch.ones(32, 32),))}, 0.5)
+    with pytest.raises(ValueError, match="Save Recording: .* but the MODEL here is .* with 1 patched weights. Connect"):
+        saved(latent, other)
+    assert len(recordings()) == 1  # nothing was written
 
 
 def test_a_missing_prompt_and_another_file_are_refused(tmp_path):
