@@ -501,7 +501,10 @@ class MultiSourceSwap(io.ComfyNode):
                 io.Latent.Output(
                     "start_latent",
                     display_name="LATENT",
-                    tooltip="The start latent of the layout. Any seed will do: the noise is the layout's.",
+                    tooltip=(
+                        "The start latent of the layout. Any seed will do, since the noise is the layout's; with an "
+                        "ancestral or SDE sampler, the layout's own."
+                    ),
                 ),
             ],
         )

@@ -1,5 +1,6 @@
 """MCA-Ctrl (arXiv 2505.01428): the subject of one image in a region of another, by masked self-attention."""
 
+import logging
 from typing import Any
 
 import torch
@@ -217,8 +218,9 @@ class CollaborativeAttention(io.ComfyNode):
                     "start_latent",
                     display_name="LATENT",
                     tooltip=(
-                        "The start latent of the image to edit: any seed will do, unless fresh_noise is on. Without an "
-                        "image to edit: an empty latent, and the seed decides the image."
+                        "The start latent of the image to edit: any seed will do, unless fresh_noise is on or the "
+                        "sampler is an ancestral or SDE one. Without an image to edit: an empty latent, and the seed "
+                        "decides the image."
                     ),
                 ),
             ],
@@ -265,6 +267,11 @@ class CollaborativeAttention(io.ComfyNode):
         painted = None
         if edit_mask is not None:
             painted = MaskArea(grid_masks.dilate(cls.mask("edit_mask", edit_mask, source.run), dilation))
+            if not painted.mask.any():
+                logging.warning(
+                    "%s: edit_mask is empty, so that the image to edit comes back unchanged. Paint what to replace.",
+                    cls.NAME,
+                )
         if painted is None and not installed_in(model).maps:
             raise ValueError(
                 f"{cls.NAME}: there is no edit_mask, and no Token Attention Map on the MODEL to take it from. Connect"

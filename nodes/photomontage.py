@@ -469,7 +469,10 @@ class CompositeAttentionInject(io.ComfyNode):
                 io.Latent.Output(
                     "start_latent",
                     display_name="LATENT",
-                    tooltip="The start latent of the base image. Any seed will do: the noise is the base's own.",
+                    tooltip=(
+                        "The start latent of the base image. Any seed will do, since the noise is the base's; with an "
+                        "ancestral or SDE sampler, the base's own."
+                    ),
                 ),
             ],
         )

@@ -48,6 +48,11 @@ def room_for(model: ModelPatcher, shape: tuple[int, ...], wanted: int) -> bool:
     return left > max(computing, management.minimum_inference_memory())
 
 
+def pins_memory() -> bool:
+    """Whether ComfyUI lets main memory be pinned for a GPU."""
+    return comfy.model_management.MAX_PINNED_MEMORY > 0
+
+
 def account_for(patcher: ModelPatcher) -> None:
     """Have ComfyUI count what a patcher holds on its device among the models that are loaded there, and ask it for that
     memory when it needs some (partially_unload, detach).

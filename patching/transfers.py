@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import comfy.model_management
 import torch
 
+from . import internals
+
 Tensor = torch.Tensor
 
 
@@ -45,7 +47,7 @@ def put_away(rows: Tensor) -> Tensor:
     stream = _stream(rows.device)
     if stream is None:
         return own.to("cpu", copy=own is rows)
-    kept = torch.empty(own.shape, dtype=own.dtype, pin_memory=True)
+    kept = _main_memory(own)
     with _on(stream):
         kept.copy_(own, non_blocking=True)
     own.record_stream(stream)
@@ -95,12 +97,22 @@ def _on_its_way(part: Tensor) -> Tensor:
     """A copy in main memory, complete when whatever the model's stream is asked next is done."""
     if part.device.type == "cpu" or comfy.model_management.current_stream(part.device) is None:
         return part.to("cpu")
-    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
+    return _main_memory(part).copy_(part, non_blocking=True)
+
+
+def _main_memory(like: Tensor) -> Tensor:
+    """Room for a tensor in main memory, pinned, so that nobody waits for its copies; not pinned where ComfyUI pins
+    nothing (--disable-pinned-memory) or the system gives no more.
+    """
+    if internals.pins_memory():
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+    return torch.empty(like.shape, dtype=like.dtype)
 
 
 def ready_to_send(part: Tensor, device: torch.device) -> Tensor:
     """A tensor of main memory where a device can fetch it without anyone waiting."""
-    return part if part.device == device or _stream(device) is None else part.pin_memory()
+    return part if part.device == device or _stream(device) is None else _main_memory(part).copy_(part)
 
 
 def finish(device: torch.device) -> None:

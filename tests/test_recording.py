@@ -165,8 +165,8 @@ def test_the_budget_holds_at_every_moment(monkeypatch):
     evaluations = weakref.WeakSet()
 
     class Watched(streams.Evaluation):
-        def __init__(self, x):
-            super().__init__(x)
+        def __init__(self, *given):
+            super().__init__(*given)
             evaluations.add(self)
 
     monkeypatch.setattr("montage.patching.recorder.Evaluation", Watched)
@@ -301,7 +301,9 @@ def test_an_interrupt_leaves_nothing_behind(error, monkeypatch):
     )
     keep = streams.Evaluation.__init__
     monkeypatch.setattr(
-        streams.Evaluation, "__init__", lambda self, x: (evaluations.append(weakref.ref(self)), keep(self, x))[1]
+        streams.Evaluation,
+        "__init__",
+        lambda self, *given: (evaluations.append(weakref.ref(self)), keep(self, *given))[1],
     )
 
     def interrupt(executor, *args, **kwargs):

@@ -61,6 +61,7 @@ class SecondDevice(TorchFunctionMode):
             "get_offload_stream": lambda device: stream if device == DEVICE else None,
             "current_stream": lambda device: stream,
             "synchronize": lambda: None,
+            "MAX_PINNED_MEMORY": 1 << 40,
         }.items():
             self.patches.enter_context(mock.patch.object(management, name, function))
         self.patches.enter_context(mock.patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None))
