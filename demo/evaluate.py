@@ -168,18 +168,30 @@ class Evaluation:
             )
         return errors
 
+    def carried(self) -> dict:
+        return self._carried(UNET)
+
     def dit_carried(self) -> dict:
+        return self._carried(DIT)
+
+    def _carried(self, model: str) -> dict:
         """As swap, from prompts that leave colour and texture open: how often do they differ from the first run's?"""
         drawn = scenes.sample(self.args.pairs, torch.Generator().manual_seed(HELD_OUT + 5), count=1)
         captions = [scenes.caption(drawn, i, without=("colour", "texture")) for i in range(len(drawn.radius))]
-        first, seconds = self._fed(DIT, captions)
+        first, seconds = self._fed(model, captions)
         firsts = [self.main_object(picture) for picture in first]
         return {
             name: _differing([(a, self.main_object(picture)) for a, picture in zip(firsts, pictures)])
             for name, pictures in seconds.items()
         }
 
+    def diversity(self) -> dict:
+        return self._diversity(UNET)
+
     def dit_diversity(self) -> dict:
+        return self._diversity(DIT)
+
+    def _diversity(self, model: str) -> dict:
         """How often two pictures of one prompt of one object differ in what the prompt names or leaves open; last, two
         renders of the same shape whose all else is drawn by lot."""
         generator = torch.Generator().manual_seed(HELD_OUT + 6)
@@ -187,7 +199,7 @@ class Evaluation:
         drawn = {}
         for name, without in OMISSIONS.items():
             captions = [scenes.caption(asked, i, without=without) for i in range(len(asked.radius))]
-            drawn[name] = self.draw([caption for caption in captions for _ in range(STACK)], HELD_OUT, DIT)
+            drawn[name] = self.draw([caption for caption in captions for _ in range(STACK)], HELD_OUT, model)
         lots = scenes.sample(STACK * len(asked.radius), generator, count=1)
         lots.shape[:, 0] = asked.shape[:, 0].repeat_interleave(STACK)
         drawn["all three, renders"] = scenes.render(lots, 128, generator).movedim(1, -1)
@@ -410,7 +422,8 @@ def tables(results: dict) -> dict[str, str]:
         blocks[name] = (
             f"{_score_table(score)}\n| {' | '.join(goals)} |\n\n{results[name]['seconds']:.2f} CPU-seconds an image."
         )
-    for name, head in (("dit_diversity", "left out"), ("dit_carried", "fed")):
+    heads = {"diversity": "left out", "carried": "fed"}
+    for name, head in (heads | {f"dit_{name}": head for name, head in heads.items()}).items():
         if name in results:
             rows = [
                 [row, str(shares["pairs"]), *map(_percent, list(shares.values())[1:-1]), f"{shares['style']:.3f}"]
@@ -450,7 +463,7 @@ def write_readme(results: dict, path: Path = HERE / "README.md") -> None:
 
 
 SECTIONS = (
-    *("judge", "prompts", "dit_prompts", "dit_diversity", "swap", "dit_carried"),
+    *("judge", "prompts", "dit_prompts", "diversity", "dit_diversity", "swap", "carried", "dit_carried"),
     *("agreement", "controlnet", "subject", "dit_subject"),
 )
 

@@ -67,9 +67,11 @@ class Stack:
 
     @staticmethod
     def captions(scene, generator, prompts):
-        """ "one": the same words for all; "own": a different prompt for every image, an empty one for the base."""
+        """ "one": the same words for all, which leave colours and textures open; "own": a different prompt for every
+        image, an empty one for the base.
+        """
         if prompts == "one":
-            return [scenes.caption(scene, 0)] * COUNT
+            return [scenes.caption(scene, 0, without=("colour", "texture"))] * COUNT
         others = scenes.sample(COUNT, generator, count=2)._replace(shape=scene.shape.expand(COUNT, -1))
         return ["", *(scenes.caption(others, row) for row in range(1, COUNT))]
 
@@ -388,7 +390,12 @@ SETTINGS = {
             "three images each, from one ControlNet outline and different prompts (an empty one for the base)",
         ),
         Setting(
-            "photomontage-one", Stack, "one", 24, ONE, "three images each, from one ControlNet outline and one prompt"
+            "photomontage-one",
+            Stack,
+            "one",
+            40,
+            ONE,
+            "three images each, from one ControlNet outline and one prompt, which leaves colours and textures open",
         ),
     ),
     "dit": (
@@ -406,7 +413,7 @@ SETTINGS = {
             "one",
             40,
             f"on the transformer, {ONE}",
-            "three images each, from one prompt, without a ControlNet",
+            "three images each, from one prompt, which leaves colours and textures open, without a ControlNet",
         ),
     ),
 }
