@@ -1,10 +1,11 @@
 """Makes what an example workflow needs besides its API form: the page's own form, a thumbnail, and words to translate.
 
-    python dev.py workflow "example_workflows/api/NAME.json" [--no-run]
+    python dev.py workflow "example_workflows/api/NAME.json" [--no-run | --inset "Image 0" "Image 1"]
 
-writes example_workflows/NAME.json and, from the last picture that a run saves, its .jpg; names of nodes and
-inputs that a language in locales/ lacks are added to it in English. What the page's form has already keeps its place,
-size and colour, and its groups and notes stay; a new node goes into the column of its depth.
+writes example_workflows/NAME.json and, from the last picture that a run saves, its .jpg, with the pictures that the
+nodes of these titles preview small in its corner; names of nodes and inputs that a language in locales/ lacks are added
+to it in English. What the page's form has already keeps its place, size and colour, and its groups and notes stay; a
+new node goes into the column of its depth.
 """
 
 import argparse
@@ -25,7 +26,7 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"
 NOTES = {"MarkdownNote", "Note"}
 SEEDS = {"seed", "noise_seed"}  # the page gives inputs of these names a menu, whatever their schema says
 WIDTH, GAP, TOP, ROW = 320, 60, 90, 26  # pixels of the page: a column, between two, its first node, one slot or widget
-THUMBNAIL = 512  # pixels along a side
+THUMBNAIL, INSET = 512, 140  # pixels along a side: of the picture, and of those in its corner
 
 
 class Input(NamedTuple):
@@ -226,10 +227,17 @@ def add_stubs(infos: dict[str, Any], locales: Path = LOCALES) -> None:
             print(f"{path.relative_to(locales.parent)}: to translate: {', '.join(added)}")
 
 
+def fitted(base: Path, image: dict[str, str], side: int) -> Image.Image:
+    """A picture of a run's outputs as a square. base: the server's folder. side: in pixels."""
+    with Image.open(base / image["type"] / image["subfolder"] / image["filename"]) as picture:
+        return ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.LANCZOS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workflow", type=Path, help="its API form, in example_workflows/api")
     parser.add_argument("--no-run", action="store_true", help="make no thumbnail")
+    parser.add_argument("--inset", nargs="+", default=[], help="titles of nodes whose pictures it shows small")
     chosen = parser.parse_args()
     if not chosen.workflow.is_file():
         parser.error(f"there is no {chosen.workflow}: save its API form there first (Workflow > Export (API))")
@@ -244,9 +252,12 @@ def main() -> None:
             outputs = server.run(prompt, chosen.workflow.stem)
             saved = [image for node in sorted(outputs, key=int) for image in outputs[node].get("images", ())]
             last = [image for image in saved if image["type"] == "output"][-1]
-            with Image.open(Path(base) / "output" / last["subfolder"] / last["filename"]) as picture:
-                fitted = ImageOps.fit(picture.convert("RGB"), (THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-            fitted.save(page.with_suffix(".jpg"), quality=90)
+            titled = {node["_meta"]["title"]: outputs[name] for name, node in prompt.items() if name in outputs}
+            small = [titled[title]["images"][-1] for title in chosen.inset]
+            made = fitted(Path(base), last, THUMBNAIL)
+            for number, image in enumerate(small):
+                made.paste(fitted(Path(base), image, INSET), (number * INSET, THUMBNAIL - INSET))
+            made.save(page.with_suffix(".jpg"), quality=90)
 
 
 if __name__ == "__main__":
