@@ -11,7 +11,7 @@ from ..demo import detector, metrics, scenes, supported_model
 from ..kernels import grid_masks
 from . import layout_retouch, mca_ctrl, measurements, perceptual
 
-OPEN, WEAK = 20, 12  # samples
+OPEN, WEAK = 20, 24  # samples
 STRENGTHS = {"half": 0.5, "none": 0.0}  # of the subject's LoRA
 
 
@@ -177,7 +177,12 @@ def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
                     " it. The paper's own gain shrinks as the personalisation improves: I-DINO .527 to .600 with"
                     " textual inversion, .658 to .659 with Custom Diffusion."
                 ),
-                found.table(colour="colour distance to the photo", texture="texture similarity", prompt="prompt"),
+                found.table(
+                    colour="colour distance to the photo",
+                    texture="texture similarity",
+                    subject="embedding cosine",
+                    prompt="prompt",
+                ),
                 _claims(
                     found,
                     [

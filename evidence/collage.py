@@ -110,6 +110,20 @@ class Example:
         return latent, self.vae.decode(latent)[0].clamp(0, 1)
 
 
+class Nameless(Example):
+    """A collage whose words name shapes and place alone: how a layer looks can come from its embedding only."""
+
+    UNNAMED = ("colour", "texture")
+
+    def draw(self, generator):
+        super().draw(generator)
+        self.prompt = scenes.caption(self.scene, 0, without=self.UNNAMED)
+
+    def layer(self, slot):
+        picture, _ = super().layer(slot)
+        return picture, scenes.phrase(self.scene, 0, slot, without=self.UNNAMED)
+
+
 class Crowd(Example):
     """A collage of 4 to 9 objects of one style, each in a cell of its own: more than any scene of the model's training
     holds.
@@ -225,15 +239,13 @@ def looks(number):
 @functools.cache
 def learned(number):
     """{variant: (Collage, composite, picture)}."""
-    example = Example(number, 2)
+    example = Nameless(number, 2)
     with tempfile.TemporaryDirectory() as folder:
         clip = example.clip.clone()
         clip.tokenizer = type(clip.tokenizer)(embedding_directory=folder)
         collage, image = example.collage()
-        stranger = Example(number + 500, 2)
-        stranger.scene.shape[:, 0], stranger.scene.colour[:, 0], stranger.scene.texture[:, 0] = (
-            field[:, 0] for field in (example.scene.shape, example.scene.colour, example.scene.texture)
-        )  # of the same words, with another look
+        stranger = Nameless(number + 500, 2)
+        stranger.scene.shape[:, 0] = example.scene.shape[:, 0]  # of the same words, with another look
         found = {WORDS: (collage, image, example.sampled(collage, image)[1])}
         for name, source in ((TOKEN, example), (OTHERS, stranger)):
             embedding = "own" if name == TOKEN else "other"
@@ -365,7 +377,7 @@ def traded(found: measurements.Study, name: str, kind: type[Example]) -> str:
 
 
 def looking(options, count):
-    found = measurements.Study("collage-looks", options.folder).run(range(count), looks, options.address)
+    found = measurements.Study("collage-looks-nameless", options.folder).run(range(count), looks, options.address)
     claims = [
         measurements.claim(what, found.difference(TOKEN, other, figure), sign, "(pictures only)")
         for what, other, figure, sign in (
@@ -395,8 +407,9 @@ def looking(options, count):
         "\n\n".join(
             [
                 (
-                    f"{count} collages of two layers at denoise {FREE}; an embedding of the first layer is trained in"
-                    f" {LEARNING_STEPS} steps (learning rate {LEARNING_RATE}). *error*: RMS error of the layer's"
+                    f"{count} collages of two layers at denoise {FREE}, whose words name shapes and place, and leave"
+                    f" colours and textures to the embedding. One of the first layer is trained in {LEARNING_STEPS}"
+                    f" steps (learning rate {LEARNING_RATE}). *error*: RMS error of the layer's"
                     " pixels; *colour distance*: earth mover's distance in CIE Lab (smaller is closer); *texture"
                     " similarity*: 1 is identical."
                 ),

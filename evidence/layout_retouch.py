@@ -12,7 +12,7 @@ from ..workshop.random_models import demo_model
 from ..workshop.sampling import sample, sample_custom
 from . import measurements, perceptual
 
-SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 10, 3.0, 25, 930_000
+SIZE, STEPS, CFG, SAMPLES, FIRST = 128, 10, 3.0, 60, 930_000
 SWITCHES = (
     0.0,
     0.1,
