@@ -295,8 +295,9 @@ def other_batch(names: str, images: int, evaluated: int) -> ValueError:
 
 def other_guider(names: str, guider: str) -> ValueError:
     return ValueError(
-        f"{names}: {guider} evaluates the model in its own way, past the guider's predict_noise, so that its steps"
-        " cannot be told. Use CFG Guider, or another guider that is built on it."
+        f"{names}: {guider}, or a node on this MODEL, evaluates the model past the guider's predict_noise, so that its"
+        " steps cannot be told. Use CFG Guider or one that is built on it, and disconnect nodes that sample by"
+        " themselves."
     )
 
 

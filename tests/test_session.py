@@ -94,7 +94,7 @@ class PastPredictNoise(comfy.samplers.CFGGuider):
 
 
 def test_a_guider_whose_steps_cannot_be_told_is_refused():
-    with pytest.raises(ValueError, match="Feature Recorder: PastPredictNoise evaluates the model in its own way"):
+    with pytest.raises(ValueError, match="Feature Recorder: PastPredictNoise, or a node on this MODEL, evaluates"):
         guided(*recorder(), 1, words(1), kind=PastPredictNoise)
     with pytest.raises(ValueError, match="Composite Attention Inject: PastPredictNoise"):
         guided(*inject(two(), MIXED), 1, words(1), kind=PastPredictNoise)
