@@ -27,4 +27,4 @@ def test_a_composite_of_inverted_photographs(model):
         photos.composed(1, halves),
     )
     difference = (composed - own).abs().mean((0, 1, 2))
-    assert composed.isfinite().all() and difference[:6].mean() < 0.5 * difference[10:].mean()
+    assert composed.isfinite().all() and difference[:6].mean() < 0.6 * difference[10:].mean()
