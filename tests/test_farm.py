@@ -39,7 +39,7 @@ def test_seeds_are_added_to_every_seed_and_the_workflow_stays_as_it_is():
     prompt, path = jobs.load_workflow(PHOTOMONTAGE)
     first, second = jobs.make_jobs(prompt, [], range(2), [path.parent])
     assert first.prompt == prompt and first.id != second.id
-    assert [second.prompt[key]["inputs"]["seed"] for key in ("13", "23", "33", "44")] == [9, 19, 29, 9]
+    assert [second.prompt[key]["inputs"]["seed"] for key in ("13", "23", "33", "44")] == [9, 20, 29, 9]
     assert (first.name, second.name) == ("seed-0000", "seed-0001")
 
 

@@ -224,7 +224,7 @@ def test_a_half_that_was_not_evaluated_is_said_to_be_missing():
     """As a negative prompt that ends early, or a node that leaves evaluations out."""
     early = [[words(99)[0][0], {"start_percent": 0.0, "end_percent": 0.5}]]
     a, b = two(negative=early)
-    with pytest.raises(RuntimeError, match="image 0 has no negative conditioning at .* a node that skips evaluations"):
+    with pytest.raises(RuntimeError, match="this run has a negative conditioning at .* a node that skips evaluations"):
         compose([a, b], MIXED)
 
 
@@ -242,7 +242,7 @@ def test_caches_are_named():
 def test_a_swap_in_whose_windows_no_step_lies_is_refused(steps, windows):
     layout, reference = two(steps=steps)
     model, latent = MultiSourceSwap.execute(plain_model(), layout, reference, *windows, "all").args
-    refused(lambda: sample(model, latent, steps=steps), "^Multi Source Swap: it would have no effect: the")
+    refused(lambda: sample(model, latent, steps=steps), "^Multi Source Swap: it would have no effect: none of the")
 
 
 def test_one_window_of_several_without_a_step_is_said_in_the_log(caplog):
