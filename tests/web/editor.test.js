@@ -62,6 +62,11 @@ async function mount({ count = 3, size = [300, 200], text = "", cut = null } = {
         base: 0,
         strokes: 0, // CRC-32 of no text
       });
+      // a slow machine has not laid it out yet: a drag would miss the picture
+      await Promise.all(Array.from(document.images, (image) => image.decode().catch(() => {})));
+      const sheets = [...document.querySelectorAll("link[rel=stylesheet]")].filter((link) => !link.sheet);
+      await Promise.all(sheets.map((link) => new Promise((loaded) => link.addEventListener("load", loaded))));
+      for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);
     },
     { count, size, text, cut, COLOURS },
   );
