@@ -12,7 +12,6 @@ import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.model_sampling import CONST, COSMOS_RFLOW
-from comfy.patcher_extension import WrappersMP
 
 from ..kernels import inversion as kernel
 from ..patching import bias, internals, run_masks, transfers
@@ -70,8 +69,7 @@ def _for_inversion(model: ModelPatcher, conditioning: list) -> ModelPatcher:
     Collage Noise would keep part of the picture free of noise. A bias stays where the conditioning carries one.
     """
     is_biased = installed_in(model).heeds_bias and any(bias.KEY in settings for _, settings in conditioning)
-    plain = uninstalled(model)
-    plain.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, run_masks.KEY)  # by which Collage Noise masks
+    plain = run_masks.without_noise_map(uninstalled(model))
     return install(plain, heed_bias=True) if is_biased else plain
 
 

@@ -66,12 +66,13 @@ class FromLayout(Recipe):
                 " gives."
             )
         streams = self.layouts * (images // len(self.layouts))
-        sigmas = sigmas[sum(position(sigma, run.sigmas) < self.end for sigma in levels(sigmas[:-1])) :]
+        schedule = levels(sigmas)
+        skipped = sum(position(sigma, run.sigmas) < self.end for sigma in schedule[:-1])
+        sigmas = sigmas[skipped:]
         if len(sigmas) == 1:
             return Start(noise, torch.stack([run.final[row] for run, row in streams]).to(latent_image), sigmas)
-        first = levels(sigmas)[0]
         begun = [
-            begin_on(stream, self, context, Start(noise[i : i + 1], latent_image[i : i + 1], sigmas), first)
+            begin_on(stream, self, context, Start(noise[i : i + 1], latent_image[i : i + 1], sigmas), schedule[skipped])
             for i, stream in enumerate(streams)
         ]
         noises, latents = zip(*begun)

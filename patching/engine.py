@@ -93,7 +93,7 @@ class Engine:
     ) -> list[Tensor]:
         """One evaluation with its recipes and biases on. execute: as internals.evaluate."""
         images = len(x)
-        lockstep = self.gather(model, conds, x, timestep, options, call)
+        lockstep = self.gather(model, conds, x, timestep, call)
         if lockstep:
             conds, x, timestep = lockstep
         handler = Attentions(self, call, images)
@@ -111,7 +111,7 @@ class Engine:
         return [out[:images] for out in result] if lockstep else result
 
     def gather(
-        self, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict, call: ModelCall
+        self, model: Any, conds: list, x: Tensor, timestep: Tensor, call: ModelCall
     ) -> tuple[list, Tensor, Tensor] | None:
         """Prepare what the call's recipes read of their streams, for the conditionings that will be computed: what no
         cache holds is put beside the target or replayed. Returns conditionings, latents and timesteps of the whole

@@ -174,11 +174,16 @@ def _computing(options: dict) -> dict:
     transformer = options.get("transformer_options", {})
     wrappers = transformer.get("wrappers", {})
     return {
-        "own": {key: value for key, value in transformer.items() if key not in OF_ONE_CALL},
+        "settings": _settings(options),
         "patches": {kind: transformer.get(kind, {}) for kind in ("patches", "patches_replace")},
         "wrappers": {kind: value for kind, value in wrappers.items() if kind != WrappersMP.PREPARE_SAMPLING},
         "function": options.get("model_function_wrapper"),
     }
+
+
+def _settings(options: dict) -> dict:
+    """The transformer options that are no one call's, and no patches."""
+    return {key: value for key, value in options.get("transformer_options", {}).items() if key not in OF_ONE_CALL}
 
 
 def without_compile(options: dict) -> tuple[dict, bool]:
@@ -244,11 +249,7 @@ def compute_alike(options: dict, others: dict) -> bool:
     one, other = (without_compile(each)[0] for each in (options, others))
     if _is_patched(one) or _is_patched(other):
         return False
-    one, other = (
-        {key: value for key, value in each["transformer_options"].items() if key not in OF_ONE_CALL}
-        for each in (one, other)
-    )
-    return same_conditioning(one, other)
+    return same_conditioning(_settings(one), _settings(other))
 
 
 def patching_modules(options: dict) -> set[str]:

@@ -142,12 +142,12 @@ def check_run(session: Session, recipe: Recipe, run: Run) -> None:
         )
     check_size(recipe, run, context.size)
     _check_weights(recipe, run.weights, session.weights)
-    schedules = run.sigmas, context.sigmas
     if not set(context.sigmas[:-1]) <= set(run.sigmas):
         raise ValueError(
             f"{recipe.node}: its images were recorded over {in_words(run.sigmas)} and this run takes"
             f" {in_words(context.sigmas)}. Set the sampler's steps, scheduler and denoise to those of the recording;"
-            f" for a detailer or a second pass over an image, use the MODEL before this node.{why_apart(*schedules)}"
+            " for a detailer or a second pass over an image, use the MODEL before this node."
+            f"{why_apart(run.sigmas, context.sigmas)}"
         )
     _check_whole(session, recipe, run)
     if any("hooks" in cond for group in run.conds.values() for cond in group):

@@ -53,6 +53,13 @@ def with_noise_map(model: ModelPatcher, node: str, noise: torch.Tensor, dilation
     return with_wrapper(patched, WrappersMP.SAMPLER_SAMPLE, masked_everywhere)
 
 
+def without_noise_map(model: ModelPatcher) -> ModelPatcher:
+    """A clone of the MODEL in which a noise map masks nothing: no sampler is given a mask for it."""
+    free_of_it = model.clone()
+    free_of_it.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
+    return free_of_it
+
+
 def masked_everywhere(
     executor: Callable,
     model_wrap: Any,

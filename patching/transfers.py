@@ -112,7 +112,9 @@ def _main_memory(like: Tensor) -> Tensor:
 
 def ready_to_send(part: Tensor, device: torch.device) -> Tensor:
     """A tensor of main memory where a device can fetch it without anyone waiting."""
-    return part if part.device == device or _stream(device) is None else _main_memory(part).copy_(part)
+    if part.device == device or not internals.pins_memory() or _stream(device) is None:
+        return part
+    return _main_memory(part).copy_(part)
 
 
 def finish(device: torch.device) -> None:

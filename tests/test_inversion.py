@@ -6,7 +6,6 @@ import weakref
 import comfy.model_management
 import pytest
 import torch
-from comfy_extras.nodes_custom_sampler import BasicScheduler
 
 from montage.kernels import inversion
 from montage.nodes.collage import CollageNoise
@@ -238,8 +237,7 @@ def test_a_history_holds_no_model():
     """Not even where another node's patches of the MODEL were at work in the inversion."""
     model = build("sd15-small")
     patched, conditioning = install(model, heed_bias=True), attach(words(1), Counting())
-    schedule = BasicScheduler.execute(model, "normal", STEPS, 1.0).args[0]
-    kept, held = InvertImage.execute(patched, empty(), schedule, conditioning).args[0], weakref.ref(model.model)
+    kept, held = invert(empty(), patched, conditioning=conditioning).args[0], weakref.ref(model.model)
     comfy.model_management.unload_all_models()
     del model, patched
     gc.collect()

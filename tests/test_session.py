@@ -7,7 +7,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.model_patcher import create_model_options_clone
-from comfy_extras.nodes_custom_sampler import BasicScheduler, CFGGuider
+from comfy_extras.nodes_custom_sampler import CFGGuider
 from comfy_extras.nodes_perpneg import PerpNegGuider
 
 from montage.nodes.layout_retouch import MultiSourceSwap, StepBlendSampler
@@ -20,7 +20,6 @@ from montage.workshop.sampling import (
     CFG,
     MIXED,
     NEGATIVE,
-    STEPS,
     STROKES,
     close,
     compose,
@@ -37,15 +36,12 @@ from montage.workshop.sampling import (
     same,
     sample,
     sample_custom,
+    schedule,
     two,
     words,
 )
 
 ALL_BASE = masks_of(torch.zeros_like(halves()), 2)
-
-
-def schedule(model):
-    return BasicScheduler.execute(model, "normal", STEPS, 1.0).args[0]
 
 
 def guided(model, latent, seed, positive, sigmas=None, kind=comfy.samplers.CFGGuider):

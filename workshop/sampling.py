@@ -170,10 +170,14 @@ STROKES = (
 )
 
 
+def schedule(model, steps=STEPS, scheduler="normal", denoise=1.0):
+    """SIGMAS."""
+    return BasicScheduler.execute(model, scheduler, steps, denoise).args[0]
+
+
 def invert(latent, model=None, steps=STEPS, conditioning=None, scheduler="normal", denoise=1.0):
     model = model or random_model("sd15-small")
-    sigmas = BasicScheduler.execute(model, scheduler, steps, denoise).args[0]
-    return InvertImage.execute(model, latent, sigmas, conditioning or words(5))
+    return InvertImage.execute(model, latent, schedule(model, steps, scheduler, denoise), conditioning or words(5))
 
 
 def image_latent(seed=3, batch=1, size=SIZE):
