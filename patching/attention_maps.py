@@ -34,9 +34,8 @@ class LiveAttentionMap:
     """A TokenMap in one run: the mean over heads, over the sites and over the steps so far (MCA-Ctrl and MasaCtrl take
     1/4 of the latent, Layout-and-Retouch says "decoder"), min-max normalised for each image.
 
-    before: what recipes read while the model is evaluated, the map of the evaluations before this one, in main
-    memory (None in the first; the Session brings it there). What this one has found so far depends on which CFG
-    half ComfyUI evaluates first, or whether both at once.
+    Recipes read the map of the evaluations before the one that is being made: what that has found so far depends on
+    which CFG half ComfyUI evaluates first, or whether both at once.
     """
 
     def __init__(self, wanted: TokenMap, conds: dict[str, list[dict]]) -> None:
@@ -52,7 +51,8 @@ class LiveAttentionMap:
         self.new: dict[tuple[int, int], list[torch.Tensor]] = {}  # grid -> what is not yet in it, [B, heads, tokens]
         self.indicators: dict[tuple, torch.Tensor] = {}
         self.count = 0
-        self.before: torch.Tensor | None = None
+        self.earlier: tuple[dict[tuple[int, int], torch.Tensor], int] = {}, 0  # sums and count before this evaluation
+        self.known: torch.Tensor | None = None  # `before`, once it was asked for
         if not self.lengths:
             raise ValueError(
                 f'Token Attention Map: this sampler has no conditioning of the prompt "{wanted.prompt}". Connect the'
@@ -83,18 +83,35 @@ class LiveAttentionMap:
             self.sums[grid] = self.sums[grid] + total if grid in self.sums else total
         self.new = {}
 
-    def read(self) -> torch.Tensor | None:
-        """The map so far, [B, h, w] in [0, 1] at the finest grid that was measured; None before the first site. A flat
-        map is 0.
-        """
+    def begin_evaluation(self) -> None:
         self.sum_up()
-        if not self.sums:
-            return None
-        finest = max(self.sums)
-        maps = (resized(found, finest) for found in self.sums.values())
-        total = functools.reduce(torch.add, maps) / self.count
-        low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
-        return (total - low) / torch.where(high > low, high - low, 1)
+        self.earlier, self.known = ({**self.sums}, self.count), None
+
+    def before(self) -> torch.Tensor | None:
+        """The map of the evaluations before this one, [B, h, w] in [0, 1] in main memory, for which a GPU is waited
+        for, once an evaluation; None in the first.
+        """
+        if self.known is None:
+            found = mean(*self.earlier)
+            self.known = found if found is None else found.cpu()
+        return self.known
+
+    def read(self) -> torch.Tensor | None:
+        """The map so far, on the model's device; None before the first site."""
+        self.sum_up()
+        return mean(self.sums, self.count)
+
+
+def mean(sums: dict[tuple[int, int], torch.Tensor], count: int) -> torch.Tensor | None:
+    """The mean of maps, min-max normalised: [B, h, w] in [0, 1] at the finest of their grids; None of none. A flat map
+    is 0. sums: grid -> sum of maps [B, h, w]. count: of all of them.
+    """
+    if not sums:
+        return None
+    finest = max(sums)
+    total = functools.reduce(torch.add, (resized(found, finest) for found in sums.values())) / count
+    low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
+    return (total - low) / torch.where(high > low, high - low, 1)
 
 
 def indicator(k: torch.Tensor, heads: int, tokens: tuple[int, ...], length: int) -> torch.Tensor:

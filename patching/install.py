@@ -132,12 +132,16 @@ def _sample_in_session(
 
 
 def _sampler_sample(
-    executor: Callable, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *args: Any
+    executor: Any, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *args: Any
 ) -> torch.Tensor:
-    session = session_in(extra_args["model_options"])
-    if session is not None:
-        session.begin_sampling(noise)
-    return executor(model_wrap, sigmas, extra_args, callback, noise, *args)
+    options = extra_args["model_options"]
+    session = session_in(options)
+    if session is None:
+        return executor(model_wrap, sigmas, extra_args, callback, noise, *args)
+    session.begin_sampling(executor.class_obj, sigmas, noise, options)
+    samples = executor(model_wrap, sigmas, extra_args, callback, noise, *args)
+    session.end_sampling()
+    return samples
 
 
 def _predict_noise(

@@ -228,6 +228,14 @@ def wrapper_keys(options: dict) -> Iterator[str]:
         yield from (str(key) for key in wrappers if key is not None)
 
 
+def others_wrap_evaluations(options: dict) -> bool:
+    """Whether another node may leave out evaluations that a sampler asks for, or make them at other sigmas."""
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    kinds = WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE
+    found = (key for kind in kinds for key, group in wrappers.get(kind, {}).items() if group)
+    return not all(str(key).startswith(KEY) for key in found)
+
+
 def is_patched_by_others(options: dict) -> bool:
     """Whether anything but this pack changes what the model computes, and might do so row by row."""
     return _is_patched(options) or ATTENTION in options.get("transformer_options", {})

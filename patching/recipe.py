@@ -58,7 +58,7 @@ class RunContext:
         """Where the model looked for the words of the last Token Attention Map, in the evaluations before this one,
         [B, h, w] in [0, 1] in main memory; None in the first.
         """
-        return self.maps[-1].before
+        return self.maps[-1].before()
 
     def evaluation_of(self, recipe: Recipe, run: Run, key: CallKey) -> Evaluation:
         """What a recorded run did at an evaluation of this one. Raises ValueError if it was never there."""

@@ -1,6 +1,7 @@
 """What a collage does to a whole sampling run, in a MODEL: when each place may begin to change, and how strongly
 ControlNets act where."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from comfy.model_sampling import CONST, ModelSamplingDiscrete
 from comfy.patcher_extension import WrappersMP
 
 from ..kernels.noise_map import free
+from .clock import Clock
 from .models import family_of
 from .refusals import check_shape
 
@@ -30,7 +32,6 @@ def with_noise_map(model: ModelPatcher, node: str, noise: torch.Tensor, dilation
         latent_image: torch.Tensor,
         sampler: Any,
         sigmas: torch.Tensor,
-        denoise_mask: torch.Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -39,53 +40,61 @@ def with_noise_map(model: ModelPatcher, node: str, noise: torch.Tensor, dilation
             raise ValueError(
                 f"{node}: the latent is empty, so there is nothing to keep. Sample the encoded image of Collage Canvas."
             )
-        guider = executor.class_obj
-        options = guider.model_options  # this run's own copy
-        level = F.interpolate(noise[None, None], size=noise_.shape[-2:], mode="nearest-exact")
-        options["denoise_mask_function"] = masked_by(level, dilation, options.get("denoise_mask_function"))
         finished = float(sigmas[-1]) == 0  # asked now, since UniPC writes into its sigmas
-        output = executor(noise_, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+        output = executor(noise_, latent_image, sampler, sigmas, *args, **kwargs)
         if not finished:  # noise is left for another sampler
             return output
-        return torch.where(level.to(output.device) > 0, output, latent_image.to(output))
+        return torch.where(level_at(noise_).to(output.device) > 0, output, latent_image.to(output))
+
+    def sampler_sample(
+        executor: Any,
+        model_wrap: Any,
+        sigmas: torch.Tensor,
+        extra_args: dict,
+        callback: Any,
+        noise_: torch.Tensor,
+        latent_image: torch.Tensor | None = None,
+        denoise_mask: torch.Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        options = extra_args["model_options"]  # this run's own copy
+        clock = Clock(executor.class_obj, sigmas, options)
+        previous = options.get("denoise_mask_function")
+        sampling = copy.deepcopy(model_wrap.inner_model.model_sampling).cpu()  # to ask it without waiting for a GPU
+
+        def part(sigma: torch.Tensor) -> float:
+            return part_of_schedule(sampling, torch.tensor(clock.next(sigma)))
+
+        options["denoise_mask_function"] = masked_by(level_at(noise_), dilation, part, previous)
+        if denoise_mask is None:  # not earlier: a checkpoint for inpainting would be shown what is around a hole
+            denoise_mask = torch.ones_like(noise_, dtype=torch.float32)
+        samples = executor(model_wrap, sigmas, extra_args, callback, noise_, latent_image, denoise_mask, disable_pbar)
+        clock.check()
+        return samples
+
+    def level_at(latent: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(noise[None, None], size=latent.shape[-2:], mode="nearest-exact")
 
     patched = with_wrapper(model, WrappersMP.OUTER_SAMPLE, outer_sample)
-    return with_wrapper(patched, WrappersMP.SAMPLER_SAMPLE, masked_everywhere)
+    return with_wrapper(patched, WrappersMP.SAMPLER_SAMPLE, sampler_sample)
 
 
 def without_noise_map(model: ModelPatcher) -> ModelPatcher:
-    """A clone of the MODEL in which a noise map masks nothing: no sampler is given a mask for it."""
+    """A clone of the MODEL in which a noise map masks nothing."""
     free_of_it = model.clone()
     free_of_it.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     return free_of_it
 
 
-def masked_everywhere(
-    executor: Callable,
-    model_wrap: Any,
-    sigmas: torch.Tensor,
-    extra_args: dict,
-    callback: Any,
-    noise: torch.Tensor,
-    latent_image: torch.Tensor | None = None,
-    denoise_mask: torch.Tensor | None = None,
-    disable_pbar: bool = False,
-) -> torch.Tensor:
-    """A SAMPLER_SAMPLE wrapper that gives a sampler without a mask one of ones, for denoise_mask_function to be asked.
-    Not earlier: a checkpoint for inpainting would be shown the picture as what is around a hole.
-    """
-    if denoise_mask is None:
-        denoise_mask = torch.ones_like(noise, dtype=torch.float32)
-    return executor(model_wrap, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
-
-
-def masked_by(level: torch.Tensor, dilation: float, previous: Callable | None) -> Callable:
+def masked_by(
+    level: torch.Tensor, dilation: float, part: Callable[[torch.Tensor], float], previous: Callable | None
+) -> Callable:
     """A denoise_mask_function: the mask it is given, or what the previous such function makes of it, where the map is
-    free. level: the map in main memory, where it is found what is free: of the device one value is read, the sigma.
+    free. level: the map in main memory, where it is found what is free. part: (sigma [B]) -> t / 1000.
     """
 
     def mask(sigma: torch.Tensor, denoise_mask: torch.Tensor, extra_options: dict) -> torch.Tensor:
-        t = part_of_schedule(extra_options["model"].inner_model.model_sampling, sigma[0].cpu())
+        t = part(sigma)
         if previous is not None:
             denoise_mask = previous(sigma, denoise_mask, extra_options=extra_options)
         return denoise_mask * free(level, t, dilation).to(denoise_mask.device, non_blocking=True)
@@ -94,13 +103,13 @@ def masked_by(level: torch.Tensor, dilation: float, previous: Callable | None) -
 
 
 def part_of_schedule(sampling: Any, sigma: torch.Tensor) -> float:
-    """t / 1000 of a noise level, where t is one of the model's 1000 time steps 0 to 999 (paper, section 3.4: a place is
+    """t / 1000 of a sigma, where t is one of the model's 1000 time steps 0 to 999 (paper, section 3.4: a place is
     free from t <= 1000 h on, so that h = 0.8 is free at t = 800). Of a flow it is the time before its schedule is
     shifted, of which its sigmas are equal steps. Models that know no such steps go from 0 to 1.
     """
     if issubclass(type(sampling), CONST):
-        sigma = sigma.cpu().float()
-        sigmas = torch.cat([torch.zeros(1), sampling.sigmas.cpu().float()])
+        sigma = sigma.float()
+        sigmas = torch.cat([torch.zeros(1), sampling.sigmas.float()])
         after = int(torch.searchsorted(sigmas, sigma).clamp(1, len(sigmas) - 1))
         low, high = sigmas[after - 1], sigmas[after]
         return float((after - 1 + (sigma - low) / (high - low)) / (len(sigmas) - 1))

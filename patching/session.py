@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import internals, refusals, transfers
+from . import internals, refusals
 from .attention_maps import LiveAttentionMap
 from .bias import Bias, biases_of
+from .clock import Clock
 from .engine import Engine, ModelCall
 from .recipe import Recipe, RunContext, Start
 from .recorder import Recorder
@@ -101,10 +102,12 @@ class Session:
             self.recorder = Recorder(run, self.context.model, self.recordings, last_sigma)
         return start
 
-    def begin_sampling(self, noise: Tensor) -> None:
+    def begin_sampling(self, sampler: Any, sigmas: Tensor, noise: Tensor, options: dict) -> None:
         """The sampler begins with `noise`, [B, C, h, w]: another node may have changed it since the start. By now the
-        conditionings are processed.
+        conditionings are processed. options: the run's model options.
         """
+        self.clock = Clock(sampler, sigmas, options)
+        self.sigma_of = getattr(sampler, "sigma_of", self.clock.next)  # of Step Blend, whose evaluations it shares
         internals.tell_apart(self.guider.conds, self.owners)
         if torch.equal(noise.cpu(), self.noise.cpu().to(noise.dtype)):
             return
@@ -113,15 +116,14 @@ class Session:
         if self.recorder:
             self.recorder.run.noise = noise.cpu()
 
+    def end_sampling(self) -> None:
+        self.clock.check()
+
     def begin_evaluation(self, timestep: Tensor) -> None:
-        """The guider evaluates its model at a sigma, in one call or in several. timestep: that sigma, [B]. Here alone
-        the device is waited for.
-        """
-        maps = self.context.maps
-        sigma, found = transfers.read(timestep[0], [live.read() for live in maps])
-        for live, before in zip(maps, found):
-            live.before = before
-        self.context.sigma_visit, self.calls, self.is_evaluating = self.visits.next(sigma), 0, True
+        """The guider evaluates its model at a sigma, in one call or in several. timestep: that sigma, [B]."""
+        for live in self.context.maps:
+            live.begin_evaluation()
+        self.context.sigma_visit, self.calls, self.is_evaluating = self.visits.next(self.sigma_of(timestep)), 0, True
 
     def end_evaluation(self) -> None:
         self.is_evaluating = False

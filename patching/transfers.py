@@ -82,24 +82,6 @@ def at_hand(part: Tensor, like: Tensor) -> Tensor:
     return part if same else part.to(like.device, like.dtype, non_blocking=True)
 
 
-def read(value: Tensor, parts: Sequence[Tensor | None]) -> tuple[float, list[Tensor | None]]:
-    """A number, and tensors of its device in main memory: the device is waited for once, for the number. Tensors that
-    lie in main memory are given back as they are.
-    """
-    copies = [part if part is None else _on_its_way(part) for part in parts]
-    number = float(value)
-    if value.device.type == "cpu" and any(part is not None and part.device.type != "cpu" for part in parts):
-        comfy.model_management.synchronize()
-    return number, copies
-
-
-def _on_its_way(part: Tensor) -> Tensor:
-    """A copy in main memory, complete when whatever the model's stream is asked next is done."""
-    if part.device.type == "cpu" or comfy.model_management.current_stream(part.device) is None:
-        return part.to("cpu")
-    return _main_memory(part).copy_(part, non_blocking=True)
-
-
 def _main_memory(like: Tensor) -> Tensor:
     """Room for a tensor in main memory, pinned, so that nobody waits for its copies; not pinned where ComfyUI pins
     nothing (--disable-pinned-memory) or the system gives no more.

@@ -228,7 +228,7 @@ def test_the_map_is_read_during_the_run():
         site = Site(*extra["block"], extra["block_index"])
         counts.setdefault(site, []).append(running.count)
         seen.append(running.read())
-        before.append(running.before)
+        before.append(running.before())
         return n, k, v
 
     model = install(model, token_map=wanted)

@@ -7,7 +7,7 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.model_patcher import create_model_options_clone
-from comfy_extras.nodes_custom_sampler import CFGGuider
+from comfy_extras.nodes_custom_sampler import CFGGuider, Noise_RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_perpneg import PerpNegGuider
 
 from montage.nodes.layout_retouch import MultiSourceSwap, StepBlendSampler
@@ -49,6 +49,47 @@ def guided(model, latent, seed, positive, sigmas=None, kind=comfy.samplers.CFGGu
     guider.set_conds(positive, NEGATIVE)
     guider.set_cfg(CFG)
     return sample_custom(latent, guider, schedule(model) if sigmas is None else sigmas, seed)[0]
+
+
+# ---------------------------------------------------------------- at which sigma it is
+
+
+def test_evaluations_that_another_node_leaves_out_are_not_counted():
+    """Outside of this pack's wrappers, where only some of the sampler's evaluations arrive."""
+    asked = []
+
+    def every_second(execute, x, timestep, options, seed):
+        asked.append(float(timestep[0]))
+        return execute(x, timestep, options, seed) if len(asked) % 2 else x
+
+    model = random_model("sd15-small").clone()
+    model.add_wrapper_with_key("predict_noise", "other", every_second)
+    assert [key[0] for key in run_of(record(model=model)).evaluations] == asked[::2]
+
+
+class Shifting(comfy.samplers.CFGGuider):
+    def __call__(self, x, sigma, **kwargs):
+        return super().__call__(x, sigma * 0.9, **kwargs)
+
+
+def test_sigmas_that_change_unseen_are_an_error():
+    """Not a recording that says other sigmas than the model met."""
+    model, latent = recorder()
+    with pytest.raises(RuntimeError, match="another node changes the sigmas at which euler.*dpmpp_2m"):
+        guided(model, latent, 1, words(1), kind=Shifting)
+    guider = Shifting(model)
+    guider.set_conds(words(1), NEGATIVE)
+    sample_custom(latent, guider, schedule(model), 1, "dpmpp_2m")
+
+
+def test_a_churning_euler_is_read():
+    sampler = comfy.samplers.ksampler("euler", {"s_churn": 10.0})
+    model, latent = recorder()
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(words(1), NEGATIVE)
+    output = SamplerCustomAdvanced.execute(Noise_RandomNoise(1), guider, sampler, schedule(model), latent).args[0]
+    met = [key[0] for key in run_of(output).evaluations]
+    assert all(high > planned for high, planned in zip(met, schedule(model).tolist()))
 
 
 # ---------------------------------------------------------------- what changes from step to step

@@ -1,5 +1,6 @@
-"""What a sampling step waits for, on a second device that is not there (workshop/second_device.py): one value of the
-device a step, the sigma, and no copy.
+"""What a sampling step waits for beyond a plain one, on a second device that is not there (workshop/second_device.py):
+nothing with euler and ddim, whose plain step waits for nothing; with other samplers, which wait in every step, the
+sigma; and where an area follows the words, their map.
 """
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 from montage.evidence.benchmarks import bench, dispatches, layout_retouch, mca_ctrl, photomontage, transformers
 from montage.nodes.collage import CollageNoise
 from montage.nodes.mca_ctrl import CollaborativeAttention
+from montage.nodes.record import FeatureRecorder
 from montage.patching import internals, transfers
 from montage.workshop.collages import BLUE, RED, canvas, layer, plain
+from montage.workshop.sampling import sample
 from montage.workshop.second_device import DEVICE, SecondDevice, waits_of_a_step
 
-SIGMA = {"patching/transfers.py __float__": 1}
+MAP = "patching/attention_maps.py copy from the device"
 CACHE = 1 << 20  # MiB
 WINDOWS = {
     **{"sagi_start": 0.0, "sagi_end": 0.5, "sagi_sites": "all"},
@@ -62,11 +65,10 @@ FLUX = (
     *("record", "compose 2, lockstep", "compose 2, replay", "collage, 2 layers"),
     *("swap, SAGI", "swap, SALQ", "retouch, no mask", "retouch"),
 )
-ONCE = {  # a value that is read in another place than the session's
-    "step blend, ramp of half": {"patching/step_blend.py __float__": 1},
-    "collage's noise": {"patching/run_masks.py copy from the device": 1},
-    "inversion": {},
-    "plain": {},
+FOLLOWING = {  # an area that follows the words, in the steps in which it acts
+    "subject where soft words draw": {MAP: 1},
+    "subject where hard words draw": {MAP: 1},
+    "retouch, running mask": {MAP: 0.5},
 }
 
 
@@ -101,22 +103,39 @@ def waited(make):
 @pytest.mark.parametrize("case", ["record and cache", "compose 2, cache", "SAGI and SALQ, cache"])
 def test_nor_where_the_cache_is_in_main_memory(case, monkeypatch):
     monkeypatch.setattr(internals, "room_for", lambda *_: False)
-    test_a_step_waits_for_its_sigma_alone(case)
+    test_a_step_waits_for_nothing(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", UNET)
-def test_a_step_waits_for_its_sigma_alone(case):
-    assert waited((lambda steps: bench.Bench("sd15-small", 8, steps), UNET[case])) == ONCE.get(case, SIGMA)
+def test_a_step_waits_for_nothing(case):
+    assert waited((lambda steps: bench.Bench("sd15-small", 8, steps), UNET[case])) == FOLLOWING.get(case, {})
+
+
+@pytest.mark.parametrize("sampler, evaluations", [("dpmpp_2m", 1), ("heun", 2)])
+def test_samplers_that_wait_by_themselves_are_asked_for_the_sigma(sampler, evaluations):
+    """Once for each evaluation of a step."""
+
+    def act(on, model):
+        return lambda: sample(model, on.empty, 1, on.positive, on.negative, sampler, "normal", on.steps, 3.0)
+
+    def made(steps):
+        return bench.Bench("sd15-small", 8, steps)
+
+    recording = waited((made, lambda on: act(on, FeatureRecorder.execute(on.model, on.empty, 0).args[0])))
+    assert recording == {"patching/clock.py __float__": evaluations}
+    with torch.inference_mode():
+        plain, _ = waits_of_a_step(on_it((made, lambda on: act(on, on.model))))
+    assert any(place.startswith("sampling.py") for place in plain)  # of the samplers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FLUX)
-def test_a_step_of_a_transformer_waits_for_its_sigma_alone(case):
+def test_a_step_of_a_transformer_waits_for_nothing(case):
     def flux(steps):
         return transformers.FluxBench(8, steps, 256, (1, 2), torch.float32)
 
-    assert waited((flux, lambda on: transformers.cases(on, [2], [2])[case])) == SIGMA
+    assert waited((flux, lambda on: transformers.cases(on, [2], [2])[case])) == {}
 
 
 def test_features_of_the_next_site_are_sent_while_one_is_computed(monkeypatch):

@@ -79,6 +79,8 @@ class SecondDevice(TorchFunctionMode):
             return DEVICE if of_property == "device" and is_there(args[0]) else marked(func(*args), is_there(args[0]))
         if name == "pin_memory":
             return args[0]
+        if name == "_parse_to":  # by which modules find out where they are moved to
+            return func(*args, **kwargs)
         kwargs.pop("pin_memory", None)
         named = device_named(args, kwargs)
         args, kwargs = (replaced(part) for part in (args, kwargs))
