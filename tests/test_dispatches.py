@@ -45,7 +45,7 @@ def test_a_step_dispatches_no_more_than_this(case, structure, plain):
     found, waits = counted(STRUCTURES[structure], case)
     operations, plain_waits = plain[structure]
     assert found / operations <= MOST[case][structure]
-    assert waits - plain_waits <= 1  # the sigma of the step
+    assert waits == plain_waits
 
 
 def test_what_is_put_away_or_sent_is_nobody_elses():
