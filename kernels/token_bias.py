@@ -62,31 +62,29 @@ def spatial_weights(
     return torch.stack(rows)
 
 
-def maxima(q: torch.Tensor, k: torch.Tensor, heads: int, gain: float = 1.0) -> torch.Tensor:
-    """gain M_j, where M_j is the largest logit that each token has with any pixel in any head, for each sample; never
-    below 0, where it would turn attraction into repulsion.
+def logit_scale(k: torch.Tensor, heads: int) -> float:
+    """1 / sqrt(d): what an attention's logits are of q k^T. k: [B, tokens, heads x d]."""
+    return (k.shape[-1] // heads) ** -0.5
 
-    q: [B, pixels, C], k: [B, tokens, C], C = heads * d; logits are q k^T / sqrt(d). gain: not negative. Returns [B,
-    tokens].
+
+def maxima(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
+    """M_j / scale, where M_j is the largest logit that each token has with any pixel in any head, for each sample:
+    finite, and never below 0, where it would turn attraction into repulsion.
+
+    q: [B, pixels, C], k: [B, tokens, C], C = heads * d; logits are q k^T times logit_scale. Returns [B, tokens].
     """
-    scale = gain * (k.shape[-1] // heads) ** -0.5
-    q, k = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k * scale))
-    return (q @ k.transpose(2, 3)).amax((1, 2)).clamp_(min=0)
+    q, k = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k))
+    return (q @ k.transpose(2, 3)).amax((1, 2)).clamp_(0, torch.finfo(q.dtype).max)
 
 
 def attention_bias(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    heads: int,
-    weights: torch.Tensor,
-    gain: float,
-    out: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, heads: int, weights: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What is added to the cross-attention's logits: S_pj += g(sigma) M_j (w_pos A_pos - w_neg A_neg)_pj (paper,
     section 3.2).
 
-    q: [B, pixels, C], k: [B, K, C]. weights: [pixels, K], 0 for tokens that are no layer's, of all copies of the prompt
-    (ComfyUI repeats prompts of unequal length). gain: g(sigma), not negative. Returns [B, 1, pixels, K] in q's type
-    (out: where to).
+    q: [B, pixels, C], k: [B, K, C]. weights: g(sigma) logit_scale (w_pos A_pos - w_neg A_neg), [pixels, K], 0 for
+    tokens that are no layer's, of all copies of the prompt (ComfyUI repeats prompts of unequal length). Returns [B, 1,
+    pixels, K] in q's type (out: where to).
     """
-    return torch.mul(maxima(q, k, heads, gain)[:, None, None], weights, out=out)
+    return torch.mul(maxima(q, k, heads)[:, None, None], weights, out=out)

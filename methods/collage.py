@@ -77,9 +77,12 @@ class CollageBias(Bias):
         drawn[:, list(self.owned)] = weights.T
         return drawn.repeat(1, copies).to(like)
 
-    def write(self, out: Tensor, prepared: Tensor, attention: TextAttention, sigma: float) -> None:
-        strength = self.strength * self.growth(sigma)
-        token_bias.attention_bias(attention.q, attention.k, attention.heads, prepared, strength, out)
+    def at(self, prepared: Tensor, sigma: float, attention: TextAttention) -> Tensor:
+        gain = self.strength * self.growth(sigma)
+        return prepared * (gain * token_bias.logit_scale(attention.k, attention.heads))
+
+    def write(self, out: Tensor, ready: Tensor, attention: TextAttention) -> None:
+        token_bias.attention_bias(attention.q, attention.k, attention.heads, ready, out)
 
 
 def owned_tokens(node: str, clip: CLIP, collage: Collage) -> Owned:

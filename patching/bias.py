@@ -31,9 +31,15 @@ class Bias:
         how often it is repeated in K. like: a tensor of the device and type.
         """
 
-    def write(self, out: torch.Tensor, prepared: Any, attention: TextAttention, sigma: float) -> None:
-        """Write the bias into `out`, zeros [B, 1, tokens, text tokens] in q's type: finite. attention: of this
-        conditioning alone.
+    def at(self, prepared: Any, sigma: float, attention: TextAttention) -> Any:
+        """What of it stays the same for an evaluation at a sigma, at all sites of the level that are of this one's
+        shape.
+        """
+        return prepared
+
+    def write(self, out: torch.Tensor, ready: Any, attention: TextAttention) -> None:
+        """Write the bias over all of `out`, [B, 1, tokens, text tokens] in q's type: finite. ready: what `at` gave.
+        attention: of this conditioning alone.
         """
         raise NotImplementedError
 

@@ -74,6 +74,8 @@ class Engine:
         self.family = family_of(session.context.model)
         self.conds: dict[tuple[Run, tuple[int, ...]], dict] = {}  # (run, rows) -> its conditioning, on the device
         self.prepared: dict[tuple, Any] = {}  # what biases keep for the run
+        self.at_sigma: dict[tuple, tuple[float, Any]] = {}  # what they keep of it for an evaluation
+        self.masks: dict[tuple, Tensor] = {}  # where they are written, of one attention after the other
         self.without_compile = False  # whether torch.compile had to be left out
         self.lockstep: bool | None = None if self.family.lockstep and not self.exact else False  # None: not tried yet
         self.alike: dict[tuple, bool] = {}  # (run, its options, others) -> whether they compute alike
@@ -442,12 +444,34 @@ class Engine:
             self.conds[key] = conds
         return self.conds[key]
 
+    def ready(self, bias: Bias, attention: TextAttention, tokens: int, sigma: float) -> Any:
+        """What a bias writes at an attention, made once for an evaluation."""
+        q, k = attention.q, attention.k
+        level = bias, attention.grid, tokens, k.shape[1], q.device, q.dtype
+        if level not in self.prepared:
+            self.prepared[level] = bias.prepare(attention.grid, tokens, k.shape[1] // tokens, q)
+        key = *level, q.shape, attention.heads
+        if key not in self.at_sigma or self.at_sigma[key][0] != sigma:
+            self.at_sigma[key] = sigma, bias.at(self.prepared[level], sigma, attention)
+        return self.at_sigma[key][1]
+
+    def mask(self, biases: Sequence[tuple[Bias, int] | None], attention: TextAttention) -> Tensor:
+        """[conditionings x B, 1, tokens, text tokens], 0 but for what the same biases wrote at the site before. biases:
+        of each conditioning, with its text tokens.
+        """
+        q, (batch, tokens, _), text = attention.q, attention.q.shape, attention.k.shape[1]
+        key = *biases, batch, tokens, text, q.device, q.dtype
+        if key not in self.masks:  # attention kernels copy masks whose rows are not aligned
+            self.masks[key] = q.new_zeros(batch, 1, tokens, text + -text % 16)
+        return self.masks[key][..., :text]
+
     def close(self) -> None:
         """Let go of everything that was held for the run, however it ended."""
         for (run, _), conds in self.conds.items():
             internals.release(conds)
             self.move_patches(run, self.session.context.model.offload_device)
-        self.conds, self.stacks, self.prepared, self.ahead = {}, {}, {}, {}
+        for held in (self.conds, self.stacks, self.prepared, self.at_sigma, self.masks, self.ahead):
+            held.clear()
 
     @staticmethod
     def move_patches(run: Run, device: torch.device) -> None:
@@ -540,9 +564,8 @@ class Attentions(refusals.OfAttention):
         acting = [bool(pair) and attention.site in pair[0].window.sites for pair in found]
         if not any(acting):
             return None
-        (batch, tokens, _), text, count = attention.q.shape, attention.k.shape[1], len(found)
-        # attention kernels copy masks whose rows are not aligned
-        whole = attention.q.new_zeros(batch, 1, tokens, text + -text % 16)[..., :text]
+        count = len(found)
+        whole = self.engine.mask([pair if acts else None for pair, acts in zip(found, acting)], attention)
         parts = zip(attention.uuids, found, acting, *(t.chunk(count) for t in (whole, attention.q, attention.k)))
         for uuid, pair, acts, out, q, k in parts:
             if pair and acts:
@@ -552,17 +575,11 @@ class Attentions(refusals.OfAttention):
         return TextBias(whole, acting)
 
     def write_bias(self, out: Tensor, bias: Bias, tokens: int, attention: TextAttention) -> None:
-        """One conditioning's bias, into zeros [B, 1, tokens, text tokens]."""
-        q = attention.q
+        """One conditioning's bias, into [B, 1, tokens, text tokens]."""
         rows, tokens = self.engine.family.own_text(tokens, attention.k.shape[1])
         attention = attention._replace(k=attention.k[:, rows])
-        length = attention.k.shape[1]
-        refusals.check_text(bias.node, tokens, length)
-        key = bias, attention.grid, tokens, length, q.device, q.dtype
-        prepared = self.engine.prepared
-        if key not in prepared:
-            prepared[key] = bias.prepare(attention.grid, tokens, length // tokens, q)
-        bias.write(out[..., rows], prepared[key], attention, self.call.key[0])
+        refusals.check_text(bias.node, tokens, attention.k.shape[1])
+        bias.write(out[..., rows], self.engine.ready(bias, attention, tokens, self.call.key[0]), attention)
 
     def check_reached(self) -> None:
         """Refuse a call in which blocks were left out or run in another node's own way."""

@@ -93,31 +93,33 @@ def test_only_own_tokens_are_biased_by_their_maximum():
     weights = torch.randn(2, 12, generator=generator)
     drawn = torch.zeros(12, 10)
     drawn[:, [3, 7]] = weights.T
-    bias = kernel.attention_bias(q, k, 2, drawn, 0.5)
+    bias = kernel.attention_bias(q, k, 2, drawn * 0.5 * kernel.logit_scale(k, 2))
     logits = torch.einsum("bphd,bkhd->bhpk", q.unflatten(-1, (2, 8)), k.unflatten(-1, (2, 8))) / 8**0.5
     expected = torch.zeros(2, 1, 12, 10)
     for sample_ in range(2):
         for column, row in ((3, 0), (7, 1)):
             expected[sample_, 0, :, column] = 0.5 * logits[sample_, :, :, column].max() * weights[row]
     assert torch.allclose(bias, expected, atol=1e-6)
-    twice = kernel.attention_bias(q, k.repeat(1, 3, 1), 2, drawn.repeat(1, 3), 0.5)
+    twice = kernel.attention_bias(q, k.repeat(1, 3, 1), 2, drawn.repeat(1, 3) * 0.5 * kernel.logit_scale(k, 2))
     assert torch.allclose(twice, expected.repeat(1, 1, 1, 3), atol=1e-6)
 
 
 def test_negative_logits_turn_nothing_round():
     q, k = torch.ones(1, 4, 8), -torch.ones(1, 5, 8)
     assert same(kernel.maxima(q, k, 2), torch.zeros(1, 5))
-    assert same(kernel.attention_bias(q, k, 2, torch.ones(4, 5), 1.0), torch.zeros(1, 1, 4, 5))
+    assert same(kernel.attention_bias(q, k, 2, torch.ones(4, 5)), torch.zeros(1, 1, 4, 5))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_finite(dtype):
-    q, k = torch.full((1, 4, 80), 30.0, dtype=dtype), torch.full((1, 77, 80), 30.0, dtype=dtype)
+@pytest.mark.parametrize("dtype, size", [(torch.float16, 30.0), (torch.bfloat16, 30.0), (torch.float16, 300.0)])
+def test_half_precision_stays_finite(dtype, size):
+    """The largest logit that fp16 has is where it ends."""
+    q, k = torch.full((1, 4, 80), size, dtype=dtype), torch.full((1, 77, 80), size, dtype=dtype)
     weights = torch.zeros(4, 77, dtype=dtype)
     weights[:, 1], weights[:, 2] = 0.5, -1.0
-    bias = kernel.attention_bias(q, k, 2, weights, 1.0)
+    bias = kernel.attention_bias(q, k, 2, weights * kernel.logit_scale(k, 2))
+    largest = min(size**2 * 40, torch.finfo(dtype).max)
     assert bias.dtype == dtype and torch.isfinite(bias).all()
-    assert bias[0, 0, 0, 1].item() == pytest.approx(0.5 * 900 * 40 / 40**0.5, rel=0.01)
+    assert bias[0, 0, 0, 1].item() == pytest.approx(0.5 * largest / 40**0.5, rel=0.01)
 
 
 def test_the_mask_at_every_level_is_the_share_of_each_cell():
@@ -585,6 +587,7 @@ def test_a_bias_in_a_joined_prompt_acts_on_the_same_words(clip):
         k = torch.cat([torch.zeros_like(k), k], 1) if tokens > 77 else k
         prepared = bias.prepare((8, 8), tokens, 1, q)
         out = torch.zeros(1, 1, 64, tokens)
-        bias.write(out, prepared, TextAttention(None, [0], q, k, 4, 1, (8, 8), (8, 8)), 1.0)
+        attention = TextAttention(None, [0], q, k, 4, 1, (8, 8), (8, 8))
+        bias.write(out, bias.at(prepared, 1.0, attention), attention)
         seen.append(out[..., -77:])
     assert same(*seen) and seen[0].any()
