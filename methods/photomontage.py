@@ -16,11 +16,14 @@ Tensor = torch.Tensor
 
 
 class Level(NamedTuple):
-    """Whose the tokens of a level are. rows: the tokens that each image that is read owns, int64. order: where each
-    token stands among those rows, one image's after the other's, int64 [tokens]. asks: the tokens whose Q is the
-    running model's, bool [tokens, 1]; None: none. owned: whether any token is an image's that is read.
+    """Whose the tokens of a level are. image: among those that are read, int64 [tokens] (0 where it is none of them).
+    token: of every token its number, int64. rows: the tokens that each image owns, int64. order: where each token
+    stands among those rows, one image's after the other's, int64 [tokens]. asks: the tokens whose Q is the running
+    model's, bool [tokens, 1]; None: none. owned: whether any token is an image's that is read.
     """
 
+    image: torch.Tensor
+    token: torch.Tensor
     rows: list[torch.Tensor]
     order: torch.Tensor
     asks: torch.Tensor | None
@@ -71,12 +74,16 @@ class CompositeAttention(Recipe):
             owner = labels.at_grid(self.owner, grid).flatten()
             rows = [(owner == image).nonzero()[:, 0] for image in self.read]
             every = torch.cat(rows) if rows else owner[:0]
-            order = torch.zeros_like(owner)
+            image, order = torch.zeros_like(owner), torch.zeros_like(owner)
+            for number, own in enumerate(rows):
+                image[own] = number
             order[every] = torch.arange(len(every))
+            everywhere = image, torch.arange(len(owner)), *rows, order
+            image, token, *rows, order = (part.to(device) for part in everywhere)
             asks = (owner == self.base)[:, None] if self.base_q == "model" else None
             if asks is not None:
                 asks = asks.to(device) if asks.any() else None
-            self.levels[key] = Level([own.to(device) for own in rows], order.to(device), asks, bool(len(every)))
+            self.levels[key] = Level(image, token, rows, order, asks, bool(len(every)))
         return self.levels[key]
 
     def select(self, number: int, n: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -92,6 +99,12 @@ class CompositeAttention(Recipe):
         if not rows or not self.level(grid, rows[0].device).owned:
             return []
         return [torch.cat(rows, 2).index_select(2, self.level(grid, rows[0].device).order)]
+
+    def gather(self, n: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+        level = self.level(grid, n.device)
+        if self.kv == "concat" or not level.owned:
+            return super().gather(n, grid)
+        return [n[:, level.image, level.token][:, None]]
 
     def attend(
         self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]

@@ -51,6 +51,7 @@ class ModelCall:
         self.record = record  # sees the self-attentions before the recipes
         self.beside: tuple[Stream, ...] = ()  # streams in lockstep: images of each conditioning after the target's own
         self.selected: dict[tuple[Recipe, int, CondRole, Site], Tensor] = {}  # (recipe, stream number, role, site)
+        self.gathered: dict[tuple[Recipe, CondRole, Site], list[Tensor]] = {}  # of all streams; role: of the first
         self.tokens: dict[tuple[Run, Site], int] = {}  # of streams that were replayed for it
 
 
@@ -223,8 +224,13 @@ class Engine:
             served = dict.fromkeys(run.conds)
         every = {CondRole(role, number) for role in served for number in range(len(own[role]))}
 
+        at_once = [recipe for recipe in call.recipes if [*recipe.streams] == [Stream(run, row) for row in rows]]
+        one_by_one = [reader for reader in readers if reader[0] not in at_once]
+
         def select(site: Site, roles: list[CondRole], n: Tensor, grid: tuple[int, int]) -> None:
-            for recipe, number, row in readers:
+            for recipe in at_once:
+                self.hold_all(call, recipe, roles, site, n, grid)
+            for recipe, number, row in one_by_one:
                 self.hold(call, recipe, number, roles, site, n[:, row : row + 1], grid)
 
         record = self.record_until(call, {recipe for recipe, _, _ in readers}, every, select)
@@ -252,10 +258,10 @@ class Engine:
             return False
         readers = [(r, number) for r in call.recipes for number, stream in enumerate(r.streams) if stream in wanted]
         rows: dict[tuple[Stream, CondRole], int] = {}  # place in the batch
-        for recipe, number in readers:
-            stream = recipe.streams[number]
+        for reader, number in readers:
+            stream = reader.streams[number]
             for role in reversed(roles):  # as ComfyUI stacks them for the target
-                rows.setdefault((stream, refusals.role_of_stream(recipe, stream.run, role)), len(rows))
+                rows.setdefault((stream, refusals.role_of_stream(reader, stream.run, role)), len(rows))
         options = self.evaluation_of(runs[0], call).options
         if not internals.fits(model, (len(rows), *x.shape[1:]), x.device):
             return False
@@ -269,14 +275,21 @@ class Engine:
         if cond is None:
             return False
         places = []
-        for recipe, number in readers:
-            own = [(role, row) for (stream, role), row in rows.items() if stream == recipe.streams[number]]
-            places.append((recipe, number, *map(list, zip(*own))))
+        for reader, number in readers:
+            own = [(role, row) for (stream, role), row in rows.items() if stream == reader.streams[number]]
+            places.append((reader, number, *map(list, zip(*own))))
+        recipe, asked = readers[0][0], [role for stream, role in rows if stream == wanted[0]]
+        at_once = [*recipe.streams] == wanted and len(readers) == len(wanted) and len(rows) == len(wanted) * len(asked)
 
         def select(site: Site, _: list[CondRole], n: Tensor, grid: tuple[int, int]) -> None:
-            for recipe, number, own, rows in places:
+            if at_once:
+                self.hold_all(
+                    call, recipe, asked, site, n[0].reshape(-1, len(asked), *n.shape[2:]).transpose(0, 1), grid
+                )
+                return
+            for reader, number, own, rows in places:
                 taken = transfers.together([n[0, row] for row in rows])[:, None]
-                self.hold(call, recipe, number, own, site, taken, grid)
+                self.hold(call, reader, number, own, site, taken, grid)
 
         batch = CondRole("streams", 0)
         record = self.record_until(call, {recipe for recipe, _ in readers}, {batch}, select)
@@ -308,6 +321,23 @@ class Engine:
             call.tokens[recipe.streams[number].run, site] = n.shape[2]
             selected = recipe.select(number, n, grid)
             call.selected.update(((recipe, number, role, site), part) for role, part in zip(roles, selected))
+
+    def hold_all(
+        self,
+        call: ModelCall,
+        recipe: Recipe,
+        roles: Sequence[CondRole],
+        site: Site,
+        n: Tensor,
+        grid: tuple[int, int],
+    ) -> None:
+        """The same of all its streams. n: [conditionings, streams, tokens, C]. roles: of the first stream."""
+        if site in recipe.window.sites:
+            call.tokens[recipe.streams[0].run, site] = n.shape[2]
+            gathered = recipe.gather(n, grid)
+            call.gathered.update(
+                ((recipe, role, site), [part[number] for part in gathered]) for number, role in enumerate(roles)
+            )
 
     def record_until(self, call: ModelCall, recipes: Iterable[Recipe], every: set[CondRole], take: Callable) -> Record:
         """What takes down a replay at the sites of some recipes, and ends it as soon as it has seen the last of them in
@@ -350,6 +380,11 @@ class Engine:
                 if part.shape[2] != grid[0] * grid[1]:
                     raise refusals.resized(recipe, site, part.shape[2], grid[0] * grid[1])
             return sources
+        if recipe.streams and call.beside == (*recipe.streams,):
+            return recipe.gather(beside, grid)
+        gathered = self.gathered(call, recipe, roles, site, grid)
+        if gathered is not None:
+            return gathered
         found, are_cached = [], True
         for number, stream in enumerate(recipe.streams):
             if stream in call.beside:
@@ -367,6 +402,21 @@ class Engine:
             ((call.key, role, site), [part[number] for part in merged]) for number, role in enumerate(roles)
         )
         return transfers.send(merged, like).wait()
+
+    @staticmethod
+    def gathered(
+        call: ModelCall, recipe: Recipe, roles: list[CondRole], site: Site, grid: tuple[int, int]
+    ) -> list[Tensor] | None:
+        """What was gathered of all streams of a recipe, which were replayed together; None where they were not."""
+        if not recipe.streams:
+            return None
+        first = recipe.streams[0].run
+        keys = [(recipe, refusals.role_of_stream(recipe, first, role), site) for role in roles]
+        if not all(key in call.gathered for key in keys):
+            return None
+        if call.tokens[first, site] != grid[0] * grid[1]:
+            raise refusals.resized(recipe, site, call.tokens[first, site], grid[0] * grid[1])
+        return [transfers.together(parts) for parts in zip(*(call.gathered[key] for key in keys))]
 
     @staticmethod
     def kept(

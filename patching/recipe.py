@@ -169,6 +169,12 @@ class Recipe:
         """
         return selected
 
+    def gather(self, n: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+        """`select` and `merge` at once, of streams that were evaluated together. n: of all of them, [conditionings,
+        streams, tokens, C], which others may write into.
+        """
+        return self.merge([self.select(number, part, grid) for number, part in enumerate(n.split(1, 1))], grid)
+
     def attend(
         self, context: RunContext, target: TargetRows, sources: list[Tensor], grid: tuple[int, int]
     ) -> list[AttentionTerm]:

@@ -205,8 +205,8 @@ def test_a_window_reads_its_streams_in_its_own_steps_only():
     read = []
     model, latent = inject([a, b], MIXED, start=0.25, end=0.75)
     ((recipe,),) = model.attachments[KEY].groups
-    select = recipe.select
-    recipe.select = lambda number, n, grid: (read.append(number), select(number, n, grid))[1]
+    gather = recipe.gather
+    recipe.gather = lambda n, grid: (read.append(n.shape[1]), gather(n, grid))[1]
     calls = []
     hook = model.model.diffusion_model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(float(kwargs["transformer_options"]["sigmas"][0])), with_kwargs=True
@@ -215,7 +215,7 @@ def test_a_window_reads_its_streams_in_its_own_steps_only():
     hook.remove()
     sigmas = run_of(a).sigmas
     assert [calls.count(s) for s in sigmas[:-1]] == [1, 2, 2, 1]  # both images at once
-    assert len(read) == 2 * 2 * 16  # steps, images, sites
+    assert read == [2] * 2 * 16  # images; steps, sites
 
 
 def test_a_window_of_sites_leaves_the_others_alone():

@@ -213,7 +213,7 @@ class Counting(Bias):
         super().__init__(Window(0, 1, tuple(sites_of(random_model("sd15-small")))), SIZE)
         self.written = 0
 
-    def write(self, out, prepared, attention, sigma):
+    def write(self, out, ready, attention):
         self.written += 1
         out[..., :5] = 4
 
