@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import causes_tested, cost, measurements, page, photographs, regional, transformer
+from . import causes_tested, cost, measurements, other_packs, page, photographs, regional, transformer
 from .methods import METHODS
 
 STUDIES = {
@@ -24,6 +24,7 @@ STUDIES = {
     "causes": causes_tested,
     "photographs": photographs,
     "cost": cost,
+    "other_packs": other_packs,
 }
 PAGE = measurements.ROOT / "docs" / "evidence.md"
 
@@ -60,6 +61,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
         default=measurements.ROOT / "output" / "evidence",
         help="where the measured samples are kept",
     )
+    parser.add_argument("--packs", type=Path, help="where other packs are cloned (default: ComfyUI's custom_nodes)")
     parser.add_argument("--address", help="of a Ray cluster to measure on, the costs excepted (docs/many-machines.md)")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.studies) - set(STUDIES):

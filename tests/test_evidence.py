@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from montage.evidence import causes, measurements, page, peers, report
+from montage.evidence.benchmarks import bench, other_packs
 from montage.workshop import sampling
 from montage.workshop.random_models import random_model
 
@@ -163,3 +164,26 @@ def test_attention_couple_of_one_prompt_everywhere_is_that_prompt():
     sampling.close(sampled(peers.attention_couple(model, [(left, words[0][0])], words[0][0], (8, 8))), plain)
     moved = (sampled(peers.attention_couple(model, [(left, other)], words[0][0], (8, 8))) - plain).abs()
     assert moved[..., :4].mean() > moved[..., 4:].mean()
+
+
+STYLE_ALIGNED = """
+class StyleAlignedBatchAlign:
+    def patch(self, model, share_norm, share_attn, scale):
+        for module in model.model.modules():
+            module.orig_forward = module.forward
+            module.forward = module.forward
+        return (model,)
+
+NODE_CLASS_MAPPINGS = {"StyleAlignedBatchAlign": StyleAlignedBatchAlign}
+"""
+
+
+def test_other_packs_are_measured_where_they_are_and_leave_nothing_behind(tmp_path):
+    on = bench.Bench("sd15-small", 8, 1)
+    without = other_packs.cases(on, tmp_path)
+    (tmp_path / other_packs.STYLE_ALIGNED).mkdir()
+    (tmp_path / other_packs.STYLE_ALIGNED / "__init__.py").write_text(STYLE_ALIGNED)
+    (added,) = other_packs.cases(on, tmp_path).keys() - without.keys()
+    assert added == "style aligned, batch of 3"
+    assert len(other_packs.cases(on, tmp_path)[added]()["samples"]) == 3
+    assert not any("forward" in vars(module) for module in on.model.model.modules())
