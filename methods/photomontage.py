@@ -100,10 +100,10 @@ class CompositeAttention(Recipe):
             return []
         return [torch.cat(rows, 2).index_select(2, self.level(grid, rows[0].device).order)]
 
-    def gather(self, n: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+    def select_all(self, n: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         level = self.level(grid, n.device)
         if self.kv == "concat" or not level.owned:
-            return super().gather(n, grid)
+            return super().select_all(n, grid)
         return [n[:, level.image, level.token][:, None]]
 
     def attend(

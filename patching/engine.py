@@ -51,7 +51,9 @@ class ModelCall:
         self.record = record  # sees the self-attentions before the recipes
         self.beside: tuple[Stream, ...] = ()  # streams in lockstep: images of each conditioning after the target's own
         self.selected: dict[tuple[Recipe, int, CondRole, Site], Tensor] = {}  # (recipe, stream number, role, site)
-        self.gathered: dict[tuple[Recipe, CondRole, Site], list[Tensor]] = {}  # of all streams; role: of the first
+        self.selected_of_all: dict[
+            tuple[Recipe, CondRole, Site], list[Tensor]
+        ] = {}  # of all streams; role: of the first
         self.tokens: dict[tuple[Run, Site], int] = {}  # of streams that were replayed for it
 
 
@@ -279,7 +281,8 @@ class Engine:
             own = [(role, row) for (stream, role), row in rows.items() if stream == reader.streams[number]]
             places.append((reader, number, *map(list, zip(*own))))
         recipe, asked = readers[0][0], [role for stream, role in rows if stream == wanted[0]]
-        at_once = [*recipe.streams] == wanted and len(readers) == len(wanted) and len(rows) == len(wanted) * len(asked)
+        # every stream has a row of its own for every conditioning of the target, all in one order
+        at_once = [*recipe.streams] == wanted and len(readers) == len(wanted) and len(rows) == len(wanted) * len(roles)
 
         def select(site: Site, _: list[CondRole], n: Tensor, grid: tuple[int, int]) -> None:
             if at_once:
@@ -331,12 +334,14 @@ class Engine:
         n: Tensor,
         grid: tuple[int, int],
     ) -> None:
-        """The same of all its streams. n: [conditionings, streams, tokens, C]. roles: of the first stream."""
+        """Hold what a recipe selects of all its streams at once. n: [conditionings, streams, tokens, C]. roles: of the
+        first stream.
+        """
         if site in recipe.window.sites:
             call.tokens[recipe.streams[0].run, site] = n.shape[2]
-            gathered = recipe.gather(n, grid)
-            call.gathered.update(
-                ((recipe, role, site), [part[number] for part in gathered]) for number, role in enumerate(roles)
+            selected = recipe.select_all(n, grid)
+            call.selected_of_all.update(
+                ((recipe, role, site), [part[number] for part in selected]) for number, role in enumerate(roles)
             )
 
     def record_until(self, call: ModelCall, recipes: Iterable[Recipe], every: set[CondRole], take: Callable) -> Record:
@@ -381,10 +386,10 @@ class Engine:
                     raise refusals.resized(recipe, site, part.shape[2], grid[0] * grid[1])
             return sources
         if recipe.streams and call.beside == (*recipe.streams,):
-            return recipe.gather(beside, grid)
-        gathered = self.gathered(call, recipe, roles, site, grid)
-        if gathered is not None:
-            return gathered
+            return recipe.select_all(beside, grid)
+        at_once = self.selected_at_once(call, recipe, roles, site, grid)
+        if at_once is not None:
+            return at_once
         found, are_cached = [], True
         for number, stream in enumerate(recipe.streams):
             if stream in call.beside:
@@ -404,19 +409,21 @@ class Engine:
         return transfers.send(merged, like).wait()
 
     @staticmethod
-    def gathered(
+    def selected_at_once(
         call: ModelCall, recipe: Recipe, roles: list[CondRole], site: Site, grid: tuple[int, int]
     ) -> list[Tensor] | None:
-        """What was gathered of all streams of a recipe, which were replayed together; None where they were not."""
+        """What a recipe selected of all its streams, which were replayed together; None where they were not."""
         if not recipe.streams:
             return None
         first = recipe.streams[0].run
         keys = [(recipe, refusals.role_of_stream(recipe, first, role), site) for role in roles]
-        if not all(key in call.gathered for key in keys):
+        if not all(key in call.selected_of_all for key in keys):
             return None
         if call.tokens[first, site] != grid[0] * grid[1]:
             raise refusals.resized(recipe, site, call.tokens[first, site], grid[0] * grid[1])
-        return [transfers.together(parts) for parts in zip(*(call.gathered[key] for key in keys))]
+        found = [transfers.together(parts) for parts in zip(*(call.selected_of_all[key] for key in keys))]
+        # others may write into it, and of one role for two conditionings it is the same memory twice
+        return found if len({*keys}) == len(keys) else [part.clone() for part in found]
 
     @staticmethod
     def kept(

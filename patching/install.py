@@ -20,6 +20,7 @@ from comfy.patcher_extension import WrappersMP
 
 from . import internals, refusals
 from .attention_maps import TokenMap
+from .clock import clock_of
 from .internals import KEY
 from .models import sites_of
 from .recipe import Recipe, Start
@@ -138,9 +139,10 @@ def _sampler_sample(
     session = session_in(options)
     if session is None:
         return executor(model_wrap, sigmas, extra_args, callback, noise, *args)
-    session.begin_sampling(executor.class_obj, sigmas, noise, options)
-    samples = executor(model_wrap, sigmas, extra_args, callback, noise, *args)
-    session.end_sampling()
+    clock = clock_of(executor.class_obj, sigmas, options)
+    session.begin_sampling(clock, noise)
+    samples = executor(model_wrap, sigmas, extra_args, clock.watching(callback), noise, *args)
+    clock.check()
     return samples
 
 

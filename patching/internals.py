@@ -229,7 +229,7 @@ def wrapper_keys(options: dict) -> Iterator[str]:
 
 
 def others_wrap_evaluations(options: dict) -> bool:
-    """Whether another node may leave out evaluations that a sampler asks for, or make them at other sigmas."""
+    """Whether another node may evaluate the model at other sigmas than a sampler asks for."""
     wrappers = options.get("transformer_options", {}).get("wrappers", {})
     kinds = WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE
     found = (key for kind in kinds for key, group in wrappers.get(kind, {}).items() if group)

@@ -169,7 +169,7 @@ class Recipe:
         """
         return selected
 
-    def gather(self, n: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+    def select_all(self, n: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """`select` and `merge` at once, of streams that were evaluated together. n: of all of them, [conditionings,
         streams, tokens, C], which others may write into.
         """

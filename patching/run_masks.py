@@ -12,7 +12,7 @@ from comfy.model_sampling import CONST, ModelSamplingDiscrete
 from comfy.patcher_extension import WrappersMP
 
 from ..kernels.noise_map import free
-from .clock import Clock
+from .clock import clock_of
 from .models import family_of
 from .refusals import check_shape
 
@@ -58,17 +58,19 @@ def with_noise_map(model: ModelPatcher, node: str, noise: torch.Tensor, dilation
         disable_pbar: bool = False,
     ) -> torch.Tensor:
         options = extra_args["model_options"]  # this run's own copy
-        clock = Clock(executor.class_obj, sigmas, options)
+        clock = clock_of(executor.class_obj, sigmas, options)
         previous = options.get("denoise_mask_function")
         sampling = copy.deepcopy(model_wrap.inner_model.model_sampling).cpu()  # to ask it without waiting for a GPU
 
         def part(sigma: torch.Tensor) -> float:
-            return part_of_schedule(sampling, torch.tensor(clock.next(sigma)))
+            return part_of_schedule(sampling, torch.tensor(clock.sigma_of(sigma)))
 
         options["denoise_mask_function"] = masked_by(level_at(noise_), dilation, part, previous)
         if denoise_mask is None:  # not earlier: a checkpoint for inpainting would be shown what is around a hole
             denoise_mask = torch.ones_like(noise_, dtype=torch.float32)
-        samples = executor(model_wrap, sigmas, extra_args, callback, noise_, latent_image, denoise_mask, disable_pbar)
+        samples = executor(
+            model_wrap, sigmas, extra_args, clock.watching(callback), noise_, latent_image, denoise_mask, disable_pbar
+        )
         clock.check()
         return samples
 

@@ -47,6 +47,7 @@ class Session:
         self.names = self.names_of_nodes(installed)
         self.acted: set[Recipe | Bias] = set()  # what has acted at least once in this run
         self.visits = Visits()
+        self.clock = Clock()  # the sampler's, once it has begun by ComfyUI's own way
         self.is_evaluating, self.calls = False, 0  # whether the guider is, and how often it has called the model for it
         self.options: dict[int, dict] = {}  # by that number: the model options, as they were last
         self.recorder: Recorder | None = None
@@ -102,12 +103,11 @@ class Session:
             self.recorder = Recorder(run, self.context.model, self.recordings, last_sigma)
         return start
 
-    def begin_sampling(self, sampler: Any, sigmas: Tensor, noise: Tensor, options: dict) -> None:
+    def begin_sampling(self, clock: Clock, noise: Tensor) -> None:
         """The sampler begins with `noise`, [B, C, h, w]: another node may have changed it since the start. By now the
-        conditionings are processed. options: the run's model options.
+        conditionings are processed.
         """
-        self.clock = Clock(sampler, sigmas, options)
-        self.sigma_of = getattr(sampler, "sigma_of", self.clock.next)  # of Step Blend, whose evaluations it shares
+        self.clock = clock
         internals.tell_apart(self.guider.conds, self.owners)
         if torch.equal(noise.cpu(), self.noise.cpu().to(noise.dtype)):
             return
@@ -116,14 +116,15 @@ class Session:
         if self.recorder:
             self.recorder.run.noise = noise.cpu()
 
-    def end_sampling(self) -> None:
-        self.clock.check()
-
     def begin_evaluation(self, timestep: Tensor) -> None:
         """The guider evaluates its model at a sigma, in one call or in several. timestep: that sigma, [B]."""
         for live in self.context.maps:
             live.begin_evaluation()
-        self.context.sigma_visit, self.calls, self.is_evaluating = self.visits.next(self.sigma_of(timestep)), 0, True
+        self.context.sigma_visit, self.calls, self.is_evaluating = (
+            self.visits.next(self.clock.sigma_of(timestep)),
+            0,
+            True,
+        )
 
     def end_evaluation(self) -> None:
         self.is_evaluating = False

@@ -19,7 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from . import internals
-from .clock import Clock
+from .clock import Clock, clock_of
 from .internals import KEY
 from .schedule import levels, step_of
 
@@ -113,8 +113,8 @@ class BlendRun:
         self.options: dict[int, dict] = {}  # number -> the model options of its run
         self.turn: int | None = None  # whose model is loaded last
         self.samples: Tensor  # of the sampler, once it has run
-        self.clock: Clock  # of the sampler, once it has begun
-        self.evaluation: tuple[Tensor, float]  # the sigma of the one that is being made, as it is given and in numbers
+        self.clock = Clock()  # of the sampler, once it has begun
+        self.callbacks: list[Callable | None] = []  # of the sampler, from each guider's environment
 
     def deferred_guider(self, number: int, guider: Any) -> Any:
         """A copy of a guider, whose model is loaded when its turn comes."""
@@ -178,8 +178,9 @@ class BlendRun:
     ) -> Tensor:
         """The environment of a guider stands: enter the next one's, or sample in the innermost."""
         self.options[number] = extra_args["model_options"]
+        self.callbacks.append(callback)
         if number == 0:
-            self.arguments = sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar
+            self.arguments = sigmas, extra_args, self.callback, noise, latent_image, denoise_mask, disable_pbar
         elif not (torch.equal(sigmas, self.arguments[0]) and torch.equal(noise, self.arguments[3])):
             raise ValueError(
                 "Step Blend Sampler: a node on a later MODEL sets how the run starts (Composite Attention"
@@ -189,10 +190,17 @@ class BlendRun:
             self.enter(number + 1, noise, sigmas)
         else:
             sampler: Any = self.sampler  # ComfyUI declares its method without arguments
-            self.clock = Clock(sampler, self.arguments[0], self.options[0])
+            self.clock = clock_of(sampler, self.arguments[0], self.options[0])
+            self.callbacks.append(self.clock.watching(None))
             self.samples = sampler.sample(self, *self.arguments)
             self.clock.check()
         return self.samples
+
+    def callback(self, *args: Any) -> None:
+        """A step of the sampler is done."""
+        for callback in self.callbacks:
+            if callback is not None:
+                callback(*args)
 
     # ------------------------------------------------------------ what the sampler sees
 
@@ -216,9 +224,8 @@ class BlendRun:
         """The denoised latent [B, C, h, w] at sigma [B]: one guider's prediction, or on a ramp the mean of several by
         their shares.
         """
-        level = self.clock.next(sigma)
-        self.evaluation = sigma, level
-        found = shares(self.stages, step_of(level, self.schedule), len(self.schedule) - 1)
+        step = step_of(self.clock.sigma_of(sigma), self.schedule)
+        found = shares(self.stages, step, len(self.schedule) - 1)
         predictions = []
         for number in sorted(found, key=lambda number: number != self.turn):  # the one that is loaded first
             prediction = self.predict(number, x, sigma, model_options, seed)
@@ -226,11 +233,6 @@ class BlendRun:
                 prediction = found[number] * prediction
             predictions.append(prediction)
         return functools.reduce(torch.add, predictions)
-
-    def sigma_of(self, sigma: Tensor) -> float:
-        """The sigma at which a guider evaluates its model, which a node of its own may have changed. sigma: [B]."""
-        given, level = self.evaluation
-        return level if sigma is given else float(sigma[0])
 
     def predict(self, number: int, x: Tensor, sigma: Tensor, model_options: dict, seed: Any) -> Tensor:
         """One guider's denoised latent."""
@@ -245,7 +247,7 @@ class NestedSampler(comfy.samplers.Sampler):
 
     def __init__(self, run: BlendRun, number: int) -> None:
         self.run, self.number = run, number
-        self.innermost, self.sigma_of = run.sampler, run.sigma_of
+        self.innermost = run.sampler
         # by whose name a recording calls it
         self.sampler_function = getattr(run.sampler, "sampler_function", run.sampler)
 

@@ -14,6 +14,7 @@ from montage.workshop.neighbours import scaled_queries
 from montage.workshop.random_models import demo_model, random_model
 from montage.workshop.sampling import (
     MIXED,
+    NEGATIVE,
     SAMPLERS,
     SIZE,
     STROKES,
@@ -205,8 +206,8 @@ def test_a_window_reads_its_streams_in_its_own_steps_only():
     read = []
     model, latent = inject([a, b], MIXED, start=0.25, end=0.75)
     ((recipe,),) = model.attachments[KEY].groups
-    gather = recipe.gather
-    recipe.gather = lambda n, grid: (read.append(n.shape[1]), gather(n, grid))[1]
+    select_all = recipe.select_all
+    recipe.select_all = lambda n, grid: (read.append(n.shape[1]), select_all(n, grid))[1]
     calls = []
     hook = model.model.diffusion_model.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(float(kwargs["transformer_options"]["sigmas"][0])), with_kwargs=True
@@ -216,6 +217,17 @@ def test_a_window_reads_its_streams_in_its_own_steps_only():
     sigmas = run_of(a).sigmas
     assert [calls.count(s) for s in sigmas[:-1]] == [1, 2, 2, 1]  # both images at once
     assert read == [2] * 2 * 16  # images; steps, sites
+
+
+@pytest.mark.parametrize("kv", ["composite", "concat"])
+def test_images_whose_conditionings_serve_the_composite_in_different_ways(kv, monkeypatch):
+    """One image was recorded with two prompts for both halves of CFG, the other with one for each."""
+    both = words(1) + words(2)
+    a, b = record(1, positive=both, negative=both), record(2, positive=words(3), negative=NEGATIVE)
+    settings = {"positive": words(1) + words(3), "negative": NEGATIVE, "kv": kv}
+    together = compose([a, b], MIXED, **settings)
+    monkeypatch.setattr(Engine, "exact", True)
+    close(together, compose([a, b], MIXED, **settings))
 
 
 def test_a_window_of_sites_leaves_the_others_alone():

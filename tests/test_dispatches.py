@@ -22,7 +22,7 @@ MOST = {  # operations of a step, as ratios to plain sampling: of SD1.5's struct
     "compose 4, replay": (2.01, 2.01),
     "collage of 2 layers": (1.08, 1.12),
     "collage of 20 layers": (1.08, 1.12),
-    "token map": (1.03, 1.03),
+    "token map": (1.04, 1.07),
     "retouch with a mask": (1.5, 1.5),
     "SAGI": (2.2, 2.35),
     "SAGI, own prompts": (2.2, 2.35),

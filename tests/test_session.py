@@ -72,6 +72,46 @@ class Shifting(comfy.samplers.CFGGuider):
         return super().__call__(x, sigma * 0.9, **kwargs)
 
 
+class Twice(comfy.samplers.CFGGuider):
+    """Evaluates the model twice in a step."""
+
+    def __call__(self, *args, **kwargs):
+        return (super().__call__(*args, **kwargs) + super().__call__(*args, **kwargs)) / 2
+
+
+class Sparing(comfy.samplers.CFGGuider):
+    """Leaves out every second evaluation."""
+
+    last = None
+
+    def __call__(self, *args, **kwargs):
+        self.last = super().__call__(*args, **kwargs) if self.last is None else None
+        return args[0] if self.last is None else self.last
+
+
+class Older(comfy.samplers.CFGGuider):
+    """Calls the sampler as ComfyUI did before it had wrappers around samplers."""
+
+    def inner_sample(
+        self, noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **_
+    ):
+        extra = {"model_options": self.model_options, "seed": seed}
+        given = noise, self.conds, device, latent_image, denoise_mask, seed
+        self.conds = comfy.samplers.process_conds(self.inner_model, *given)
+        return sampler.sample(self, sigmas.to(device), extra, callback, noise, latent_image, denoise_mask, disable_pbar)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("kind, steps", [(Twice, [0, 0, 1, 1, 2, 2, 3, 3]), (Sparing, [0, 2]), (Older, [0, 1, 2, 3])])
+def test_guiders_that_do_not_evaluate_once_a_step(kind, steps, sampler):
+    model, latent = recorder()
+    guider = kind(model)
+    guider.set_conds(words(1), NEGATIVE)
+    output, _ = sample_custom(latent, guider, schedule(model), 1, sampler)
+    run = run_of(output)
+    assert [key[0] for key in run.evaluations] == [run.sigmas[step] for step in steps]
+
+
 def test_sigmas_that_change_unseen_are_an_error():
     """Not a recording that says other sigmas than the model met."""
     model, latent = recorder()

@@ -106,16 +106,12 @@ class UNet(ModelFamily):
             internals.add_first(options, "attn1_patch", _self_attention_patch(handler, packed))
         for site in handler.packed_sites:
             slots.occupy(transformer, "attn1", site, lambda s, o: _packed_attention(handler, s, o, packed))
-        for site in handler.biased_sites:
-            slots.occupy(transformer, "attn2", site, lambda s, o: _biased_attention(handler, self.masks, s, o))
         if handler.measured_sites:
             found = ((site, self.transformer_block(site).attn2) for site in handler.measured_sites)
             attentions = {site: module for site, module in found if module is not None}
-            if transformer.get("patches", {}).get("attn2_patch"):  # what the slot is given is no longer the model's own
-                internals.add_first(options, "attn2_patch", _measuring_patch(handler, attentions))
-            else:
-                for site in attentions:
-                    slots.occupy(transformer, "attn2", site, lambda s, o: _measured_attention(handler, s, o))
+            internals.add_first(options, "attn2_patch", _measuring_patch(handler, attentions))
+        for site in handler.biased_sites:
+            slots.occupy(transformer, "attn2", site, lambda s, o: _biased_attention(handler, self.masks, s, o))
         return options
 
 
@@ -163,23 +159,9 @@ def _packed_attention(
     return replace
 
 
-def _measured_attention(handler: SiteHandler, site: Site, occupant: Callable | None) -> Callable:
-    """What stands in the attn2 slot of a site, before whoever stands there: it changes nothing."""
-
-    def replace(q: Tensor, k: Tensor, v: Tensor, extra: dict) -> Tensor:
-        heads = extra["n_heads"]
-        handler.text_attention(_text_attention(site, q, k, heads, extra))
-        if occupant:
-            return occupant(q, k, v, extra)
-        precision = extra["attn_precision"]
-        return attention.optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=extra)
-
-    return replace
-
-
 def _measuring_patch(handler: SiteHandler, attentions: dict[Site, CrossAttention]) -> Callable:
-    """The same beside other packs' attn2_patches: one that stands before them, so that whatever they make of the text
-    stays in effect, and what is measured is the model's own attention. It makes Q and K for itself.
+    """An attn2_patch that changes nothing and stands before every other, so that whatever another pack makes of the
+    text stays in effect, and what is measured is the model's own attention.
     """
 
     def patch(n: Tensor, context: Tensor, value: Tensor, extra: dict) -> tuple[Tensor, Tensor, Tensor]:
