@@ -1,8 +1,8 @@
 """At which sigma a sampler evaluates its model.
 
 A GPU first finishes all that it was asked for, when a sigma is read. ComfyUI's samplers wait for it themselves in every
-step, to compare sigmas, so that it has nothing left to finish at the next; only Euler's never looks. Its evaluations
-are at the sigma of the step, and it says when a step is done: there the sigma is known without being read.
+step, to compare sigmas, so that it has nothing left to finish at the next; but Euler's (and dpm_fast) never looks. Its
+evaluations are at the sigma of the step, and it says when a step is done: there the sigma is known without being read.
 """
 
 from collections.abc import Callable, Sequence
