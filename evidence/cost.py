@@ -34,12 +34,17 @@ def beside_plain(key):
     name, method = key.split(", ")
     side, steps, rounds = MODELS[name]
     on = bench.Bench(name, side, steps)
-    costs = on.measure(BENCHMARKS[method].cases(on), rounds)
+    return relative(on, BENCHMARKS[method].cases(on), rounds)
+
+
+def relative(on, cases, rounds):
+    """{case: figures} relative to the case "plain", of {case: function}."""
+    costs = on.measure(cases, rounds)
     plain = costs["plain"]
     return {
         case: {
             "ratio": statistics.median(cost.seconds) / statistics.median(plain.seconds),
-            "rows": cost.rows / steps,
+            "rows": cost.rows / on.steps,
             "peak": cost.peak and cost.peak / plain.peak,
         }
         for case, cost in costs.items()

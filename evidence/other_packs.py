@@ -1,21 +1,20 @@
 """What two methods cost beside what the field does for the same wish."""
 
 import argparse
-import statistics
 from collections.abc import Iterator
 
 from . import measurements
 from .benchmarks import bench, other_packs
-from .cost import MODELS
+from .cost import MODELS, relative
+
+ROUNDS = 3
 
 
 def beside_plain(name: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """{case: figures} of a model."""
     side, steps, _ = MODELS[name]
     on = bench.Bench(name, side, steps)
-    costs = on.measure(other_packs.cases(on, options.packs))
-    plain = statistics.median(costs["plain"].seconds)
-    return {case: {"ratio": statistics.median(cost.seconds) / plain} for case, cost in costs.items()}
+    return relative(on, other_packs.cases(on, options.packs), ROUNDS)
 
 
 def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
@@ -28,8 +27,9 @@ def sections(options: argparse.Namespace) -> Iterator[measurements.Section]:
         "Cost: beside what else the field does",
         "\n\n".join(
             [
-                "Time relative to plain sampling of one image in the same run, median of 3 rounds (CPU, fp32, processor"
-                f" time; {sizes}; SD1.5 at full size with random weights). *areas*: ComfyUI's own. *attention couple*"
+                "Time relative to plain sampling of one image in the same run, median of"
+                f" {ROUNDS} rounds (CPU, fp32, processor time; {sizes}; SD1.5 at full size with random weights)."
+                " *areas*: ComfyUI's own. *attention couple*"
                 " and *style aligned*: the packs attention-couple-ComfyUI (laksjdjf) and style_aligned_comfy"
                 " (brianfitzgerald), as they are. Attention couple needs an embedding for every region, and its cost"
                 " grows with them; a style-aligned batch makes its images at once, where a composite is one image of"

@@ -51,9 +51,7 @@ class ModelCall:
         self.record = record  # sees the self-attentions before the recipes
         self.beside: tuple[Stream, ...] = ()  # streams in lockstep: images of each conditioning after the target's own
         self.selected: dict[tuple[Recipe, int, CondRole, Site], Tensor] = {}  # (recipe, stream number, role, site)
-        self.selected_of_all: dict[
-            tuple[Recipe, CondRole, Site], list[Tensor]
-        ] = {}  # of all streams; role: of the first
+        self.selected_of_all: dict[tuple[Recipe, CondRole, Site], list[Tensor]] = {}  # role: of the first stream
         self.tokens: dict[tuple[Run, Site], int] = {}  # of streams that were replayed for it
 
 
@@ -617,19 +615,18 @@ class Attentions(refusals.OfAttention):
     def bias(self, attention: TextAttention) -> TextBias | None:
         """The biases of the conditionings; it is noted where they were asked for."""
         refusals.check_biased(self.engine.session.biased_nodes or self.names, self.size, attention)
-        found = [self.call.biases.get(uuid) for uuid in attention.uuids]
-        acting = [bool(pair) and attention.site in pair[0].window.sites for pair in found]
+        found = (self.call.biases.get(uuid) for uuid in attention.uuids)
+        acting = [pair if pair and attention.site in pair[0].window.sites else None for pair in found]
         if not any(acting):
             return None
-        count = len(found)
-        whole = self.engine.mask([pair if acts else None for pair, acts in zip(found, acting)], attention)
-        parts = zip(attention.uuids, found, acting, *(t.chunk(count) for t in (whole, attention.q, attention.k)))
-        for uuid, pair, acts, out, q, k in parts:
-            if pair and acts:
+        whole = self.engine.mask(acting, attention)
+        parts = (t.chunk(len(acting)) for t in (whole, attention.q, attention.k))
+        for uuid, pair, out, q, k in zip(attention.uuids, acting, *parts):
+            if pair:
                 self.biased.setdefault(uuid, set()).add(attention.site)
                 self.engine.session.acted.add(pair[0])
                 self.write_bias(out, pair[0], pair[1], attention._replace(uuids=[uuid], q=q, k=k))
-        return TextBias(whole, acting)
+        return TextBias(whole, [pair is not None for pair in acting])
 
     def write_bias(self, out: Tensor, bias: Bias, tokens: int, attention: TextAttention) -> None:
         """One conditioning's bias, into [B, 1, tokens, text tokens]."""

@@ -120,11 +120,8 @@ class Session:
         """The guider evaluates its model at a sigma, in one call or in several. timestep: that sigma, [B]."""
         for live in self.context.maps:
             live.begin_evaluation()
-        self.context.sigma_visit, self.calls, self.is_evaluating = (
-            self.visits.next(self.clock.sigma_of(timestep)),
-            0,
-            True,
-        )
+        self.context.sigma_visit = self.visits.next(self.clock.sigma_of(timestep))
+        self.calls, self.is_evaluating = 0, True
 
     def end_evaluation(self) -> None:
         self.is_evaluating = False
